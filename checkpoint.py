@@ -1,0 +1,164 @@
+"""Checkpoint folders: finding them, reading safetensors tensor by tensor, writing atomically.
+
+A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`. Tensors are
+read one at a time through a memory map; names, shapes and dtypes come from the headers, so a wrong or truncated file
+is named before any work starts. Pickled weights are never opened. Files are written as temporary -> fsync -> replace,
+so no half-written file ever stands under a final name.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from families import ALIASES, ModelConfig, read_config
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be used; the message is one sentence that names the file and what to do."""
+
+
+def resolve(name_or_path: str) -> Path:
+    """Alias, folder or hub id -> local folder. Only a hub id touches the network (download, resumed if interrupted)."""
+    if name_or_path == "tiny":
+        return Path(__file__).parent / "assets" / "tiny"
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    hub_id = ALIASES.get(name_or_path, name_or_path)
+    if hub_id.count("/") != 1 or path.exists() or hub_id.startswith((".", "/", "~")):
+        known = ", ".join(["tiny", *ALIASES])
+        raise CheckpointError(f"model {name_or_path!r} is neither a folder, a hub id (owner/name), nor one of {known}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+    except Exception as error:  # network, authentication, unknown repository: many types, one meaning
+        raise CheckpointError(f"could not download {hub_id} ({type(error).__name__}); download it elsewhere and give "
+                              f"the folder instead: --model FOLDER.") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or one sentence about why not."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return value
+
+
+def write_file(path: Path, write) -> None:
+    """Call write(temporary path), flush it to disk, and only then give it its final name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_file(path, lambda p: p.write_text(text))
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """One safetensors shard. Tensors are copied to contiguous CPU memory first."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_file(path, lambda p: save_file(tensors, p, {"format": "pt", **(metadata or {})}))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Checkpoint:
+    """Read access to a folder: `config`, `names`, `get(name)`. Headers are checked when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.config: ModelConfig = read_config(read_json(self.folder / "config.json"))
+        self.quantization: dict | None = self.config.raw.get("quantization_config")
+        self.files = self._shards()
+        self._open = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in sorted(set(self.files.values())) if self.files else [SINGLE]:
+            handle = self._handle(file)
+            for name in handle.keys():
+                if self.files is not None and self.files.get(name) != file:
+                    raise CheckpointError(f"{self.folder / file} holds {name!r}, which {INDEX} does not place there.")
+                view = handle.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        missing = sorted(set(self.files or ()) - set(self.shapes))
+        if missing:
+            raise CheckpointError(f"{self.folder}: {INDEX} lists {missing[0]!r} (and {len(missing) - 1} more), but its "
+                                  f"shard does not hold it.")
+        if self.files is None:
+            self.files = dict.fromkeys(self.shapes, SINGLE)
+
+    def _shards(self) -> dict[str, str] | None:
+        """weight_map of the index, or None for a single file; refuses paths that leave the folder."""
+        if (self.folder / INDEX).exists():
+            files = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+                raise CheckpointError(f"{self.folder / INDEX} has no usable weight_map.")
+            bad = [f for f in files.values() if Path(f).name != f or not f.endswith(".safetensors")]
+            if bad:
+                raise CheckpointError(f"{self.folder / INDEX} names {bad[0]!r}, which is not a safetensors file in "
+                                      f"this folder.")
+            missing = sorted({f for f in files.values() if not (self.folder / f).is_file()})
+            if missing:
+                raise CheckpointError(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
+                                      f"{INDEX} lists: {', '.join(missing)}.")
+            return files
+        if (self.folder / SINGLE).is_file():
+            return None
+        hint = " (pickled weights are never loaded)" if any(self.folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
+
+    def _handle(self, file: str):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder / file} is not a whole safetensors file ({error}).") from None
+        return self._open[file]
+
+    def metadata(self, file: str) -> dict:
+        return self._handle(file).metadata() or {}
+
+    def require(self, name: str, shape) -> None:
+        """Name a missing tensor or a wrong shape before anything is allocated."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.folder} lacks the tensor {name!r}.")
+        if self.shapes[name] != tuple(shape):
+            raise CheckpointError(f"{self.folder}: tensor {name!r} has shape {list(self.shapes[name])}, but "
+                                  f"config.json asks for {list(shape)}.")
+
+    def get(self, name: str, shape=None) -> torch.Tensor:
+        """One tensor, finite (NaN and Inf are named with their count)."""
+        if shape is not None:
+            self.require(name, shape)
+        tensor = self._handle(self.files[name]).get_tensor(name)
+        if tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise CheckpointError(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
+        return tensor

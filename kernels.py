@@ -1,0 +1,133 @@
+"""Integers: INT4 packing, per-token quantization, and the int4 x int4 linear on `torch._int_mm`.
+
+How it works. A quantized linear (Eq. 13) needs Σ_k (X_int − z)_mk · W_int,nk. Both factors are integers of at most
+8 bits, so the sum runs on int8 tensor cores (`torch._int_mm`, int8 x int8 -> int32) exactly; 4 bit is the storage
+format. Codes are kept centred, X_c = X_int − 2^(b−1), so that every code of up to 8 bits fits an int8:
+
+    Ŷ = s_x s_w (X_c − z_c)(W_c − zw_c)ᵀ
+      = s_x s_w (X_c W_cᵀ − z_c rowsum(W_c) − rowsum(X_c) zw_c + K z_c zw_c)        symmetric weights: zw_c = 0
+
+One integer matmul, one rank-one correction by precomputed row sums, two scales.
+
+Layout contract of `torch._int_mm` (self, mat2), private and strict on CUDA: 2-D int8, M a multiple of 32 (Hopper),
+K and N multiples of 8, self row-major, mat2 column-major. A weight kept as [N, K] contiguous gives mat2 = w.t() with
+strides (1, K), no copy. Operands with stride 0 or fewer than 17 rows have been silently wrong in released versions, so
+A is always copied into fresh padded storage (zero rows and columns are exact) and one self-check against exact
+integers runs before the first use on a device; if it fails, the exact fallback below serves, and says so once.
+
+Exact fallback: an fp32 matmul of integer codes is exact while K · max|a| · max|w| < 2²⁴ (4-bit codes: K < 262144), an
+fp64 one below 2⁵³. On CPUs without int8 dot products it is also many times faster than `_int_mm`, so on the CPU it
+is the default; `backend` names what is used.
+"""
+
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack_int4(codes):
+    """Two codes a byte: (N, K) int8 in [-8, 7] -> (N, ⌈K/2⌉) uint8; the even column is the low nibble."""
+    if codes.dtype != torch.int8 or (codes.numel() and (codes.min() < -8 or codes.max() > 7)):
+        raise ValueError("pack_int4 takes int8 codes in [-8, 7].")
+    codes = F.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8)
+    return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+
+
+def unpack_int4(packed, k: int):
+    """Inverse of `pack_int4`: (N, ⌈K/2⌉) uint8 -> (N, K) int8, by two arithmetic shifts."""
+    p = packed.view(torch.int8)
+    return torch.stack(((p << 4) >> 4, p >> 4), -1).flatten(-2)[..., :k]
+
+
+# ---- integer matmul --------------------------------------------------------------------------------------------------
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
+
+
+def int_mm(a, w):
+    """Σ_k a_mk w_nk in int32 by `torch._int_mm`, padded to its contract: a (M, K), w (N, K) int8 -> (M, N)."""
+    (M, K), N = a.shape, w.shape[0]
+    K8, N8 = _multiple(max(K, 8), 8), _multiple(max(N, 8), 8)
+    rows = torch.zeros(_multiple(max(M, 32), 32), K8, dtype=torch.int8, device=a.device)  # fresh storage, true strides
+    rows[:M, :K] = a
+    if (K8, N8) != (K, N) or not w.is_contiguous():
+        w = F.pad(w, (0, K8 - K, 0, N8 - N)).contiguous()
+    return torch._int_mm(rows, w.t())[:M, :N]
+
+
+def float_mm(a, w, largest: int = 128 * 128):
+    """The same integers through a floating-point matmul wide enough to be exact; `largest` bounds |a_mk · w_nk|."""
+    wide = torch.float32 if a.shape[1] * largest < 2**24 else torch.float64
+    return (a.to(wide) @ w.to(wide).t()).to(torch.int32)
+
+
+def _self_check(device) -> bool:
+    """`int_mm` against exact integers on a small awkward shape, once per device."""
+    g = torch.Generator().manual_seed(0)
+    a, w = (torch.randint(-128, 128, s, generator=g, dtype=torch.int8) for s in ((33, 24), (40, 24)))
+    want = a.long() @ w.long().t()
+    try:
+        return torch.equal(int_mm(a.to(device), w.to(device)).cpu().long(), want)
+    except RuntimeError:
+        return False
+
+
+@cache
+def backend(device_type: str) -> str:
+    """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
+    if device_type == "cpu":
+        return "float"
+    if not _self_check(device_type):
+        warnings.warn(f"torch._int_mm fails its self-check on {device_type}; using the exact float fallback (slower).",
+                      stacklevel=2)
+        return "float"
+    return "int_mm"
+
+
+def int_matmul(a, w, largest: int = 128 * 128, use: str | None = None):
+    """Exact integer accumulators X_c W_cᵀ: a (M, K) int8, w (N, K) int8 -> (M, N) int32."""
+    if (use or backend(a.device.type)) == "int_mm":
+        return int_mm(a, w)
+    return float_mm(a, w, largest)
+
+
+# ---- the quantized linear --------------------------------------------------------------------------------------------
+
+
+def quantize_rows(x, bits: int):
+    """Per-token asymmetric quantization (Eqs. 2-4), centred: x (M, K) -> codes (M, K) int8, scale, zero (M, 1) fp32.
+
+    The same integers as `starquant.quantize` minus 2^(bits-1); one expression per pass over the data.
+    """
+    x = x.float()
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high / levels - low / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    zero = torch.round(-low / scale)
+    codes = torch.round(x / scale).add_(zero).clamp_(0, levels).sub_(half).to(torch.int8)
+    return codes, scale, zero - half
+
+
+def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,
+               use: str | None = None):
+    """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
+
+    weight (N, K) int8 centred codes, weight_scale (N,) fp32, weight_sum (N,) int32 = rowsum(weight), weight_zero (N,)
+    int32 or None for symmetric weights. NaN turns into code 0 silently: calibration checks its activations first.
+    """
+    codes, scale, zero = quantize_rows(x, bits)
+    acc = int_matmul(codes, weight, 2 ** (bits + weight_bits - 2), use)
+    # X_c W_cᵀ − z_c rowsum(W_c): exact in int32
+    acc = acc - zero.to(torch.int32) * weight_sum
+    if weight_zero is not None:
+        # − rowsum(X_c) zw_c + K z_c zw_c = − Σ_k (X_c − z_c) zw_c
+        x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - x.shape[-1] * zero.to(torch.int32)
+        acc = acc - x_sum * weight_zero
+    y = acc.float() * scale * weight_scale
+    return y if bias is None else y + bias

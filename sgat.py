@@ -1,0 +1,160 @@
+"""Appendix B: how SGAT's basis P is initialized, kept orthogonal and trained; closed-form subspace allocation.
+
+Paper-literal: a random Gaussian matrix, orthogonalized (`initial_basis`), trained by AdamW on Eq. 15 with lr 1e-3,
+batch 4, 15 epochs, the model frozen (`fit_sgat`). P stays orthogonal because it is the start matrix times a Cayley
+image. `kind="dense"` is one d x d matrix; `kind="kronecker"` is P1 ⊗ P2 (FlatQuant's sizes), what deploys.
+`allocate_subspaces` starts instead from the directions that the other state does not use.
+"""
+
+import torch
+from einops import einsum, rearrange
+from torch import nn
+
+from starquant import Kronecker, sgat_loss
+
+
+def random_orthogonal(n: int, generator: torch.Generator):
+    """Haar-distributed orthogonal matrix (n, n): QR of a Gaussian with the signs of diag(R) taken out. float64."""
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()
+
+
+def kronecker_sizes(d: int) -> tuple[int, int]:
+    """(n1, n2), n1 n2 = d, n1 ≤ n2, as close to √d as divisors allow: 4096 -> 64, 64; 12288 -> 96, 128."""
+    n1 = next(n for n in range(int(d**0.5), 0, -1) if d % n == 0)
+    return n1, d // n1
+
+
+def initial_basis(d: int, kind: str, generator: torch.Generator):
+    """App. B: a random Gaussian matrix, orthogonalized; each factor on its own in the Kronecker form."""
+    if kind == "dense":
+        return random_orthogonal(d, generator)
+    return Kronecker(*(random_orthogonal(n, generator) for n in kronecker_sizes(d)))
+
+
+def cayley(A):
+    """Orthogonal matrix of the skew-symmetric part of A: Q = (I + S)⁻¹ (I − S), S = (A − Aᵀ)/2; A = 0 gives I."""
+    S = (A - A.mT) / 2
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(eye + S, eye - S)
+
+
+class OrthogonalBasis(nn.Module):
+    """P = P_start · cayley(A), A trained from 0, per factor; fp32 unless the start is wider."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.kronecker = isinstance(start, Kronecker)
+        factors = list(start) if self.kronecker else [start]
+        self.skew = nn.ParameterList(nn.Parameter(torch.zeros_like(f)) for f in factors)
+        for i, f in enumerate(factors):
+            self.register_buffer(f"start_{i}", f)
+
+    def forward(self):
+        factors = [getattr(self, f"start_{i}") @ cayley(A) for i, A in enumerate(self.skew)]
+        return Kronecker(*factors) if self.kronecker else factors[0]
+
+
+# ---- closed-form allocation ------------------------------------------------------------------------------------------
+
+
+def _least(moment, n: int):
+    """Orthonormal eigenvectors of a symmetric matrix: (those of the n smallest eigenvalues, the others)."""
+    _, Q = torch.linalg.eigh(moment)
+    return Q[:, :n], Q[:, n:]
+
+
+def allocate(moment_m, moment_u, d_m: int, d_u: int, generator: torch.Generator):
+    """P = [U_sh, U_m, U_u] in closed form from the states' second moments (d, d).
+
+    U_u: the d_u directions with least masked energy (masked tokens lose little when they are gated off); U_m: within
+    the rest, the d_m directions with least unmasked energy; U_sh: what remains, randomly rotated to spread outliers.
+    """
+    U_u, rest = _least(moment_m, d_u)
+    U_m, shared = _least(rest.mT @ moment_u @ rest, d_m)
+    U_m, U_sh = rest @ U_m, rest @ shared
+    return torch.cat((U_sh @ random_orthogonal(U_sh.shape[1], generator).to(U_sh), U_m, U_u), 1)
+
+
+def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
+    """Closed-form start from calibration inputs x (N, d) and their states (N,); float64.
+
+    Kronecker: rows of the (n1, n2) layout are allocated by P1, whole rows first; where a subspace ends inside a row,
+    P2 is allocated from the energy left in those rows, so that the gated columns of P2 are the least-energy ones.
+    """
+    x = x.double()
+    if kind == "dense":
+        moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
+        return allocate(*moments, d_m, d_u, generator)
+    n1, n2 = kronecker_sizes(x.shape[1])
+    X = rearrange(x, "n (i j) -> n i j", i=n1)
+    Xs = [X[s] for s in (state, ~state)]
+    # E[X Xᵀ]: energy of each direction of P1
+    rows_m, rows_u = (einsum(S, S, "n i k, n j k -> i j") / max(len(S), 1) for S in Xs)
+    if d_m % n2 == 0 and d_u % n2 == 0:
+        P1 = allocate(rows_m, rows_u, d_m // n2, d_u // n2, generator)
+        return Kronecker(P1, random_orthogonal(n2, generator))
+    # the state-specific coordinates share rows: P1's last rows hold little of either state, P2 tells the states apart
+    P1 = allocate(rows_m + rows_u, rows_m + rows_u, 0, -(-(d_m + d_u) // n2), generator)
+    last = P1[:, n1 - -(-(d_m + d_u) // n2) :]
+    inner = [einsum(S, last, "n i j, i r -> n r j") for S in Xs]
+    columns = [einsum(S, S, "n r j, n r k -> j k") / max(len(S), 1) for S in inner]
+    u = d_u % n2
+    return Kronecker(P1, allocate(*columns, min(d_m % n2, n2 - u), u, generator))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,
+             schedule="constant", bias=None, generator=None, progress=lambda loss: None):
+    """App. B: train P on Eq. 15 and return (P with the least held-out loss, record of the losses).
+
+    x (S, L, d) inputs and y (S, L, C) full-precision outputs of S calibration segments, state (S, L), weight (C, d),
+    start: the initial basis. One eighth of the segments is held out, at least one; with a single segment it is
+    judged on itself. Losses are relative: divided by the mean squared norm of y. A loss that is not finite ends the
+    training; the best iterate, at worst the start, is kept in every case.
+    """
+    segments = len(x)
+    held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
+    train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
+    held = held.nonzero()[:, 0]
+    norm = float(y.square().sum(-1).mean()) or 1.0
+    basis = OrthogonalBasis(start)
+    optimizer = torch.optim.AdamW(basis.parameters(), lr=lr)
+    steps = epochs * -(-len(train) // batch)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
+
+    def loss_of(rows, P):
+        return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias) / norm
+
+    @torch.no_grad()
+    def held_out(P):
+        return float(torch.stack([loss_of(rows, P) * len(rows) for rows in held.split(16)]).sum()) / len(held)
+
+    def detached():
+        with torch.no_grad():
+            return basis()
+
+    best = detached()
+    history = [held_out(best)]
+    least, diverged = history[0], False
+    for _ in range(epochs):
+        order = train[torch.randperm(len(train), generator=generator)]
+        for rows in order.split(batch):
+            loss = loss_of(rows, basis())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+        P = detached()
+        history.append(held_out(P))
+        progress(history[-1])
+        if not torch.isfinite(torch.tensor(history[-1])):
+            diverged = True
+            break
+        if history[-1] < least:
+            best, least = P, history[-1]
+    return best, {"start": history[0], "best": least, "last": history[-1], "epochs": len(history) - 1,
+                  "diverged": diverged}

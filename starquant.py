@@ -1,0 +1,436 @@
+"""STaR-Quant (arXiv 2606.04945): Equations 1-18, 27-30 and Appendices A-C, in the paper's order and symbols.
+
+Tensors are row-major: x (..., d), weight W (C, d), state (...) bool with True = masked. One function per equation,
+its formula directly above its lines; `tests/test_equations.py` checks each against an independent float64 computation.
+
+Eq.   | what                                      | function             | test
+1     | Y = X Wᵀ                                  | linear               | TestEq1
+2     | X_int = clamp(⌊X/s⌉ + z, 0, 2ᵇ−1)         | quantize             | TestEq2
+3     | X̂ = s (X_int − z)                         | dequantize           | TestEq3
+4     | s = (max − min)/(2ᵇ−1), z = ⌊−min/s⌉      | quant_params         | TestEq4
+5     | Y ≈ Q_a(X) Q_w(Wᵀ)                        | quantized_linear     | TestEq5
+6     | Y = (XP)(P⁻¹Wᵀ)                           | transformed_linear   | TestEq6
+7     | X^m, X^u by token state, and back         | split_by_state       | TestEq7
+8     | P = [U_sh, U_m, U_u]                      | subspaces            | TestEq8
+9     | G_m, G_u                                  | subspace_gates       | TestEq9
+10    | P_s = P G_s                               | state_basis          | TestEq10
+11    | Φ_s(X) = X P G_s                          | transform            | TestEq11
+12    | W̃ = Q_w(P_e Wᵀ)                           | fold_weight          | TestEq12
+13    | Ŷ^s = Q_a(Φ_s(X^s)) W̃                     | sgat_linear          | TestEq13
+14    | L = E ‖Y − Ŷ‖²                            | reconstruction_loss  | TestEq14
+15    | L = E Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖²       | sgat_loss            | TestEq15
+16    | Z = softmax(Q Kᵀ/√d_h) V                  | attention_value      | TestEq16
+17    | Z_tac = Ẑ Mᵀ + 1 dᵀ per block             | tac_apply            | TestEq17
+18    | M = Σ_fp^½ (Σ_q + λI)^−½, d = μ_fp − M μ_q | tac_fit              | TestEq18
+27    | X Wᵀ = Φ_s(X) P_e Wᵀ if X P G_s^⊥ = 0     | sgat_exact           | TestEq27
+28    | Δ_s = X P G_s^⊥ P_e Wᵀ                    | leakage              | TestEq28
+29    | Eq. 15 with W̃ = Q_w(PᵀWᵀ)                 | sgat_loss            | TestEq29
+30    | μ_b, Σ_b of each block                    | block_statistics     | TestEq30
+
+Glossary: d input width, C output width, d_sh/d_m/d_u subspace sizes, b bits, s scale, z zero point, P basis,
+P_e = P⁻¹ its weight-side partner, G gate, Q_a/Q_w activation/weight quantizer, g TAC block size, B blocks, M/d TAC map.
+⌊·⌉ is rounding to the nearest integer, ties to even.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import nn
+
+import kernels
+
+# ---- Section 3.1: uniform quantization -------------------------------------------------------------------------------
+
+
+def linear(x, weight):
+    """Eq. 1: the full-precision linear layer, (..., d) -> (..., C)."""
+    # Y = X Wᵀ
+    return x @ weight.mT
+
+
+def ste_round(x):
+    """⌊x⌉ with the straight-through gradient d⌊x⌉/dx = 1."""
+    return x + (torch.round(x) - x).detach()
+
+
+def quantize(x, scale, zero_point, bits: int):
+    """Eq. 2: integer-valued codes in 0..2^bits−1, kept in x's floating dtype so that gradients pass the rounding."""
+    # X_int = clamp(⌊X/s⌉ + z, 0, 2ᵇ − 1)
+    return torch.clamp(ste_round(x / scale) + zero_point, 0, 2**bits - 1)
+
+
+def dequantize(codes, scale, zero_point):
+    """Eq. 3."""
+    # X̂ = s (X_int − z)
+    return scale * (codes - zero_point)
+
+
+def quant_params(x, bits: int, symmetric: bool = False):
+    """Eq. 4: scale and zero point of each row, both (..., 1).
+
+    Asymmetric (activations, per token): the range always includes 0, so that z is a code and zeros (gated channels)
+    stay exact; for a row with both signs this is Eq. 4 to the letter. Symmetric (weights, per output channel):
+    s = max|x| / (2^(b−1) − 1) and z = 2^(b−1). Zero rows get the smallest normal scale, hence exact zeros.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    if symmetric:
+        scale = (x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(tiny)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    # s = (X_max − X_min) / (2ᵇ − 1), divided first: the difference of two huge numbers overflows
+    scale = (high / (2**bits - 1) - low / (2**bits - 1)).clamp_min(tiny)
+    # z = ⌊−X_min / s⌉
+    return scale, ste_round(-low / scale)
+
+
+def fake_quantize(x, bits: int, symmetric: bool = False):
+    """Q(x), Eqs. 2-4 per row: quantize and dequantize, in fp32 or wider; differentiable (also through s and z)."""
+    y = x if x.dtype == torch.float64 else x.float()
+    scale, zero_point = quant_params(y, bits, symmetric)
+    return dequantize(quantize(y, scale, zero_point, bits), scale, zero_point).to(x.dtype)
+
+
+def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
+    """Eq. 5: round-to-nearest, per-token activations (asymmetric) and per-channel weights (symmetric)."""
+    # Y ≈ Q_a(X) Q_w(Wᵀ)
+    return linear(fake_quantize(x, abits), fake_quantize(weight, wbits, symmetric=True))
+
+
+# ---- Transformations -------------------------------------------------------------------------------------------------
+
+
+class Kronecker(NamedTuple):
+    """P = P1 ⊗ P2, applied as two small matmuls: d (n1 + n2) multiplications instead of d²."""
+
+    P1: torch.Tensor  # (n1, n1)
+    P2: torch.Tensor  # (n2, n2)
+
+    def dense(self):
+        return torch.kron(self.P1.contiguous(), self.P2.contiguous())
+
+
+def apply_basis(x, P):
+    """X P for one factor (dense (d, d), Kronecker, diagonal (d,), block-diagonal (n, b, b)) or a list of factors."""
+    if isinstance(P, Kronecker):
+        x = rearrange(x, "... (i j) -> ... i j", i=P.P1.shape[0])
+        # x (P1 ⊗ P2) = P1ᵀ · mat(x) · P2
+        return (P.P1.mT @ (x @ P.P2)).flatten(-2)
+    if isinstance(P, list):
+        for factor in P:
+            x = apply_basis(x, factor)
+        return x
+    if P.ndim == 1:
+        return x * P
+    if P.ndim == 3:
+        return einsum(rearrange(x, "... (n b) -> ... n b", n=P.shape[0]), P, "... n b, n b c -> ... n c").flatten(-2)
+    return x @ P
+
+
+def inverse_transpose(P):
+    """P^{-T}: equal to P for an orthogonal factor; computed in float64 for the others."""
+    if isinstance(P, Kronecker):
+        return Kronecker(inverse_transpose(P.P1), inverse_transpose(P.P2))
+    if isinstance(P, list):
+        return [inverse_transpose(factor) for factor in P]
+    return (1 / P) if P.ndim == 1 else torch.linalg.inv(P.double()).mT.to(P.dtype)
+
+
+@torch.no_grad()
+def is_orthogonal(P) -> bool:
+    """PᵀP = I to rounding (1e-5 in fp32, 1e-9 in fp64), for every factor."""
+    if isinstance(P, Kronecker | list):
+        return all(is_orthogonal(p) for p in P)
+    square = P.square() - 1 if P.ndim == 1 else P.mT @ P - torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    return bool(square.abs().max() <= (1e-9 if P.dtype == torch.float64 else 1e-5))
+
+
+def transformed_linear(x, weight, P, abits: int | None = None, wbits: int | None = None):
+    """Eq. 6: the linear computed in the transformed space; exact without bits, quantized with them."""
+    # Y = (XP)(P⁻¹Wᵀ) ≈ Q_a(XP) Q_w(P⁻¹Wᵀ)
+    xp, wp = apply_basis(x, P), fold_weight(weight, P)
+    return linear(fake_quantize(xp, abits) if abits else xp, fake_quantize(wp, wbits, symmetric=True) if wbits else wp)
+
+
+# ---- Section 3.2: State-Guided Activation Transformation --------------------------------------------------------------
+
+
+def split_by_state(x, state):
+    """Eq. 7: (X^m, X^u), the rows of masked and of unmasked tokens, in order."""
+    # I_s = {i | s_i = s},  X^s = X[I_s]
+    return x[state], x[~state]
+
+
+def scatter_by_state(x_m, x_u, state):
+    """Inverse of Eq. 7: rows back at their token positions, state's shape + (d,)."""
+    out = x_m.new_empty(*state.shape, x_m.shape[-1])
+    out[state], out[~state] = x_m, x_u
+    return out
+
+
+def subspaces(P, d_m: int, d_u: int):
+    """Eq. 8: the columns of P = [U_sh, U_m, U_u] as three bases."""
+    # d = d_sh + d_m + d_u
+    d_sh = P.shape[-1] - d_m - d_u
+    return P[..., :d_sh], P[..., d_sh : d_sh + d_m], P[..., d_sh + d_m :]
+
+
+def subspace_gates(d: int, d_m: int, d_u: int, device=None, dtype=torch.float32):
+    """Eqs. 9/21: the diagonals of G_m and G_u, each (d,) of 0 and 1, layout [sh, m, u]."""
+    if d_m < 0 or d_u < 0 or d_m + d_u > d:
+        raise ValueError(f"subspaces of {d_m} + {d_u} dimensions do not fit into {d}.")
+    gate_m, gate_u = torch.ones(2, d, device=device, dtype=dtype)
+    # G_m = diag(1_sh, 1_m, 0_u)
+    gate_m[d - d_u :] = 0
+    # G_u = diag(1_sh, 0_m, 1_u)
+    gate_u[d - d_u - d_m : d - d_u] = 0
+    return gate_m, gate_u
+
+
+def state_gate(state, d: int, d_m: int, d_u: int, dtype=torch.float32):
+    """The gate of every token at once, state.shape + (d,): what the runtime uses in place of split and scatter."""
+    gate_m, gate_u = subspace_gates(d, d_m, d_u, state.device, dtype)
+    return torch.where(state[..., None], gate_m, gate_u)
+
+
+def state_basis(P, gate):
+    """Eq. 10: P_m = [U_sh, U_m, 0] or P_u = [U_sh, 0, U_u], dense."""
+    # P_s = P G_s
+    return P * gate
+
+
+def transform(x, P, gate):
+    """Eqs. 11/22: activation-side transform; the gate is one state's (d,) or one per token (..., d)."""
+    # Φ_s(X) = X P G_s
+    return apply_basis(x, P) * gate
+
+
+def fold_weight(weight, P):
+    """Eqs. 12/23 before Q_w, in our row layout: (P_e Wᵀ)ᵀ = W P_eᵀ, (C, d). P_e = Pᵀ if orthogonal, else P⁻¹."""
+    # P_e Wᵀ = (W P_eᵀ)ᵀ:  W P for orthogonal P, W P^{-T} in general
+    return apply_basis(weight, P if is_orthogonal(P) else inverse_transpose(P))
+
+
+def sgat_linear(x, state, P, weight, d_m: int, d_u: int, abits: int | None = 4, wbits: int | None = 4, bias=None):
+    """Eq. 13, fake-quantized: split by state, transform, quantize, one shared weight, scatter back.
+
+    x (..., d), state (...), weight (C, d) -> (..., C). `None` bits leave that side in full precision.
+    """
+    folded = fold_weight(weight, P)
+    # W̃ = Q_w(P_e Wᵀ)
+    folded = fake_quantize(folded, wbits, symmetric=True) if wbits else folded
+    gates = subspace_gates(x.shape[-1], d_m, d_u, x.device, x.dtype)
+    outputs = []
+    for x_s, gate in zip(split_by_state(x, state), gates, strict=True):
+        phi = transform(x_s, P, gate)
+        # Ŷ^s = Q_a(Φ_s(X^s)) W̃
+        outputs.append(linear(fake_quantize(phi, abits) if abits else phi, folded))
+    y = scatter_by_state(*outputs, state)
+    return y if bias is None else y + bias
+
+
+def reconstruction_loss(y, y_hat):
+    """Eq. 14: mean over tokens of the squared error (an expectation over the denoising steps that y samples)."""
+    # L = E_t ‖Y − Ŷ‖_F²
+    return (y - y_hat).square().sum(-1).mean()
+
+
+def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None):
+    """Eqs. 15/29: the same error, state by state; equal to Eq. 14 of the scattered output, so one gate per token does.
+
+    x (..., d) input, y (..., C) full-precision output. Everything is differentiable in P.
+    """
+    folded = fake_quantize(fold_weight(weight, P), wbits, symmetric=True)
+    phi = transform(x, P, state_gate(state, x.shape[-1], d_m, d_u, x.dtype))
+    y_hat = linear(fake_quantize(phi, abits), folded)
+    # L = E_t Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖_F²
+    return reconstruction_loss(y, y_hat if bias is None else y_hat + bias)
+
+
+# ---- Section 3.3: Temporal Attention Compensation ----------------------------------------------------------------------
+
+
+def attention_value(q, k, v):
+    """Eq. 16: q, k, v (..., L, d_h) -> Z (..., L, d_h); the readable reference of the fused attention in model.py."""
+    # Z = softmax(Q Kᵀ / √d_h) V
+    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+
+
+def tac_apply(z, M, bias):
+    """Eq. 17: z (..., C) -> (..., C) with M (B, g, g), bias (B, g), C = B g."""
+    blocks = rearrange(z, "... (b g) -> ... b g", g=M.shape[-1])
+    # Z_tac,b = Ẑ_b M_bᵀ + 1 d_bᵀ
+    return (einsum(blocks, M, "... b g, b h g -> ... b h") + bias).flatten(-2)
+
+
+def tac_fit(z_fp, z_q, block_size: int = 16, damping: float = 3e-4, smoothing: float = 0.15, shrinkage: float = 0.55):
+    """Eq. 18 with Appendix C: paired representations (N, C) -> M (B, g, g), bias (B, g), in float64.
+
+    damping ρ, singular-value smoothing η, identity shrinkage α; with all three 0 this is Eq. 18 itself.
+    """
+    g = tac_block_size(z_fp.shape[-1], block_size)
+    mu_fp, cov_fp = block_statistics(z_fp, g)
+    mu_q, cov_q = block_statistics(z_q, g)
+    # M_b = (Σ_fp)^½ (Σ_q + λI)^−½
+    M = matrix_power(cov_fp, 0.5) @ matrix_power(damp(cov_q, damping), -0.5)
+    M = shrink_to_identity(smooth_singular_values(M, smoothing), shrinkage)
+    # d_b = μ_fp − M_b μ_q
+    return M, mu_fp - einsum(M, mu_q, "b h g, b g -> b h")
+
+
+# ---- Appendix A: computation consistency of SGAT -----------------------------------------------------------------------
+
+
+def sgat_exact(x, P, gate, weight):
+    """Right side of Eq. 27, Φ_s(X) P_e Wᵀ: equals X Wᵀ whenever X P G_s^⊥ = 0 (Eq. 25), for any invertible P."""
+    # X^s Wᵀ = X^s P G_s P_e Wᵀ
+    return linear(transform(x, P, gate), fold_weight(weight, P))
+
+
+def leakage(x, P, gate, weight):
+    """Eq. 28: Δ_s = X Wᵀ − Φ_s(X) P_e Wᵀ, what gating takes away from the output, (L, C), for arbitrary X."""
+    # G_s^⊥ = I − G_s (Eq. 24);  Δ_s = X P G_s^⊥ P_e Wᵀ
+    return linear(transform(x, P, 1 - gate), fold_weight(weight, P))
+
+
+# ---- Appendix C: TAC in detail -----------------------------------------------------------------------------------------
+
+
+def tac_block_size(C: int, largest: int = 16) -> int:
+    """Largest block size not above `largest` that divides C."""
+    return next(g for g in range(min(largest, C), 0, -1) if C % g == 0)
+
+
+def block_statistics(z, g: int):
+    """Eq. 30: population mean (B, g) and covariance (B, g, g) of each block of z (N, C), in float64."""
+    blocks = rearrange(z.double(), "n (b g) -> b n g", g=g)
+    # μ_b = 1/N Σ_i z_i
+    mu = blocks.mean(1)
+    # Σ_b = 1/N Σ_i z_i z_iᵀ − μ μᵀ = 1/N Σ_i (z_i − μ)(z_i − μ)ᵀ, the form that does not cancel
+    centred = blocks - mu[:, None]
+    return mu, centred.mT @ centred / blocks.shape[1]
+
+
+def damp(cov, rho: float, eps: float = 1e-8):
+    """Σ̃_b = Σ_b + λ_b I."""
+    g = cov.shape[-1]
+    # λ_b = ρ · max(Tr(Σ_b) / g, ε)
+    lam = rho * (cov.diagonal(dim1=-2, dim2=-1).sum(-1) / g).clamp_min(eps)
+    return cov + lam[..., None, None] * torch.eye(g, dtype=cov.dtype, device=cov.device)
+
+
+def matrix_power(A, p: float):
+    """A^p of symmetric positive semi-definite matrices (..., g, g), eigenvalues clamped at 1e-12."""
+    # A = Q diag(λ) Qᵀ,  A^p = Q diag(max(λ, 1e-12)^p) Qᵀ
+    eigenvalues, Q = torch.linalg.eigh(A)
+    return (Q * eigenvalues.clamp_min(1e-12).pow(p)[..., None, :]) @ Q.mT
+
+
+def smooth_singular_values(M, eta: float):
+    """Pull every singular value towards the block's mean: η = 0 leaves M, η = 1 makes them equal."""
+    # M_b = U diag(σ) Vᵀ
+    U, sigma, Vh = torch.linalg.svd(M)
+    # σ' = (1 − η) σ + η σ̄
+    sigma = (1 - eta) * sigma + eta * sigma.mean(-1, keepdim=True)
+    return (U * sigma[..., None, :]) @ Vh
+
+
+def shrink_to_identity(M, alpha: float):
+    """M_final = (1 − α) M_sv + α I: α = 1 leaves only the mean correction."""
+    return (1 - alpha) * M + alpha * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+
+
+# ---- What runs: the folded, integer linear and the compensation as modules ---------------------------------------------
+
+
+class QuantLinear(nn.Module):
+    """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
+
+    Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
+    d_m = d_u = 0 means no gates. Weight codes of at most 4 bits are stored two a byte, wider ones as int8.
+    """
+
+    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None):
+        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,) or None, zero (C,) int32 centred or None (symmetric)."""
+        super().__init__()
+        self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
+        self.register_buffer("weight_packed", kernels.pack_int4(codes) if wbits <= 4 else codes)
+        self.register_buffer("weight_scale", scale.float())
+        self.register_buffer("weight_zero", zero)
+        self.register_buffer("bias", bias)
+        self.register_buffer("weight_sum", codes.sum(-1, dtype=torch.int32), persistent=False)
+        self.kinds = []  # "kronecker" or "matrix", one per factor
+        for i, factor in enumerate(P):
+            parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}
+            self.kinds.append("kronecker" if isinstance(factor, Kronecker) else "matrix")
+            for name, tensor in parts.items():
+                self.register_buffer(f"transform_{i}{name}", tensor.detach().float().contiguous())
+
+    @classmethod
+    def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None):
+        """Fold P into weight (C, d) and round to nearest (Eqs. 4 and 12), symmetric per output channel."""
+        folded = fold_weight(weight.float(), list(P)) if P else weight.float()
+        scale, zero_point = quant_params(folded, wbits, symmetric=True)
+        codes = (quantize(folded, scale, zero_point, wbits) - zero_point).to(torch.int8)
+        return cls(codes, scale[:, 0], P, d_m, d_u, abits, wbits, bias)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
+        """Rebuild from a state dict (no second copy of the packed weight)."""
+        P = []
+        for i in range(len(tensors)):
+            if f"transform_{i}P1" in tensors:
+                P.append(Kronecker(tensors[f"transform_{i}P1"], tensors[f"transform_{i}P2"]))
+            elif f"transform_{i}" in tensors:
+                P.append(tensors[f"transform_{i}"])
+        packed = tensors["weight_packed"]
+        codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
+        layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
+                    tensors.get("weight_zero"))
+        layer.weight_packed = packed
+        return layer
+
+    @property
+    def P(self) -> list:
+        return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))
+                if kind == "kronecker" else getattr(self, f"transform_{i}") for i, kind in enumerate(self.kinds)]
+
+    def codes(self):
+        """Weight codes (C, d) int8."""
+        return kernels.unpack_int4(self.weight_packed, self.in_features) if self.wbits <= 4 else self.weight_packed
+
+    def weight(self):
+        """W̃ dequantized, (C, d) fp32."""
+        zero = 0 if self.weight_zero is None else self.weight_zero[:, None]
+        return self.weight_scale[:, None] * (self.codes() - zero).float()
+
+    def transformed(self, x, state):
+        """Φ_s(x) of Eq. 11 for every token, fp32."""
+        x = apply_basis(x.float(), self.P)
+        if self.d_m or self.d_u:
+            x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
+        return x
+
+    def forward(self, x, state=None):
+        """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators."""
+        rows = self.transformed(x, state).reshape(-1, self.in_features)
+        y = kernels.int_linear(rows, self.codes(), self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                               self.bias, self.weight_zero)
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    def reference(self, x, state=None):
+        """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
+        y = linear(fake_quantize(self.transformed(x, state), self.abits), self.weight())
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class TAC(nn.Module):
+    """Eq. 17 as a layer between softmax·V and the attention output projection."""
+
+    def __init__(self, M, bias):
+        super().__init__()
+        self.register_buffer("M", M.float())
+        self.register_buffer("bias", bias.float())
+
+    def forward(self, z):
+        return tac_apply(z.float(), self.M, self.bias).to(z.dtype)
