@@ -101,7 +101,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in sorted(set(self.files.values())) if self.files else [SINGLE]:
             handle = self._handle(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
                 if self.files is not None and self.files.get(name) != file:
                     raise CheckpointError(f"{self.folder / file} holds {name!r}, which {INDEX} does not place there.")
                 view = handle.get_slice(name)

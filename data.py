@@ -30,7 +30,7 @@ def split_of(key: str) -> str:
     return {0: "eval", 1: "calib"}.get(bucket, "train")
 
 
-# ---- english ---------------------------------------------------------------------------------------------------------
+# ---- english -------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -57,7 +57,7 @@ def english_tokens(tokenizer, split: str) -> torch.Tensor:
     return _english_tokens(tokenizer.to_str(), split)
 
 
-# ---- problems --------------------------------------------------------------------------------------------------------
+# ---- problems ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def _final_number(text: str) -> str | None:
     return words[0] if words else None
 
 
-NAMES = "Ann Ben Carl Dora Emma Fred Gina Hugo Ivy Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Will".split()
-ITEMS = "apples books coins cards eggs pens shells stamps stones nuts".split()
+NAMES = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
+         "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")
+ITEMS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps", "stones", "nuts")
 GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
 LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
 
@@ -176,7 +177,7 @@ def cloze_problems(tokenizer, split: str, n: int, seed: int, context=40, length=
     return out
 
 
-# ---- token sequences -------------------------------------------------------------------------------------------------
+# ---- token sequences -----------------------------------------------------------------------------------------------
 
 
 def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_length=GEN_LENGTH):

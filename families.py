@@ -53,7 +53,7 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
                 raise ConfigError(f"config.json: {name} is {value!r}; it must be a positive number.")
         if self.n_heads % self.n_kv_heads:
-            raise ConfigError(f"config.json: {self.n_heads} heads do not divide into {self.n_kv_heads} key-value heads.")
+            raise ConfigError(f"config.json: {self.n_heads} heads do not share {self.n_kv_heads} key-value heads.")
         if self.head_dim % 2:
             raise ConfigError(f"config.json: head dimension {self.head_dim} is odd, so RoPE cannot rotate its halves.")
         for name in ("mask_id", "eos_id"):
@@ -156,7 +156,8 @@ def read_config(raw: dict) -> ModelConfig:
     """A `config.json` as a ModelConfig; raises ConfigError with one sentence for anything that is not implemented."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in READERS:
-        raise ConfigError(f"config.json: model_type {kind!r} is not supported, only {' and '.join(map(repr, READERS))}.")
+        known = " and ".join(map(repr, READERS))
+        raise ConfigError(f"config.json: model_type {kind!r} is not supported, only {known}.")
     return READERS[kind](raw)
 
 

@@ -14,7 +14,7 @@ import operator
 MAX_SOURCE, MAX_STEPS, MAX_INT, MAX_LEN = 2000, 20_000, 10**12, 2000
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 (a verdict, not an error of ours)
     """The program is outside the whitelist, over budget, or fails when run."""
 
 

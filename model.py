@@ -148,7 +148,7 @@ class DiffusionLM(nn.Module):
             logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
         return logits
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, folder, dtype=None) -> None:
         """Write a 16-bit model in its family's own layout: config.json, model.safetensors, tokenizer.json."""

@@ -82,7 +82,7 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
             confidence = confidence.masked_fill(~masked, -torch.inf)
             confidence[:, end:] = -torch.inf
             # the `count` most confident positions of each row
-            rank = confidence.argsort(-1, descending=True, stable=True).argsort(-1)
+            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             committed = (rank < count[:, None]) & masked
             ids = torch.where(committed, x0, ids)
             yield Step(index, ids, committed)
@@ -97,7 +97,7 @@ def generate(model, prompt_ids, steps: int, gen_length: int, block_length: int |
     attention_mask (B, P): 0 marks left padding. temperature 0 is greedy; cfg_scale > 0 guides away from the empty
     prompt (twice the cost). Raises ValueError if blocks do not divide gen_length or steps.
     """
-    for step in denoise(model, prompt_ids, steps, gen_length, block_length, temperature, cfg_scale, attention_mask,
+    for _step in denoise(model, prompt_ids, steps, gen_length, block_length, temperature, cfg_scale, attention_mask,
                         algorithm, suppress_eos, generator):
         pass
-    return step.ids
+    return _step.ids

@@ -55,7 +55,7 @@ class OrthogonalBasis(nn.Module):
         return Kronecker(*factors) if self.kronecker else factors[0]
 
 
-# ---- closed-form allocation ------------------------------------------------------------------------------------------
+# ---- closed-form allocation ----------------------------------------------------------------------------------------
 
 
 def _least(moment, n: int):
@@ -103,7 +103,7 @@ def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch
     return Kronecker(P1, allocate(*columns, min(d_m % n2, n2 - u), u, generator))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,

@@ -40,7 +40,7 @@ from torch import nn
 
 import kernels
 
-# ---- Section 3.1: uniform quantization -------------------------------------------------------------------------------
+# ---- Section 3.1: uniform quantization -----------------------------------------------------------------------------
 
 
 def linear(x, weight):
@@ -97,7 +97,7 @@ def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
     return linear(fake_quantize(x, abits), fake_quantize(weight, wbits, symmetric=True))
 
 
-# ---- Transformations -------------------------------------------------------------------------------------------------
+# ---- Transformations -----------------------------------------------------------------------------------------------
 
 
 class Kronecker(NamedTuple):
@@ -152,7 +152,7 @@ def transformed_linear(x, weight, P, abits: int | None = None, wbits: int | None
     return linear(fake_quantize(xp, abits) if abits else xp, fake_quantize(wp, wbits, symmetric=True) if wbits else wp)
 
 
-# ---- Section 3.2: State-Guided Activation Transformation --------------------------------------------------------------
+# ---- Section 3.2: State-Guided Activation Transformation -----------------------------------------------------------
 
 
 def split_by_state(x, state):
@@ -247,7 +247,7 @@ def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits:
     return reconstruction_loss(y, y_hat if bias is None else y_hat + bias)
 
 
-# ---- Section 3.3: Temporal Attention Compensation ----------------------------------------------------------------------
+# ---- Section 3.3: Temporal Attention Compensation ------------------------------------------------------------------
 
 
 def attention_value(q, k, v):
@@ -278,7 +278,7 @@ def tac_fit(z_fp, z_q, block_size: int = 16, damping: float = 3e-4, smoothing: f
     return M, mu_fp - einsum(M, mu_q, "b h g, b g -> b h")
 
 
-# ---- Appendix A: computation consistency of SGAT -----------------------------------------------------------------------
+# ---- Appendix A: computation consistency of SGAT -------------------------------------------------------------------
 
 
 def sgat_exact(x, P, gate, weight):
@@ -293,7 +293,7 @@ def leakage(x, P, gate, weight):
     return linear(transform(x, P, 1 - gate), fold_weight(weight, P))
 
 
-# ---- Appendix C: TAC in detail -----------------------------------------------------------------------------------------
+# ---- Appendix C: TAC in detail -------------------------------------------------------------------------------------
 
 
 def tac_block_size(C: int, largest: int = 16) -> int:
@@ -340,7 +340,7 @@ def shrink_to_identity(M, alpha: float):
     return (1 - alpha) * M + alpha * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
 
 
-# ---- What runs: the folded, integer linear and the compensation as modules ---------------------------------------------
+# ---- What runs: the folded, integer linear and the compensation as modules -----------------------------------------
 
 
 class QuantLinear(nn.Module):
@@ -351,7 +351,7 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None):
-        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,) or None, zero (C,) int32 centred or None (symmetric)."""
+        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric)."""
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
         self.register_buffer("weight_packed", kernels.pack_int4(codes) if wbits <= 4 else codes)
