@@ -216,3 +216,23 @@ def mask_tokens(ids, region, t, mask_id: int, generator: torch.Generator) -> tor
     """Forward process of masked diffusion: each token of `region` is replaced by [MASK] with probability t[row]."""
     hit = (torch.rand(ids.shape, generator=generator) < t[:, None]) & region
     return torch.where(hit, mask_id, ids)
+
+
+def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "calib"):
+    """n clean segments of one length from the three domains in turn: ids (n, length) and the maskable region.
+
+    A problem that is longer than `length` is cut, a shorter one is continued with end-of-text.
+    """
+    parts, eos = [], tokenizer.token_to_id("<|endoftext|>")
+    for i, domain in enumerate(("english", "math", "code")):
+        count = len(range(i, n, 3))
+        if domain == "english":
+            parts.append(english_segments(tokenizer, split, count, length, seed))
+            continue
+        ids, region = problem_tokens(tokenizer, domain, split, count, seed)
+        more = max(0, length - ids.shape[1])
+        ids = torch.cat((ids, torch.full((count, more), eos)), 1)[:, :length]
+        region = torch.cat((region, torch.ones(count, more, dtype=torch.bool)), 1)[:, :length]
+        parts.append((ids, region))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return tuple(torch.cat([p[j] for p in parts])[order] for j in (0, 1))

@@ -340,6 +340,19 @@ def shrink_to_identity(M, alpha: float):
     return (1 - alpha) * M + alpha * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
 
 
+def tac_ridge(z_fp, z_q, block_size: int = 16, damping: float = 3e-4):
+    """Not in the paper: the paired least-squares map. Eq. 18 matches marginals and ignores which rows belong together;
+    M_b = C_fp,q (Σ_q + λI)⁻¹ minimizes E ‖z_fp − M z_q − d‖² per block."""
+    g = tac_block_size(z_fp.shape[-1], block_size)
+    mu_fp, _ = block_statistics(z_fp, g)
+    mu_q, cov_q = block_statistics(z_q, g)
+    centred_fp, centred_q = (rearrange(z.double(), "n (b g) -> b n g", g=g) - mu[:, None]
+                             for z, mu in ((z_fp, mu_fp), (z_q, mu_q)))
+    cross = centred_fp.mT @ centred_q / len(z_fp)
+    M = torch.linalg.solve(damp(cov_q, damping), cross.mT).mT
+    return M, mu_fp - einsum(M, mu_q, "b h g, b g -> b h")
+
+
 # ---- What runs: the folded, integer linear and the compensation as modules -----------------------------------------
 
 

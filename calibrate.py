@@ -1,0 +1,498 @@
+"""Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out FOLDER]
+
+The algorithm, one block at a time (Sections 3.2-3.3, Appendices B and C):
+
+    embed masked copies of the calibration segments
+    for each block:   read it                                                      disk -> one block in memory
+                      collect its inputs: 16-bit stream X_fp, quantized-prefix stream X_q
+                      for each input group (qkv, out, gate_up, down):
+                          fit SGAT on (X_q, Y = X_fp Wᵀ), fold P into the weight, quantize
+                          after qkv: estimate TAC from softmax·V of both streams
+                      write it, move both streams through it, free it
+
+so a model never has to fit in memory. The default run quantizes the embedded model, judges it against 16 bit and RTN,
+and ends with one line of JSON on standard output; progress goes to standard error.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import baselines
+import data
+import metrics
+from checkpoint import (
+    INDEX,
+    TOKENIZER_FILES,
+    Checkpoint,
+    CheckpointError,
+    resolve,
+    sha256,
+    write_file,
+    write_json,
+    write_tensors,
+)
+from families import NAMES, ConfigError
+from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device
+from sgat import allocate_subspaces, fit_sgat, initial_basis
+from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that determines a quantized checkpoint besides the model and the calibration tokens."""
+
+    method: str = "starquant"  # one of METHODS
+    wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
+    abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, or "dense" (App. B to the letter)
+    allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
+    state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
+    lr: float = 1e-3  # AdamW (App. B)
+    epochs: int = 15  # (App. B); 0 keeps the start
+    batch: int = 4  # segments per step (App. B)
+    schedule: str = "constant"  # learning rate: "constant" or "cosine"
+    tac: str = "statistics"  # Eq. 18, or "ridge" (paired least squares), or "none"
+    tac_block: int = 16  # g (App. C, Table 3)
+    damping: float = 3e-4  # ρ (App. C)
+    smoothing: float = 0.15  # η, of singular values (App. C)
+    shrinkage: float = 0.55  # α, towards the identity (App. C)
+    tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
+    inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
+    seed: int = 0
+
+    CHOICES = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+               "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
+               "inputs": ("quantized", "fp")}
+    RANGES = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10), "epochs": (0, 10**4),
+              "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10), "smoothing": (0, 1),
+              "shrinkage": (0, 1), "tac_samples": (1, 10**6), "seed": (0, 2**31)}
+
+    def __post_init__(self):
+        for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(values)}.")
+        for name, (low, high) in self.RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
+
+
+# ---- one linear ------------------------------------------------------------------------------------------------------
+
+
+def fit_starquant(weight, bias, x, y, state, config: QuantConfig, generator, progress):
+    """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    d = weight.shape[1]
+    d_s = d // config.state_fraction if config.state_fraction else 0
+    if config.allocation == "random":
+        start = initial_basis(d, config.transform, generator)
+    else:
+        start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
+    start = _cast(start, x)
+    P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
+                         config.batch, config.schedule, bias, generator, progress)
+    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias), record
+
+
+def _cast(P, like):
+    return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)
+
+
+METHODS = {**baselines.METHODS, "starquant": fit_starquant}
+
+
+# ---- one block -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run_block(block, x, state, table, rows: int = 64, watch: tuple[str, ...] = ()):
+    """Output of a block and the inputs of its submodules named in `watch`, in chunks of `rows` segments."""
+    seen = {name: [] for name in watch}
+    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+             for name in watch]
+    try:
+        out = torch.cat([block(x[r], state[r], table) for r in metrics.batches(len(x), rows)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out, {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+class Unquantized(nn.Module):
+    """A fitted linear with its quantizers off and its transform on (App. C's full-precision pass)."""
+
+    def __init__(self, fitted: QuantLinear, weight, bias):
+        super().__init__()
+        self.fitted, self.bias = fitted, bias
+        self.folded = fold_weight(weight.float(), fitted.P)
+
+    def forward(self, x, state):
+        y = linear(self.fitted.transformed(x, state), self.folded)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def with_linears(block, **linears):
+    """The block with some submodules replaced; everything else is shared, nothing is copied."""
+    out = copy.copy(block)
+    out._modules = {**block._modules, **linears}
+    return out
+
+
+def estimate_tac(block, fitted, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
+    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ through the quantizer."""
+    n = min(config.tac_samples, len(x_fp))
+    exact = with_linears(block, qkv=Unquantized(fitted, block.qkv.weight, block.qkv.bias))
+    _, z_fp = run_block(exact, x_fp[:n], state[:n], table, watch=("tac",))
+    _, z_q = run_block(with_linears(block, qkv=fitted), x_q[:n], state[:n], table, watch=("tac",))
+    z_fp, z_q = z_fp["tac"].flatten(0, 1), z_q["tac"].flatten(0, 1)
+    if config.tac == "ridge":
+        return TAC(*tac_ridge(z_fp, z_q, config.tac_block, config.damping))
+    return TAC(*tac_fit(z_fp, z_q, config.tac_block, config.damping, config.smoothing, config.shrinkage))
+
+
+def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None):
+    """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams."""
+    start = time.time()
+    _, targets = run_block(block, x_fp, state, table, watch=FUSED)
+    quantized, record = block, {"block": index, "linears": {}}
+    for group, name in enumerate(FUSED):
+        original = getattr(block, name)
+        _, inputs = run_block(quantized, x_q, state, table, watch=(name,))
+        x, weight = inputs[name].float(), original.weight.float()
+        check_finite(x, f"block {index}: the input of {name}")
+        y = linear(targets[name].float(), weight)
+        y = y if original.bias is None else y + original.bias.float()
+        generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
+        fitted, losses = METHODS[config.method](weight, original.bias, x, y, state, config, generator, progress)
+        quantized = with_linears(quantized, **{name: fitted})
+        error = (fitted(x[:16], state[:16]) - y[:16]).square().sum() / y[:16].square().sum().clamp_min(1e-30)
+        record["linears"][name] = {"error": float(error), **losses}
+        if name == "qkv" and config.method == "starquant" and config.tac != "none":
+            quantized = with_linears(quantized, tac=estimate_tac(block, fitted, x_fp, x_q, state, table, config))
+    record["seconds"] = round(time.time() - start, 2)
+    return quantized, record
+
+
+def check_finite(x, what: str) -> None:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise CheckpointError(f"{what} holds {bad} NaN or Inf of {x.numel()} values.")
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None):
+    """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
+
+    noisy (S, L) are the calibration segments with [MASK] in place; blocks is any iterable of 16-bit blocks in order.
+    """
+    x_fp, state, table, _ = outer.prepare(noisy)
+    x_fp = x_fp.detach()
+    x_q = x_fp
+    for i, block in enumerate(blocks):
+        old = finished(i)
+        if old is None:
+            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i, progress or (lambda _: None))
+        else:
+            quantized, record = old
+        yield i, quantized, record
+        x_q, _ = run_block(quantized, x_q, state, table)
+        x_fp, _ = run_block(block, x_fp, state, table)
+        if config.inputs == "fp":
+            x_q = x_fp
+
+
+def masked_copies(tokens, region, mask_id: int, seed: int):
+    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1]."""
+    g = torch.Generator().manual_seed(seed)
+    region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
+    return data.mask_tokens(tokens, region, data.stratified_ratios(len(tokens), g), mask_id, g)
+
+
+def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
+    """The quantized counterpart of a 16-bit model in memory: the same result as the command.
+
+    tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
+    """
+    noisy = masked_copies(tokens, region, model.mask_id, config.seed).to(model.device)
+    quantized = copy.copy(model)
+    quantized._modules = dict(model._modules)
+    quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, model.blocks, noisy, config))
+    return quantized.eval()
+
+
+# ---- the output folder -----------------------------------------------------------------------------------------------
+
+
+class Output:
+    """A quantized checkpoint written block by block; what is there after an interruption is where --resume goes on.
+
+    One shard per block and one for what stays in 16 bit, each written atomically and marked with the run's hash;
+    index, config and `"complete": true` come last.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
+        self.folder, self.source, self.run = folder, source, run
+        self.records: dict[int, dict] = {}
+        self.shards = source.config.n_layers + 1
+        old = self._existing(resume, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not old:
+            self._write_state(complete=False)
+
+    def _existing(self, resume: bool, overwrite: bool) -> bool:
+        state = self.folder / "starquant.json"
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return False
+        if overwrite and state.exists():
+            shutil.rmtree(self.folder)
+            return False
+        if not state.exists():
+            raise CheckpointError(f"{self.folder} exists and is not a folder of this program; choose another --out.")
+        if not resume:
+            raise CheckpointError(f"{self.folder} exists; add --resume to continue it or --overwrite to replace it.")
+        before = json.loads(state.read_text())
+        if before.get("complete"):
+            raise CheckpointError(f"{self.folder} is complete; there is nothing to resume.")
+        for key, value in self.run.items():
+            if before["run"].get(key) != value:
+                raise CheckpointError(f"cannot resume {self.folder}: {_difference(key, before['run'].get(key), value)}.")
+        return True
+
+    def shard(self, i: int) -> str:
+        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write_block(self, i: int, block, record: dict) -> None:
+        names = NAMES[self.source.config.family]
+        prefix = names.block.format(i)
+        kept = [f"{prefix}.{n}.weight" for n in (names.attn_norm, names.ffn_norm)]
+        tensors = {n: self.source.get(n) for n in kept}
+        for part in (*FUSED, "tac"):
+            tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
+        metadata = {"run": self.run["hash"], "record": json.dumps(record), "gates": json.dumps(_gates(block))}
+        write_tensors(self.folder / self.shard(i), tensors, metadata)
+        self.records[i] = record
+
+    def finished(self, i: int):
+        """(block, record) of an earlier run, or None."""
+        file = self.folder / self.shard(i)
+        if not file.exists():
+            return None
+        view = copy.copy(self.source)
+        view.folder, view._open, view.files = self.folder, {}, None
+        handle = view._handle(file.name)
+        metadata = handle.metadata() or {}
+        if metadata.get("run") != self.run["hash"]:
+            raise CheckpointError(f"{file} belongs to another run; use --overwrite to start again.")
+        view.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+        view.files = dict.fromkeys(view.shapes, file.name)
+        view.quantization = self._quantization(json.loads(metadata["gates"]))
+        self.records[i] = json.loads(metadata["record"])
+        return load_block(view, i), self.records[i]
+
+    def _quantization(self, gates: dict) -> dict:
+        config, names = self.run["config"], NAMES[self.source.config.family]
+        return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8",
+                "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
+                "linears": gates, "ignore": [names.embed, names.head]}
+
+    def finish(self, block) -> None:
+        """What stays in 16 bit, the index, the config, the tokenizer files and the model card."""
+        names, c = NAMES[self.source.config.family], self.source.config
+        outer = [f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))]
+        write_tensors(self.folder / self.shard(c.n_layers), {n: self.source.get(n) for n in outer})
+        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
+        for i in range(c.n_layers):
+            handle = safe_keys(self.folder / self.shard(i))
+            weight_map |= dict.fromkeys(handle, self.shard(i))
+        size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for name in TOKENIZER_FILES:
+            if (self.source.folder / name).exists():
+                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
+        write_json(self.folder / "config.json", {**c.raw, "quantization_config": self._quantization(_gates(block))})
+        write_file(self.folder / "README.md", lambda p: p.write_text(model_card(self.run, size)))
+        self._write_state(complete=True)
+
+    def _write_state(self, complete: bool) -> None:
+        write_json(self.folder / "starquant.json", {"complete": complete, "run": self.run,
+                                                    "blocks": [self.records[i] for i in sorted(self.records)]})
+
+
+def safe_keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        return list(handle.keys())
+
+
+def _gates(block) -> dict:
+    return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
+
+
+def _difference(key: str, old, new) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        return f"{key} {changed[0]} was {old.get(changed[0])!r} and is {new.get(changed[0])!r} now"
+    return f"{key} was {old!r} and is {new!r} now"
+
+
+def model_card(run: dict, size: int) -> str:
+    c = run["config"]
+    return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
+            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model import "
+            f"load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; embedding, "
+            f"head and norms are as in the source. Arguments, versions and losses: `starquant.json`.\n")
+
+
+def run_key(name: str, source: Checkpoint, tokens, config: QuantConfig) -> dict:
+    """What must be equal for a run to be continued: versions, arguments, model file and calibration data."""
+    import hashlib
+
+    files = {f: sha256(source.folder / f) for f in sorted({*source.files.values(), "config.json"})}
+    run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "model": name,
+           "files": files, "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "config": asdict(config)}
+    return {**run, "hash": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def judge(models: dict[str, DiffusionLM], problems: int, seed: int) -> list[dict]:
+    """NELBO, accuracies and size of each model on the held-out split, with 95 % intervals."""
+    tokenizer = next(iter(models.values())).tokenizer
+    sets = metrics.nelbo_set(tokenizer, problems, seed)
+    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
+    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
+    rows = []
+    for name, model in tqdm(models.items(), desc="evaluate", unit="model", file=sys.stderr, leave=False):
+        bound = torch.cat([metrics.nelbo(model, ids, region, 1, seed) for ids, region in sets])
+        rows.append({"model": name, "nelbo": metrics.bootstrap(bound),
+                     **{t: metrics.bootstrap(metrics.solve(model, p)) for t, p in tasks.items()},
+                     "cloze": metrics.bootstrap(metrics.cloze(model, passages, 4, seed)),
+                     "bytes": stored_bytes(model)})
+    return rows
+
+
+def stored_bytes(model: DiffusionLM) -> int:
+    """Bytes of the checkpoint's tensors: 2 per 16-bit value, quantized layers as they are stored."""
+    sizes = [2 * p.numel() for p in {id(p): p for p in model.parameters()}.values()]
+    return sum(sizes) + sum(v.numel() * v.element_size() for m in model.modules() if isinstance(m, QuantLinear | TAC)
+                            for v in m.state_dict().values())
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | NELBO, nats/token | math % | code % | cloze % | MB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
+        mean, low, high = r["nelbo"]
+        lines.append(f"| {r['model']} | {mean:.4f} ± {(high - low) / 2:.4f} | {' | '.join(accuracy)} "
+                     f"| {r['bytes'] / 1e6:.2f} |")
+    return "\n".join(lines)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
+    parser.add_argument("--method", default="starquant", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
+    parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
+    parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--problems", type=int, default=48, help="problems per task in the closing table (0: no table)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
+                                                                           fields(QuantConfig)[3:-1]))
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-{args.method}-w{args.wbits}a{args.abits}"
+    return args
+
+
+def config_from(args) -> QuantConfig:
+    values = {"method": args.method, "wbits": args.wbits, "abits": args.abits, "seed": args.seed}
+    kinds = {f.name: type(f.default) for f in fields(QuantConfig)}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals or name not in kinds:
+            raise ConfigError(f"--set {item!r}: expected FIELD=VALUE with a field of {', '.join(kinds)}.")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            raise ConfigError(f"--set {item!r}: {value!r} is not a {kinds[name].__name__}.") from None
+    return QuantConfig(**values)
+
+
+def run(args) -> dict:
+    config = config_from(args)
+    device = pick_device(args.device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
+             else torch.float32}[args.dtype]
+    source = Checkpoint(resolve(args.model))
+    if source.quantization:
+        raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
+    check_tensors(source)
+    outer = load_outer(source, device, dtype)
+    tokens, region = data.calibration_set(outer.tokenizer, args.segments, args.length, args.seed)
+    out = Output(args.out, source, run_key(args.model, source, tokens, config), args.resume, args.overwrite)
+    noisy = masked_copies(tokens, region, outer.mask_id, config.seed).to(device)
+    n, start = source.config.n_layers, time.time()
+    blocks = (load_block(source, i, device, dtype) for i in range(n))
+    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
+        def progress(loss):
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+
+        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, out.finished, progress):
+            if i not in out.records:
+                out.write_block(i, block, record)
+            bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
+            bar.set_description(f"block {min(i + 2, n)}/{n}")
+    out.finish(block)
+    result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
+    if args.problems and (source.folder / "training.json").exists():
+        full = load_model(args.model, device, dtype)
+        models = {"16-bit": full}
+        if config.method != "rtn":
+            models[f"RTN W{config.wbits}A{config.abits}"] = quantize_model(
+                full, tokens, QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits), region)
+        models[f"{config.method} W{config.wbits}A{config.abits}"] = load_model(args.out, device, dtype)
+        result["table"] = judge(models, args.problems, 1)
+        print(table(result["table"]))
+    return result
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        print(json.dumps(run(args)))
+    except (CheckpointError, ConfigError) as error:
+        print(f"calibrate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "
+              f"--resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
