@@ -17,12 +17,11 @@ and ends with one line of JSON on standard output; progress goes to standard err
 import argparse
 import copy
 import json
-import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,23 +30,12 @@ from tqdm import tqdm
 import baselines
 import data
 import metrics
-from checkpoint import (
-    INDEX,
-    TOKENIZER_FILES,
-    Checkpoint,
-    CheckpointError,
-    resolve,
-    sha256,
-    write_file,
-    write_json,
-    write_tensors,
-)
-from families import NAMES, ConfigError
+from checkpoint import Checkpoint, CheckpointError, resolve
+from families import ConfigError
 from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device
+from output import Output, run_key
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
-
-VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -73,12 +61,12 @@ class QuantConfig:
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     seed: int = 0
 
-    CHOICES = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
-               "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
-               "inputs": ("quantized", "fp")}
-    RANGES = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10), "epochs": (0, 10**4),
-              "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10), "smoothing": (0, 1),
-              "shrinkage": (0, 1), "tac_samples": (1, 10**6), "seed": (0, 2**31)}
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+                         "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
+                         "inputs": ("quantized", "fp")}
+    RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
+                        "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
+                        "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6), "seed": (0, 2**31)}
 
     def __post_init__(self):
         for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
@@ -151,7 +139,7 @@ def with_linears(block, **linears):
 
 
 def estimate_tac(block, fitted, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
-    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ through the quantizer."""
+    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ quantized."""
     n = min(config.tac_samples, len(x_fp))
     exact = with_linears(block, qkv=Unquantized(fitted, block.qkv.weight, block.qkv.bias))
     _, z_fp = run_block(exact, x_fp[:n], state[:n], table, watch=("tac",))
@@ -234,174 +222,7 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
     return quantized.eval()
 
 
-# ---- the output folder -----------------------------------------------------------------------------------------------
-
-
-class Output:
-    """A quantized checkpoint written block by block; what is there after an interruption is where --resume goes on.
-
-    One shard per block and one for what stays in 16 bit, each written atomically and marked with the run's hash;
-    index, config and `"complete": true` come last.
-    """
-
-    def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
-        self.folder, self.source, self.run = folder, source, run
-        self.records: dict[int, dict] = {}
-        self.shards = source.config.n_layers + 1
-        old = self._existing(resume, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not old:
-            self._write_state(complete=False)
-
-    def _existing(self, resume: bool, overwrite: bool) -> bool:
-        state = self.folder / "starquant.json"
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return False
-        if overwrite and state.exists():
-            shutil.rmtree(self.folder)
-            return False
-        if not state.exists():
-            raise CheckpointError(f"{self.folder} exists and is not a folder of this program; choose another --out.")
-        if not resume:
-            raise CheckpointError(f"{self.folder} exists; add --resume to continue it or --overwrite to replace it.")
-        before = json.loads(state.read_text())
-        if before.get("complete"):
-            raise CheckpointError(f"{self.folder} is complete; there is nothing to resume.")
-        for key, value in self.run.items():
-            if before["run"].get(key) != value:
-                raise CheckpointError(f"cannot resume {self.folder}: {_difference(key, before['run'].get(key), value)}.")
-        return True
-
-    def shard(self, i: int) -> str:
-        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
-
-    def write_block(self, i: int, block, record: dict) -> None:
-        names = NAMES[self.source.config.family]
-        prefix = names.block.format(i)
-        kept = [f"{prefix}.{n}.weight" for n in (names.attn_norm, names.ffn_norm)]
-        tensors = {n: self.source.get(n) for n in kept}
-        for part in (*FUSED, "tac"):
-            tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
-        metadata = {"run": self.run["hash"], "record": json.dumps(record), "gates": json.dumps(_gates(block))}
-        write_tensors(self.folder / self.shard(i), tensors, metadata)
-        self.records[i] = record
-
-    def finished(self, i: int):
-        """(block, record) of an earlier run, or None."""
-        file = self.folder / self.shard(i)
-        if not file.exists():
-            return None
-        view = copy.copy(self.source)
-        view.folder, view._open, view.files = self.folder, {}, None
-        handle = view._handle(file.name)
-        metadata = handle.metadata() or {}
-        if metadata.get("run") != self.run["hash"]:
-            raise CheckpointError(f"{file} belongs to another run; use --overwrite to start again.")
-        view.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-        view.files = dict.fromkeys(view.shapes, file.name)
-        view.quantization = self._quantization(json.loads(metadata["gates"]))
-        self.records[i] = json.loads(metadata["record"])
-        return load_block(view, i), self.records[i]
-
-    def _quantization(self, gates: dict) -> dict:
-        config, names = self.run["config"], NAMES[self.source.config.family]
-        return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8",
-                "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
-                "linears": gates, "ignore": [names.embed, names.head]}
-
-    def finish(self, block) -> None:
-        """What stays in 16 bit, the index, the config, the tokenizer files and the model card."""
-        names, c = NAMES[self.source.config.family], self.source.config
-        outer = [f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))]
-        write_tensors(self.folder / self.shard(c.n_layers), {n: self.source.get(n) for n in outer})
-        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
-        for i in range(c.n_layers):
-            handle = safe_keys(self.folder / self.shard(i))
-            weight_map |= dict.fromkeys(handle, self.shard(i))
-        size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
-        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        for name in TOKENIZER_FILES:
-            if (self.source.folder / name).exists():
-                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
-        write_json(self.folder / "config.json", {**c.raw, "quantization_config": self._quantization(_gates(block))})
-        write_file(self.folder / "README.md", lambda p: p.write_text(model_card(self.run, size)))
-        self._write_state(complete=True)
-
-    def _write_state(self, complete: bool) -> None:
-        write_json(self.folder / "starquant.json", {"complete": complete, "run": self.run,
-                                                    "blocks": [self.records[i] for i in sorted(self.records)]})
-
-
-def safe_keys(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as handle:
-        return list(handle.keys())
-
-
-def _gates(block) -> dict:
-    return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
-
-
-def _difference(key: str, old, new) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        return f"{key} {changed[0]} was {old.get(changed[0])!r} and is {new.get(changed[0])!r} now"
-    return f"{key} was {old!r} and is {new!r} now"
-
-
-def model_card(run: dict, size: int) -> str:
-    c = run["config"]
-    return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
-            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model import "
-            f"load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; embedding, "
-            f"head and norms are as in the source. Arguments, versions and losses: `starquant.json`.\n")
-
-
-def run_key(name: str, source: Checkpoint, tokens, config: QuantConfig) -> dict:
-    """What must be equal for a run to be continued: versions, arguments, model file and calibration data."""
-    import hashlib
-
-    files = {f: sha256(source.folder / f) for f in sorted({*source.files.values(), "config.json"})}
-    run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "model": name,
-           "files": files, "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "config": asdict(config)}
-    return {**run, "hash": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]}
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def judge(models: dict[str, DiffusionLM], problems: int, seed: int) -> list[dict]:
-    """NELBO, accuracies and size of each model on the held-out split, with 95 % intervals."""
-    tokenizer = next(iter(models.values())).tokenizer
-    sets = metrics.nelbo_set(tokenizer, problems, seed)
-    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
-    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
-    rows = []
-    for name, model in tqdm(models.items(), desc="evaluate", unit="model", file=sys.stderr, leave=False):
-        bound = torch.cat([metrics.nelbo(model, ids, region, 1, seed) for ids, region in sets])
-        rows.append({"model": name, "nelbo": metrics.bootstrap(bound),
-                     **{t: metrics.bootstrap(metrics.solve(model, p)) for t, p in tasks.items()},
-                     "cloze": metrics.bootstrap(metrics.cloze(model, passages, 4, seed)),
-                     "bytes": stored_bytes(model)})
-    return rows
-
-
-def stored_bytes(model: DiffusionLM) -> int:
-    """Bytes of the checkpoint's tensors: 2 per 16-bit value, quantized layers as they are stored."""
-    sizes = [2 * p.numel() for p in {id(p): p for p in model.parameters()}.values()]
-    return sum(sizes) + sum(v.numel() * v.element_size() for m in model.modules() if isinstance(m, QuantLinear | TAC)
-                            for v in m.state_dict().values())
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| model | NELBO, nats/token | math % | code % | cloze % | MB |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
-        mean, low, high = r["nelbo"]
-        lines.append(f"| {r['model']} | {mean:.4f} ± {(high - low) / 2:.4f} | {' | '.join(accuracy)} "
-                     f"| {r['bytes'] / 1e6:.2f} |")
-    return "\n".join(lines)
 
 
 def parse(argv):
@@ -461,7 +282,8 @@ def run(args) -> dict:
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
 
-        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, out.finished, progress):
+        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
+                                                 progress):
             if i not in out.records:
                 out.write_block(i, block, record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
@@ -475,8 +297,8 @@ def run(args) -> dict:
             models[f"RTN W{config.wbits}A{config.abits}"] = quantize_model(
                 full, tokens, QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits), region)
         models[f"{config.method} W{config.wbits}A{config.abits}"] = load_model(args.out, device, dtype)
-        result["table"] = judge(models, args.problems, 1)
-        print(table(result["table"]))
+        result["table"] = metrics.judge(models, args.problems, seed=1)
+        print(metrics.table(result["table"]))
     return result
 
 

@@ -4,11 +4,15 @@ Every function returns one value per example, so that models are compared in pai
 over examples. The masks of a Monte-Carlo estimate depend only on the seed: two models see the same ones.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 from sampling import denoise
+from starquant import TAC, QuantLinear
 
 ROWS = 64  # sequences per forward pass
 
@@ -68,8 +72,9 @@ def solve(model, problems, steps: int = data.GEN_LENGTH, gen_length: int = data.
     for rows in batches(len(problems)):
         ids, mask = encode_prompts(model.tokenizer, problems[rows])
         for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
+            final = step.ids
             progress(len(ids) / steps)
-        texts = answers(model.tokenizer, step.ids[:, -gen_length:].cpu())
+        texts = answers(model.tokenizer, final[:, -gen_length:].cpu())
         correct += [p.correct(text) for p, text in zip(problems[rows], texts, strict=True)]
     return torch.tensor(correct, dtype=torch.float32)
 
@@ -129,3 +134,39 @@ def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> 
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(-1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(values.mean()), float(low), float(high)
+
+
+# ---- one table ------------------------------------------------------------------------------------------------------
+
+
+def judge(models: dict, problems: int, seed: int) -> list[dict]:
+    """NELBO, accuracies and size of each model on the held-out split, with 95 % intervals."""
+    tokenizer = next(iter(models.values())).tokenizer
+    sets = nelbo_set(tokenizer, problems, seed)
+    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
+    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
+    rows = []
+    for name, model in tqdm(models.items(), desc="evaluate", unit="model", file=sys.stderr, leave=False):
+        bound = torch.cat([nelbo(model, ids, region, 1, seed) for ids, region in sets])
+        rows.append({"model": name, "nelbo": bootstrap(bound),
+                     **{t: bootstrap(solve(model, p)) for t, p in tasks.items()},
+                     "cloze": bootstrap(cloze(model, passages, 4, seed)),
+                     "bytes": stored_bytes(model)})
+    return rows
+
+
+def stored_bytes(model) -> int:
+    """Bytes of the checkpoint's tensors: 2 per 16-bit value, quantized layers as they are stored."""
+    sizes = [2 * p.numel() for p in {id(p): p for p in model.parameters()}.values()]
+    return sum(sizes) + sum(v.numel() * v.element_size() for m in model.modules() if isinstance(m, QuantLinear | TAC)
+                            for v in m.state_dict().values())
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | NELBO, nats/token | math % | code % | cloze % | MB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
+        mean, low, high = r["nelbo"]
+        lines.append(f"| {r['model']} | {mean:.4f} ± {(high - low) / 2:.4f} | {' | '.join(accuracy)} "
+                     f"| {r['bytes'] / 1e6:.2f} |")
+    return "\n".join(lines)
