@@ -97,15 +97,15 @@ def _math(rng: random.Random) -> tuple[str, Problem]:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     if rng.random() < 0.3:  # boxes of things
-        boxes, each = rng.randint(2, 6), rng.randint(2, 12)
+        boxes, each = rng.randint(2, 5), rng.randint(2, 9)
         total, line = boxes * each, f"{boxes}*{each}={boxes * each}"
         first = f"{name} has {boxes} boxes of {each} {item}."
     else:
-        a, b = rng.randint(3, 60), rng.randint(2, 39)
+        a, b = rng.randint(3, 30), rng.randint(2, 9)
         up = rng.random() < 0.5 or b > a
         total, line = (a + b, f"{a}+{b}={a + b}") if up else (a - b, f"{a}-{b}={a - b}")
         first = f"{name} has {a} {item} and " + rng.choice(GAIN if up else LOSS).format(b=b, n2=other) + "."
-    c = rng.randint(2, 39)
+    c = rng.randint(2, 9)
     up = rng.random() < 0.5 or c > total
     result, line2 = (total + c, f"{total}+{c}={total + c}") if up else (total - c, f"{total}-{c}={total - c}")
     second = f"Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(NAMES)) + "."
