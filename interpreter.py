@@ -2,8 +2,8 @@
 
 Code written by a model is never given to `exec`: `run_function` parses it, walks the syntax tree, and evaluates
 only the node types listed here. There is no import, no attribute access except a few string methods, no loop
-statement; every evaluated node costs one unit of a fixed budget, integers and sequences are bounded and sequences do not
-nest, so hostile text (comprehension bombs, huge powers or ranges) ends quickly with `Refused`.
+statement; every evaluated node costs one unit of a fixed budget, integers and sequences are bounded and sequences
+do not nest, so hostile text (comprehension bombs, huge powers or ranges) ends quickly with `Refused`.
 
     run_function("def f(xs):\\n return sum(x * x for x in xs)", ([1, 2, 3],))   ->   14
 """

@@ -18,12 +18,15 @@ def checked_int_mm(a, b):
     assert a.dtype == b.dtype == torch.int8, "operands must be int8"
     (M, K), N = a.shape, b.shape[1]
     assert b.shape[0] == K, "inner dimensions differ"
-    assert M > 0 and M % 32 == 0, f"M = {M} is not a multiple of 32"
-    assert K > 0 and K % 8 == 0, f"K = {K} is not a multiple of 8"
-    assert N > 0 and N % 8 == 0, f"N = {N} is not a multiple of 8"
+    for name, size, of in (("M", M, 32), ("K", K, 8), ("N", N, 8)):
+        assert size > 0, f"{name} is 0"
+        assert size % of == 0, f"{name} = {size} is not a multiple of {of}"
     assert 0 not in a.stride() + b.stride(), "stride 0"
-    assert a.stride(1) == 1 and a.stride(0) >= K, f"A is not row-major: strides {a.stride()}"
-    assert b.stride(0) == 1 and b.stride(1) >= K, f"B is not column-major: strides {b.stride()}"
+    (row, one), (one_b, column) = a.stride(), b.stride()
+    assert one == 1, f"A is not row-major: strides {a.stride()}"
+    assert row >= K, f"rows of A overlap: strides {a.stride()}"
+    assert one_b == 1, f"B is not column-major: strides {b.stride()}"
+    assert column >= K, f"columns of B overlap: strides {b.stride()}"
     return (a.long() @ b.long()).to(torch.int32)
 
 
