@@ -48,11 +48,11 @@ def _range(*args):
     return r
 
 
-def _flat(items: list) -> list:
+def _element(value):
     """Lists of lists are refused: built by doubling, a few lines hold 2^40 elements for a single comparison."""
-    if any(isinstance(i, list) for i in items):
+    if isinstance(value, list):
         raise Refused("nested list")
-    return items
+    return value
 
 
 class _Machine:
@@ -101,7 +101,7 @@ class _Machine:
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return self.eval(body if self.eval(test, env) else orelse, env)
             case ast.List(elts=items) | ast.Tuple(elts=items):
-                return _flat([self.eval(i, env) for i in items])
+                return [_element(self.eval(i, env)) for i in items]
             case ast.Subscript(value=value, slice=index):
                 return self.eval(value, env)[self._index(index, env)]
             case ast.ListComp(elt=elt, generators=[gen]) | ast.GeneratorExp(elt=elt, generators=[gen]):
@@ -127,8 +127,8 @@ class _Machine:
         for item in self.eval(gen.iter, env):
             inner = {**env, gen.target.id: item}
             if all(self.eval(test, inner) for test in gen.ifs):
-                out.append(self.eval(elt, inner))
-        return _flat(out)
+                out.append(_element(self.eval(elt, inner)))
+        return out
 
     def block(self, body, env):
         for node in body:
