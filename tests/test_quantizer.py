@@ -130,8 +130,17 @@ class TestStraightThrough:
     @pytest.mark.parametrize("symmetric", [False, True])
     @pytest.mark.parametrize(("bits", "seed"), [(2, 0), (2, 3), (3, 1), (4, 2), (8, 4)])
     def test_against_finite_differences(self, bits, symmetric, seed):
-        x = randn(3, 7, seed=seed).requires_grad_()
-        c = randn(3, 7, seed=seed + 1)
+        self.compare(randn(3, 7, seed=seed), bits, symmetric, seed)
+
+    def test_where_both_ends_round_up_and_one_is_clamped(self):
+        x = torch.tensor([[-1.5, 0.25, 1.5]] * 3, dtype=torch.float64)
+        scale, zero = starquant.quant_params(x, 2)
+        assert (scale[0].item(), zero[0].item()) == (1, 2)  # 1.5 is code 2 + 2 = 4, beyond the last one, 3
+        self.compare(x, 2, False, 0)
+
+    def compare(self, x, bits, symmetric, seed):
+        x = x.requires_grad_()
+        c = randn(*x.shape, seed=seed + 1)
         q = starquant.fake_quantize(x, bits, symmetric)
         (grad,) = torch.autograd.grad((q * c).sum(), x)
         at = x.detach().tolist()
@@ -139,7 +148,7 @@ class TestStraightThrough:
         assert self.unrounded(at, at, bits, symmetric) == pytest.approx(q.flatten().tolist(), abs=1e-12)
         weights, h = c.flatten().tolist(), 1e-6
         for i in range(3):
-            for j in range(7):
+            for j in range(x.shape[1]):
                 sides = []
                 for sign in (1, -1):
                     moved = [list(row) for row in at]
