@@ -247,6 +247,13 @@ class TestIntLinear:
             got = kernels.int_linear(x, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), bits, 4, use=use)
             assert torch.equal(got.long(), exact(torch.from_numpy(steps), weight) * levels)
 
+    @pytest.mark.parametrize(("use", "calls"), [("int_mm", 1), ("float", 0), (None, 0)])
+    def test_takes_the_route_it_is_told(self, use, calls, monkeypatch):
+        seen, weight = [], integers(-8, 7, 5, 9)
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(a) or checked_int_mm(a, b))
+        kernels.int_linear(randn(3, 9), weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), 4, 4, use=use)
+        assert len(seen) == calls
+
     def test_zero_rows_give_the_bias(self):
         weight, bias, zeros = integers(-8, 7, 5, 9), randn(5), torch.zeros(2, 9)
         got = kernels.int_linear(zeros, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), 4, 4, bias)

@@ -76,6 +76,15 @@ def test_padded_batches_equal_the_reference(models, family):
     assert_logits(models[family], reference["mask.input_ids"], reference["mask.logits"], mask, rows)
 
 
+def test_dream_counts_positions_from_the_first_real_token(models):
+    reference, model = REFERENCE["dream"], models["dream"]
+    _, _, table, mask = model.prepare(reference["mask.input_ids"], reference["mask.attention_mask"])
+    want = rope_table(reference["mask.position_ids"][:, None], model.config, torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(table, want, strict=True))
+    keep = reference["mask.attention_mask"].bool()
+    assert torch.equal(mask[:, 0], keep[:, :, None] & keep[:, None])
+
+
 @pytest.mark.parametrize("family", REFERENCE)
 def test_a_mask_of_ones_is_no_mask(models, family):
     ids = REFERENCE[family]["fwd.L7.B3.input_ids"]
