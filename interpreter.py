@@ -2,8 +2,8 @@
 
 Code written by a model is never given to `exec`: `run_function` parses it, walks the syntax tree, and evaluates
 only the node types listed here. There is no import, no attribute access except a few string methods, no loop
-statement; every evaluated node costs one unit of a fixed budget, and integers and sequences are bounded, so hostile
-text (comprehension bombs, huge powers or ranges) ends quickly with `Refused`.
+statement; every evaluated node costs one unit of a fixed budget, integers and sequences are bounded and sequences
+do not nest, so hostile text (comprehension bombs, huge powers or ranges) ends quickly with `Refused`.
 
     run_function("def f(xs):\\n return sum(x * x for x in xs)", ([1, 2, 3],))   ->   14
 """
@@ -46,6 +46,13 @@ def _range(*args):
     if len(r) > MAX_LEN:
         raise Refused("range too long")
     return r
+
+
+def _element(value):
+    """Lists of lists are refused: built by doubling, a few lines hold 2^40 elements for a single comparison."""
+    if isinstance(value, list):
+        raise Refused("nested list")
+    return value
 
 
 class _Machine:
@@ -94,7 +101,7 @@ class _Machine:
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return self.eval(body if self.eval(test, env) else orelse, env)
             case ast.List(elts=items) | ast.Tuple(elts=items):
-                return [self.eval(i, env) for i in items]
+                return [_element(self.eval(i, env)) for i in items]
             case ast.Subscript(value=value, slice=index):
                 return self.eval(value, env)[self._index(index, env)]
             case ast.ListComp(elt=elt, generators=[gen]) | ast.GeneratorExp(elt=elt, generators=[gen]):
@@ -120,7 +127,7 @@ class _Machine:
         for item in self.eval(gen.iter, env):
             inner = {**env, gen.target.id: item}
             if all(self.eval(test, inner) for test in gen.ifs):
-                out.append(self.eval(elt, inner))
+                out.append(_element(self.eval(elt, inner)))
         return out
 
     def block(self, body, env):

@@ -88,7 +88,9 @@ def fake_quantize(x, bits: int, symmetric: bool = False):
     """Q(x), Eqs. 2-4 per row: quantize and dequantize, in fp32 or wider; differentiable (also through s and z)."""
     y = x if x.dtype == torch.float64 else x.float()
     scale, zero_point = quant_params(y, bits, symmetric)
-    return dequantize(quantize(y, scale, zero_point, bits), scale, zero_point).to(x.dtype)
+    # the grid may end half a step above the largest number of the dtype
+    largest = torch.finfo(x.dtype).max
+    return dequantize(quantize(y, scale, zero_point, bits), scale, zero_point).clamp(-largest, largest).to(x.dtype)
 
 
 def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
