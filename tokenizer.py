@@ -30,14 +30,9 @@ def load_tokenizer(folder: Path):
         raise CheckpointError(f"{source} is not a tokenizer ({error}).") from None
     tokenizer.no_truncation()  # a saved training length must not cut prompts
     tokenizer.no_padding()
-    present = tokenizer.get_added_tokens_decoder()
     for index, token in sorted(added_tokens(folder).items()):
-        if index in present and present[index].content == token["content"]:
-            continue
-        special = bool(token.get("special"))
-        flags = {k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized")}
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(
-            [AddedToken(token["content"], special=special, **flags)])
+        flags = {k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+        tokenizer.add_tokens([AddedToken(token["content"], **flags)])  # the next free id, unless it has one
         if tokenizer.token_to_id(token["content"]) != index:
             raise CheckpointError(f"{folder}: token {token['content']!r} should have id {index}, but the vocabulary "
                                   f"gives it {tokenizer.token_to_id(token['content'])}.")
