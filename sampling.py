@@ -220,6 +220,7 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
         else:
             x0, committed = dream_step(logits, ids, masked, amount, algorithm, temperature, top_p, top_k, alg_temp,
                                        generator)
+        committed &= x0 != model.mask_id  # a predicted [MASK] changes nothing
         ids = torch.where(committed, x0, ids)
         yield Step(index, ids, committed)
 
