@@ -1,4 +1,4 @@
-"""A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, LLaDA-1.5 and Dream.
+"""A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, Dream and kin.
 
 Every denoising step runs the whole sequence, masked and unmasked tokens together, through bidirectional attention.
 The token state `ids == mask_id` is taken once, in `DiffusionLM.forward`, and handed down to every linear; a 16-bit
@@ -21,9 +21,10 @@ from einops import rearrange
 from torch import nn
 
 from checkpoint import SINGLE, Checkpoint, CheckpointError, resolve, write_file, write_json, write_tensors
-from families import NAMES, ModelConfig
+from families import NAMES, ModelConfig, norm_names
 from sampling import denoise, generate
 from starquant import TAC, QuantLinear
+from tokenizer import load_tokenizer
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
 FUSED = ("qkv", "out", "gate_up", "down")
@@ -74,6 +75,8 @@ class Block(nn.Module):
         self.config = c
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.qkv = Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
         self.tac = nn.Identity()
         self.out = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
@@ -84,6 +87,8 @@ class Block(nn.Module):
         """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, *table), rope(k, *table)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=c.n_kv_heads < c.n_heads)
         return rearrange(z, "b n l h -> b l (n h)")
@@ -125,7 +130,7 @@ class DiffusionLM(nn.Module):
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
             mask = keep[:, None, None, :]  # keys that may be seen
-            if self.config.family == "dream":
+            if self.config.positions_skip_padding:
                 mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
         return x, state, rope_table(positions, self.config, x.dtype), mask
@@ -141,12 +146,15 @@ class DiffusionLM(nn.Module):
         """Scores over the vocabulary, not shifted."""
         return self.head(hidden) * self.config.logit_scale
 
-    def forward(self, ids, attention_mask=None):
-        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here)."""
-        logits = self.logits(self.hidden(ids, attention_mask))
+    def forward(self, ids, attention_mask=None, where=None):
+        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here).
+
+        attention_mask (B, L): 0 marks padding. where (B, L) bool: only the logits of its N True positions, (N, V).
+        """
+        hidden = self.hidden(ids, attention_mask)
         if self.config.logit_shift:
-            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
-        return logits
+            hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
+        return self.logits(hidden if where is None else hidden[where])
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -159,8 +167,8 @@ class DiffusionLM(nn.Module):
             tensors[f"{names.head}.weight"] = self.head.weight
         for i, block in enumerate(self.blocks):
             prefix = names.block.format(i)
-            tensors[f"{prefix}.{names.attn_norm}.weight"] = block.attn_norm.weight
-            tensors[f"{prefix}.{names.ffn_norm}.weight"] = block.ffn_norm.weight
+            for ours, theirs in norm_names(self.config).items():
+                tensors[f"{prefix}.{theirs}.weight"] = getattr(block, ours).weight
             for fused, parts in names.linears.items():
                 linear = getattr(block, fused)
                 for part, rows in zip(parts, part_rows(self.config, fused), strict=True):
@@ -193,7 +201,8 @@ def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"{names.head}.weight"] = (c.vocab_size, d)
     for i in range(c.n_layers):
         prefix = names.block.format(i)
-        out |= {f"{prefix}.{names.attn_norm}.weight": (d,), f"{prefix}.{names.ffn_norm}.weight": (d,)}
+        for ours, theirs in norm_names(c).items():
+            out[f"{prefix}.{theirs}.weight"] = (c.head_dim,) if ours in ("q_norm", "k_norm") else (d,)
         for fused, parts in names.linears.items():
             for part, rows in zip(parts, part_rows(c, fused), strict=True):
                 out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, in_features(c, fused))
@@ -218,9 +227,10 @@ def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32
     with torch.device("meta"):
         block = Block(c)
     prefix = names.block.format(i)
-    for ours, theirs in (("attn_norm", names.attn_norm), ("ffn_norm", names.ffn_norm)):
+    for ours, theirs in norm_names(c).items():
         norm = getattr(block, ours)
-        norm.weight = _fill(norm.weight, [checkpoint.get(f"{prefix}.{theirs}.weight", (c.d_model,))], device, dtype)
+        tensor = checkpoint.get(f"{prefix}.{theirs}.weight", tuple(norm.weight.shape))
+        norm.weight = _fill(norm.weight, [tensor], device, dtype)
     if checkpoint.quantization:
         return _load_quantized(checkpoint, block, prefix, device)
     for fused, parts in names.linears.items():
@@ -266,27 +276,20 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
     return model.eval()
 
 
-def load_tokenizer(folder: Path):
-    """`tokenizer.json` through the tokenizers library, or None: only text entry points need one."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"{file} is not a tokenizer ({error}).") from None
-
-
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape, and no other: before anything is loaded."""
-    expected = expected_tensors(checkpoint.config)
+    """Every tensor the config asks for is there in its shape and a float type, and no other: before any is loaded."""
+    c, expected = checkpoint.config, expected_tensors(checkpoint.config)
     if checkpoint.quantization:
         return  # block by block, in load_block
     for name, shape in expected.items():
         checkpoint.require(name, shape)
+        if checkpoint.dtypes[name] not in ("BF16", "F16", "F32", "F64"):
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has type {checkpoint.dtypes[name]}, not a "
+                                  f"float type of 16 to 64 bits.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
+    embed, head = (f"{n}.weight" for n in (NAMES[c.family].embed, NAMES[c.family].head))
+    if c.tied and extra == [head] and torch.equal(checkpoint.get(head), checkpoint.get(embed)):
+        return  # a tied head that was saved twice
     if extra:
         raise CheckpointError(f"{checkpoint.folder} holds {len(extra)} tensors that this architecture does not have, "
                               f"first {extra[0]!r}.")
