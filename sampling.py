@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from graphs import GraphedModel
+
 
 @dataclass
 class Step:
@@ -50,8 +52,10 @@ def guided_logits(model, ids, prompt, cfg_scale: float, attention_mask=None):
 @torch.no_grad()
 def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
             cfg_scale: float = 0.0, attention_mask=None, algorithm: str = "low_confidence", suppress_eos: bool = False,
-            generator=None):
+            generator=None, cuda_graph: bool = True):
     """Yield a `Step` after each denoising step; the arguments are those of `generate`."""
+    if cuda_graph and prompt_ids.is_cuda:
+        model = GraphedModel(model)
     block_length = block_length or gen_length
     if min(steps, gen_length, block_length) < 1:
         raise ValueError("steps, gen_length and block_length must be at least 1.")
@@ -91,13 +95,14 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
 
 def generate(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
              cfg_scale: float = 0.0, attention_mask=None, algorithm: str = "low_confidence", suppress_eos: bool = False,
-             generator=None):
+             generator=None, cuda_graph: bool = True):
     """Prompt (B, P) -> prompt + generated tokens (B, P + gen_length).
 
     attention_mask (B, P): 0 marks left padding. temperature 0 is greedy; cfg_scale > 0 guides away from the empty
-    prompt (twice the cost). Raises ValueError if blocks do not divide gen_length or steps.
+    prompt (twice the cost). cuda_graph: on a GPU, replay the blocks as one CUDA graph. Raises ValueError if blocks do
+    not divide gen_length or steps.
     """
     for _step in denoise(model, prompt_ids, steps, gen_length, block_length, temperature, cfg_scale, attention_mask,
-                        algorithm, suppress_eos, generator):
+                        algorithm, suppress_eos, generator, cuda_graph):
         pass
     return _step.ids
