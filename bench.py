@@ -10,7 +10,6 @@ Running out of memory is a result, not a crash. Progress goes to standard error;
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -19,27 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import cuda_kernels
 import kernels
 from checkpoint import CheckpointError, write_json
-from families import ConfigError, read_config
+from families import ConfigError
 from graphs import GraphedModel
 from memory import linear_shapes, memory_table
-from model import FUSED, DiffusionLM, Linear, RMSNorm, generate, load_model, pick_device, quantize_outer
-from sgat import initial_basis
-from starquant import TAC, QuantLinear, apply_basis, tac_block_size
+from model import FUSED, generate, load_model, pick_device
+from starquant import QuantLinear, apply_basis
+from twins import peers, quantized_twin, random_model, residents, unpacked
 
-# shapes of the published configurations, for --random-weights
-_LLADA = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32,
-          "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
-          "eos_token_id": 126081, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False}
-_DREAM = {"model_type": "Dream", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
-          "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "mask_token_id": 151666,
-          "eos_token_id": 151643, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-SHAPES = {"llada-8b": _LLADA, "llada-8b-instruct": _LLADA, "llada-1.5": _LLADA, "dream-7b": _DREAM,
-          "dream-7b-instruct": _DREAM}
 # Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model
 PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
          "dream-7b": (23.27, 39.33, 13.95, 4.44)}
@@ -154,106 +143,6 @@ def probe_int_mm(device) -> dict:
             except RuntimeError:
                 continue
         out[layout] = good
-    return out
-
-
-# ---- the two models ------------------------------------------------------------------------------------------------
-
-
-def random_model(name: str, device, dtype, seed: int) -> DiffusionLM:
-    """A 16-bit model of published shape with normal weights of standard deviation 0.02."""
-    if name not in SHAPES:
-        raise ConfigError(f"--random-weights knows the shapes of {', '.join(SHAPES)}, not of {name!r}.")
-    with torch.device("meta"):
-        model = DiffusionLM(read_config(SHAPES[name])).to(dtype)
-    model.to_empty(device=device).requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, Linear | nn.Embedding):
-            module.weight.normal_(std=0.02, generator=generator)
-        if isinstance(module, RMSNorm):
-            module.weight.fill_(1)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-    return model.eval()
-
-
-@torch.no_grad()
-def quantized_twin(model: DiffusionLM, args) -> DiffusionLM:
-    """The same model at W4A4 as `starquant` deploys it: Kronecker transforms, d/32 gates, TAC, rounding to nearest.
-
-    Transforms are random rotations and corrections close to the identity: fitting them changes accuracy, not speed.
-    """
-    c, generator = model.config, torch.Generator().manual_seed(args.seed)
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)  # what is not replaced is shared
-    twin.blocks = nn.ModuleList()
-    g = tac_block_size(c.n_heads * c.head_dim)
-    for block in model.blocks:
-        new = copy.copy(block)
-        new._modules = dict(block._modules)
-        for fused in FUSED:
-            linear = getattr(block, fused)
-            d = linear.weight.shape[1]
-            P = initial_basis(d, "kronecker", generator)
-            P = type(P)(*(p.to(linear.weight.device, torch.float32) for p in P))
-            setattr(new, fused, QuantLinear.fold(linear.weight, [P], d // 32, d // 32, bias=linear.bias))
-        blocks = c.n_heads * c.head_dim // g
-        M = torch.eye(g) + 0.01 * torch.randn(blocks, g, g, generator=generator)
-        new.tac = TAC(M, torch.zeros(blocks, g)).to(model.device)
-        twin.blocks.append(new)
-    return quantize_outer(twin, args.head_bits, args.embed_bits) if args.head_bits < 16 else twin
-
-
-def residents(model) -> int:
-    """Bytes of a model's parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def unpacked(model) -> DiffusionLM:
-    """The quantized model with its block weights resident as int8."""
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)
-    twin.blocks = nn.ModuleList()
-    for block in model.blocks:
-        new = copy.copy(block)
-        new._modules = {k: _unpacked(m) for k, m in block._modules.items()}
-        twin.blocks.append(new)
-    return twin
-
-
-def _unpacked(module):
-    if not isinstance(module, QuantLinear):
-        return module
-    module = copy.copy(module)
-    module._buffers = dict(module._buffers)
-    return module.unpack_weights()
-
-
-def peers(model) -> dict:
-    """torch.compile of the 16-bit model and torchao's int8 dynamic quantization, as far as they install and run."""
-    def compiled(twin):
-        twin.hidden = torch.compile(twin.hidden)
-        return twin
-
-    def torchao():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        twin = copy.deepcopy(model)
-        quantize_(twin.blocks, Int8DynamicActivationInt8WeightConfig())
-        return compiled(twin)
-
-    out = {}
-    probe = torch.zeros(1, 32, dtype=torch.long, device=model.device)
-    for name, build in {"16-bit compiled": lambda: compiled(copy.copy(model)), "torchao int8": torchao}.items():
-        try:
-            twin = build()
-            with torch.no_grad():
-                twin.hidden(probe)
-            out[name] = twin
-        except Exception as error:  # a peer may fail in any way; it is left out, and said
-            log(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     return out
 
 
@@ -388,7 +277,7 @@ def tables(result: dict) -> str:
                      f"{y / 1e9:.4g}", f"{x / y:.2f}"))
     out = markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
     out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
-            "GB: weights, computed (bf16 against packed); activations are not counted on a CPU."]
+            f"GB: weights, computed (bf16 against packed), no activations. 16-bit runs in {result['dtype']} here."]
     names = list(points[0]["models"])
     out += markdown(("ms per step (least possible)", *names),
                     [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
@@ -408,6 +297,7 @@ def run(args) -> dict:
     """Measure everything; the result is what the JSON line holds."""
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    args.repeats = args.repeats or (20 if device.type == "cuda" else 5)
     torch.manual_seed(args.seed)
     load = partial(random_model, args.model, seed=args.seed) if args.random_weights else partial(load_model, args.model)
     model = load(device=device, dtype=dtype).requires_grad_(False)
@@ -415,11 +305,11 @@ def run(args) -> dict:
         raise CheckpointError(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
-    packed = quantized_twin(model, args)
+    packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
     models = {"16-bit": model, "packed": packed, "int8": unpacked(packed)}
     top = ceilings(device, dtype, args.repeats)
     log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
-    all_models = models | (peers(model) if args.peers else {})
+    all_models = models | (peers(model, log) if args.peers else {})
     points = []
     for batch, length, tokens in args.points or POINTS[device.type]:
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
@@ -469,7 +359,7 @@ def main(argv=None) -> int:
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
     parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="embedding and head (default: 8)")
     parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="embedding alone (default: head bits)")
-    parser.add_argument("--repeats", type=int, default=10, help="measurements of each time (default: 10)")
+    parser.add_argument("--repeats", type=int, help="measurements of each time (default: 20 on a GPU, 5 on a CPU)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="also torch.compile and torchao, where they install (default: on a GPU)")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
@@ -478,7 +368,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        if args.repeats < 1:
+        if args.repeats is not None and args.repeats < 1:
             raise ValueError("--repeats must be at least 1.")
         if args.embed_bits and args.head_bits == 16:
             raise ValueError("--embed-bits needs --head-bits 8.")

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
+import twins
 from checkpoint import SINGLE, write_json, write_tensors
 from families import NAMES, read_config
 from memory import memory_table
@@ -25,7 +25,7 @@ FIXTURES = {name: str(ROOT / "tests" / "fixtures" / name) for name in ("llada", 
 
 def quantized(name, head_bits=8, embed_bits=None):
     model = load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16).requires_grad_(False)
-    return bench.quantized_twin(model, SimpleNamespace(seed=0, head_bits=head_bits, embed_bits=embed_bits))
+    return twins.quantized_twin(model, 0, head_bits, embed_bits)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -36,24 +36,24 @@ def quantized(name, head_bits=8, embed_bits=None):
 @pytest.mark.parametrize("weights", ["packed", "int8"])
 def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bits, weights):
     model = quantized(name, head_bits, embed_bits)
-    model = bench.unpacked(model) if weights == "int8" else model
+    model = twins.unpacked(model) if weights == "int8" else model
     sizes = memory_table(model.config, head_bits=head_bits, embed_bits=embed_bits, weights=weights)
-    assert sizes["total"] == bench.residents(model)
+    assert sizes["total"] == twins.residents(model)
     packed = [getattr(b, f).weight_packed.nbytes for b in model.blocks for f in FUSED]
     assert sizes["linears"] == sum(packed)
-    assert sizes["sixteen_bit"] == bench.residents(load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16))
+    assert sizes["sixteen_bit"] == twins.residents(load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16))
 
 
 # bytes that the published index files state as total_size
 @pytest.mark.parametrize(("name", "published"), [("llada-8b", 16031162368), ("dream-7b", 15231233024)])
 def test_sixteen_bit_size_is_the_published_one(name, published):
-    assert memory_table(read_config(bench.SHAPES[name]))["sixteen_bit"] == published
+    assert memory_table(read_config(twins.SHAPES[name]))["sixteen_bit"] == published
 
 
 @pytest.mark.parametrize(("name", "embed_bits"), [("llada-8b", 8), ("llada-8b", 4), ("dream-7b", 4)])
 def test_saving_at_published_shapes(name, embed_bits):
     """Dream with 8-bit embedding and head stays at 3.48x: its vocabulary is 14 % of the model, so 3.5x needs less."""
-    sizes = memory_table(read_config(bench.SHAPES[name]), head_bits=8, embed_bits=embed_bits)
+    sizes = memory_table(read_config(twins.SHAPES[name]), head_bits=8, embed_bits=embed_bits)
     assert sizes["sixteen_bit"] / sizes["total"] >= 3.5
 
 
@@ -74,14 +74,13 @@ def test_embedding_rounds_each_row_to_its_own_grid(seed, V, D, bits):
 @pytest.mark.parametrize("embed_bits", [None, 4])
 def test_integer_head_survives_a_checkpoint(tmp_path, name, embed_bits):
     model = load_model(FIXTURES[name], device="cpu").requires_grad_(False)
-    args = SimpleNamespace(seed=0, head_bits=8, embed_bits=embed_bits)
-    model = bench.quantized_twin(model, args)
-    write_quantized(model, tmp_path, args)
+    model = twins.quantized_twin(model, 0, 8, embed_bits)
+    write_quantized(model, tmp_path, embed_bits or 8)
     for weights in ("packed", "int8"):
         again = load_model(tmp_path, device="cpu", weights=weights)
         ids = torch.tensor([[1, 5, model.mask_id, 7, model.mask_id]])
         assert torch.equal(again(ids), model(ids))
-        assert bench.residents(again) == memory_table(model.config, head_bits=8, embed_bits=embed_bits,
+        assert twins.residents(again) == memory_table(model.config, head_bits=8, embed_bits=embed_bits,
                                                       weights=weights)["total"] + fp32_norms(again)
 
 
@@ -90,7 +89,7 @@ def fp32_norms(model) -> int:
     return sum(2 * m.weight.numel() for m in model.modules() if type(m).__name__ == "RMSNorm")
 
 
-def write_quantized(model, folder, args):
+def write_quantized(model, folder, embed_bits):
     c, names, tensors = model.config, NAMES[model.config.family], outer_tensors(model)
     for i, block in enumerate(model.blocks):
         prefix = names.block.format(i)
@@ -99,8 +98,8 @@ def write_quantized(model, folder, args):
     write_tensors(folder / SINGLE, tensors)
     gates = {f: {"d_m": getattr(model.blocks[0], f).d_m, "d_u": getattr(model.blocks[0], f).d_u} for f in FUSED}
     write_json(folder / "config.json", c.raw | {"quantization_config": {
-        "weight_bits": 4, "activation_bits": 4, "head_bits": args.head_bits,
-        "embed_bits": args.embed_bits or args.head_bits, "linears": gates}})
+        "weight_bits": 4, "activation_bits": 4, "head_bits": 8, "embed_bits": embed_bits,
+        "linears": gates}})
 
 
 def test_integer_head_is_the_float_head_up_to_two_8_bit_roundings():
@@ -137,17 +136,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_peak_while_loading(tmp_path):
     """The process grows by at most 1.2x of the model, counting the file's pages, which a CPU maps into it, too."""
-    raw = bench._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
+    raw = twins._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
                           "vocab_size": 16000, "embedding_size": 16000, "mask_token_id": 15000, "eos_token_id": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench.SHAPES, "small", raw)
-        model = bench.random_model("small", torch.device("cpu"), torch.bfloat16, 0)
-    args = SimpleNamespace(seed=0, head_bits=8, embed_bits=None)
-    model = bench.quantized_twin(model, args)
-    write_quantized(model, tmp_path, args)
+        patch.setitem(twins.SHAPES, "small", raw)
+        model = twins.random_model("small", torch.device("cpu"), torch.bfloat16, 0)
+    model = twins.quantized_twin(model)
+    write_quantized(model, tmp_path, 8)
     done = subprocess.run([sys.executable, "-c", LOAD, FIXTURES["llada"], str(tmp_path)], cwd=ROOT, check=True,
                           capture_output=True, text=True)
-    assert int(done.stdout) * 1024 <= 1.2 * bench.residents(model)
+    assert int(done.stdout) * 1024 <= 1.2 * twins.residents(model)
 
 
 # ---- bench.py ------------------------------------------------------------------------------------------------------
@@ -226,11 +224,11 @@ def test_quantized_twin_shares_what_it_does_not_replace():
     model = load_model(FIXTURES["llada"], device="cpu").requires_grad_(False)
     ids = torch.tensor([[1, 2, 3, model.mask_id]])
     want = model(ids)
-    twin = bench.quantized_twin(model, SimpleNamespace(seed=0, head_bits=16, embed_bits=None))
+    twin = twins.quantized_twin(model, head_bits=16)
     assert twin.embed is model.embed
     assert twin.blocks[0].attn_norm is model.blocks[0].attn_norm
     assert all(isinstance(getattr(b, f), QuantLinear) for b in twin.blocks for f in FUSED)
-    fast = bench.unpacked(twin)
+    fast = twins.unpacked(twin)
     assert twin.blocks[0].qkv.packed
     assert not fast.blocks[0].qkv.packed
     assert torch.equal(fast(ids), twin(ids))
