@@ -23,7 +23,7 @@ from torch import nn
 from checkpoint import SINGLE, Checkpoint, CheckpointError, resolve, write_file, write_json, write_tensors
 from families import NAMES, ModelConfig, norm_names
 from sampling import denoise, generate
-from starquant import TAC, QuantLinear
+from starquant import TAC, QuantEmbedding, QuantLinear
 from tokenizer import load_tokenizer
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
@@ -120,7 +120,7 @@ class DiffusionLM(nn.Module):
 
     @property
     def device(self):
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     def prepare(self, ids, attention_mask=None):
         """What every block needs besides the hidden states: (x (B, L, D), state (B, L), rope table, mask)."""
@@ -221,7 +221,7 @@ def _fill(parameter, tensors, device, dtype):
     return nn.Parameter(out, requires_grad=False)
 
 
-def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32) -> Block:
+def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32, weights="packed") -> Block:
     """Block i, 16-bit or quantized, read tensor by tensor: the unit in which calibration streams a model."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
     with torch.device("meta"):
@@ -232,7 +232,7 @@ def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32
         tensor = checkpoint.get(f"{prefix}.{theirs}.weight", tuple(norm.weight.shape))
         norm.weight = _fill(norm.weight, [tensor], device, dtype)
     if checkpoint.quantization:
-        return _load_quantized(checkpoint, block, prefix, device)
+        return _load_quantized(checkpoint, block, prefix, device, weights)
     for fused, parts in names.linears.items():
         linear = getattr(block, fused)
         for kind in ("weight", "bias") if linear.bias is not None else ("weight",):
@@ -244,7 +244,7 @@ def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32
     return block
 
 
-def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device) -> Block:
+def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device, weights: str) -> Block:
     q, c = checkpoint.quantization, checkpoint.config
     for fused in FUSED:
         start = f"{prefix}.{fused}."
@@ -253,8 +253,8 @@ def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device) -
         checkpoint.require(f"{start}weight_packed", (rows, -(-K // 2) if bits <= 4 else K))
         checkpoint.require(f"{start}weight_scale", (rows,))
         gates = q["linears"][fused]
-        setattr(block, fused, QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"],
-                                                       bits))
+        linear = QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"], bits)
+        setattr(block, fused, linear.unpack_weights() if weights == "int8" and bits <= 4 else linear)
     if f"{prefix}.tac.M" in checkpoint.shapes:
         block.tac = TAC(checkpoint.get(f"{prefix}.tac.M"), checkpoint.get(f"{prefix}.tac.bias")).to(device)
     return block
@@ -267,13 +267,53 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
         model = DiffusionLM(replace(c, n_layers=1))
     model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
     parts = [("embed", names.embed), ("norm", names.final_norm)] + ([] if c.tied else [("head", names.head)])
+    if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
+        parts = [("norm", names.final_norm)]
+        _load_quantized_outer(checkpoint, model, device, dtype)
     for ours, theirs in parts:
         module = getattr(model, ours)
         shape = tuple(module.weight.shape)
         module.weight = _fill(module.weight, [checkpoint.get(f"{theirs}.weight", shape)], device, dtype)
-    if c.tied:
+    if c.tied and len(parts) > 1:
         model.head.weight = model.embed.weight
     return model.eval()
+
+
+def quantize_outer(model: DiffusionLM, head_bits: int = 8, embed_bits: int | None = None) -> DiffusionLM:
+    """Embedding and head in integers, in place: rows of embed_bits (4 or 8, default head_bits) with a scale each.
+
+    The head runs on integers like every other linear, its input in head_bits. A tied pair stays one tensor.
+    """
+    tied, head = model.config.tied, model.head.weight
+    model.embed = QuantEmbedding.fold(model.embed.weight, head_bits if tied else embed_bits or head_bits)
+    model.head = QuantLinear.fold(head, abits=head_bits, wbits=head_bits)
+    if tied:
+        model.head.weight_packed = model.embed.weight_packed
+    return model
+
+
+def outer_tensors(model: DiffusionLM) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors of embedding, final norm and head, 16-bit or quantized: what `load_outer` reads."""
+    names, out = NAMES[model.config.family], {}
+    for module, name in ((model.embed, names.embed), (model.norm, names.final_norm), (model.head, names.head)):
+        if module is not model.head or not model.config.tied:
+            out |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+    return out
+
+
+def _load_quantized_outer(checkpoint: Checkpoint, model: DiffusionLM, device, dtype) -> None:
+    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
+    bits, tensors = {"embed": q.get("embed_bits", q["head_bits"]), "head": q["head_bits"]}, {}
+    for ours, theirs in (("embed", names.embed), ("head", names.head)):
+        if ours == "head" and c.tied:
+            tensors[ours] = tensors["embed"]
+            continue
+        width = -(-c.d_model // 2) if bits[ours] <= 4 else c.d_model
+        checkpoint.require(f"{theirs}.weight_packed", (c.vocab_size, width))
+        tensors[ours] = {"weight_packed": checkpoint.get(f"{theirs}.weight_packed").to(device),
+                         "weight_scale": checkpoint.get(f"{theirs}.weight_scale", (c.vocab_size,)).to(device)}
+    model.embed = QuantEmbedding(*tensors["embed"].values(), c.d_model, bits["embed"], dtype)
+    model.head = QuantLinear.from_tensors(tensors["head"], c.d_model, 0, 0, bits["head"], bits["head"])
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -306,9 +346,10 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_model(name_or_path: str, device="auto", dtype=None) -> DiffusionLM:
+def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 
+    weights: "packed" keeps 4-bit weights two a byte (smallest), "int8" one a byte (fastest).
     Raises CheckpointError or ConfigError with one sentence about what is wrong with the folder.
     """
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))
@@ -316,5 +357,5 @@ def load_model(name_or_path: str, device="auto", dtype=None) -> DiffusionLM:
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_outer(checkpoint, device, dtype)
     for i in range(checkpoint.config.n_layers):
-        model.blocks.append(load_block(checkpoint, i, device, dtype))
+        model.blocks.append(load_block(checkpoint, i, device, dtype, weights))
     return model.eval()

@@ -28,7 +28,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
-from families import NAMES
+from families import NAMES, norm_names
 from model import FUSED, load_block
 
 VERSION = "0.1.0"
@@ -76,7 +76,7 @@ class Output:
     def write_block(self, i: int, block, record: dict) -> None:
         names = NAMES[self.source.config.family]
         prefix = names.block.format(i)
-        kept = [f"{prefix}.{n}.weight" for n in (names.attn_norm, names.ffn_norm)]
+        kept = [f"{prefix}.{n}.weight" for n in norm_names(self.source.config).values()]
         tensors = {n: self.source.get(n) for n in kept}
         for part in (*FUSED, "tac"):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}

@@ -22,6 +22,7 @@ from functools import wraps
 import torch
 
 from families import END_OF_TURN
+from graphs import GraphedModel
 
 LLADA = ("low_confidence", "random")
 DREAM = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -178,8 +179,10 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
             cfg_scale: float = 0.0, attention_mask=None, algorithm: str | None = None, eps: float = 1e-3,
             top_p: float | None = None, top_k: int | None = None, alg_temp: float | None = None,
             logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False, eos_id: int | None = None,
-            eot_id: int | None = None, generator=None):
+            eot_id: int | None = None, generator=None, cuda_graph: bool = True):
     """Yield a `Step` after each denoising step; the arguments are those of `generate`."""
+    if cuda_graph and prompt_ids.is_cuda:
+        model = GraphedModel(model)
     family, block_length = model.config.family, gen_length if block_length is None else block_length
     algorithm = algorithm or ("entropy" if family == "dream" else "low_confidence")
     _check(steps, gen_length, block_length, algorithm, temperature, eps, top_p, top_k, alg_temp,
@@ -234,6 +237,7 @@ def generate(*args, **options):
     prompt, at twice the cost.
     LLaDA's: block_length (None: one block); logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits
     end of text and end of turn last. eos_id and eot_id are the model's unless given.
+    cuda_graph: on a GPU, replay the blocks as one CUDA graph.
     Dream's: eps, the time at which masking ends; top_p, top_k; alg_temp > 0 draws the positions by confidence.
     Raises ValueError for an option that the algorithm does not have, or if blocks divide neither gen_length nor steps.
     """

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 from families import read_config
-from model import DiffusionLM, load_model, load_tokenizer
+from model import DiffusionLM, load_model
+from tokenizer import load_tokenizer
 
 VOCAB = 1024
 SPECIALS = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
@@ -124,7 +125,8 @@ def main(argv=None):
             model.save(args.out, dtype=torch.bfloat16)
     model.save(args.out, dtype=torch.bfloat16)
     earlier = json.loads(Path(args.init, "training.json").read_text()) if args.init else None
-    record = {"earlier": earlier, "mix": MIX, "steps": step + 1, "seconds": round(time.time() - start), "torch": torch.__version__,
+    record = {"earlier": earlier, "mix": MIX, "steps": step + 1, "seconds": round(time.time() - start),
+              "torch": torch.__version__,
               "args": vars(args) | {"minutes": str(args.minutes)}, "curve": curve}
     Path(args.out, "training.json").write_text(json.dumps(record, indent=1))
     print(json.dumps({"out": args.out, "steps": step + 1, "seconds": record["seconds"], **mean}))
