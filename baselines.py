@@ -130,8 +130,8 @@ def tmas_ratios(n: int, generator: torch.Generator):
 
 
 def cgq_weights(state, confidence):
-    """Certainty-guided token weights w = (1 if masked else 0.7) + √confidence, (S, L); H = Σ w² x xᵀ."""
-    return torch.where(state, 1.0, CGQ_UNMASKED) + confidence.sqrt()
+    """Certainty-guided token weights w², w = (1 if masked else 0.7) + √confidence, (S, L): H = Σ w² x xᵀ."""
+    return (torch.where(state, 1.0, CGQ_UNMASKED) + confidence.sqrt()).square()
 
 
 def fit_dllmquant_awq(weight, bias, inputs, config, generator, progress):

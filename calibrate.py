@@ -38,6 +38,7 @@ from output import Output, run_key
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from stress import write_stressed
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--stress", type=float, default=1.0, metavar="C",
+                        help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +287,8 @@ def parse(argv):
                         help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
                                                                            fields(QuantConfig)[3:-1]))
     args = parser.parse_args(argv)
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-{args.method}-w{args.wbits}a{args.abits}"
+    stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
+    args.out = args.out or Path("out") / f"{Path(args.model).name}{stressed}-{args.method}-w{args.wbits}a{args.abits}"
     return args
 
 
@@ -307,6 +311,11 @@ def run(args) -> dict:
     device = pick_device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
              else torch.float32}[args.dtype]
+    judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
+    if args.stress != 1:
+        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+        write_stressed(args.model, args.stress, stressed)
+        args.model = str(stressed)
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
@@ -333,7 +342,7 @@ def run(args) -> dict:
             bar.set_description(f"block {min(i + 2, n)}/{n}")
     out.finish(block)
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
-    if args.problems and (source.folder / "training.json").exists():
+    if args.problems and judged:
         full = load_model(args.model, device, dtype)
         models = {"16-bit": full}
         if config.method != "rtn":
