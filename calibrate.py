@@ -32,10 +32,13 @@ import data
 import metrics
 from checkpoint import Checkpoint, CheckpointError, resolve
 from families import ConfigError
+from hadamard import exists, rotation
 from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device
 from output import Output, run_key
 from sgat import allocate_subspaces, fit_sgat, initial_basis
+from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from stress import write_stressed
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class QuantConfig:
     smoothing: float = 0.15  # η, of singular values (App. C)
     shrinkage: float = 0.55  # α, towards the identity (App. C)
     tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
+    kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
+    softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     seed: int = 0
 
@@ -66,7 +71,8 @@ class QuantConfig:
                          "inputs": ("quantized", "fp")}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
-                        "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6), "seed": (0, 2**31)}
+                        "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
+                        "kv_bits": (2, 16), "softmax_bits": (2, 16), "seed": (0, 2**31)}
 
     def __post_init__(self):
         for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
@@ -80,9 +86,9 @@ class QuantConfig:
 # ---- one linear ------------------------------------------------------------------------------------------------------
 
 
-def fit_starquant(weight, bias, x, y, state, config: QuantConfig, generator, progress):
+def fit_starquant(weight, bias, inputs: baselines.Inputs, config: QuantConfig, generator, progress):
     """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
-    d = weight.shape[1]
+    (x, y, state), d = inputs[:3], weight.shape[1]
     d_s = d // config.state_fraction if config.state_fraction else 0
     if config.allocation == "random":
         start = initial_basis(d, config.transform, generator)
@@ -99,6 +105,7 @@ def _cast(P, like):
 
 
 METHODS = {**baselines.METHODS, "starquant": fit_starquant}
+COMPENSATED = ("starquant",)  # methods with TAC behind softmax·V
 
 
 # ---- one block -------------------------------------------------------------------------------------------------------
@@ -138,37 +145,57 @@ def with_linears(block, **linears):
     return out
 
 
-def estimate_tac(block, fitted, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
+def estimate_tac(block, quantized, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
     """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ quantized."""
     n = min(config.tac_samples, len(x_fp))
-    exact = with_linears(block, qkv=Unquantized(fitted, block.qkv.weight, block.qkv.bias))
+    exact = with_linears(block, qkv=Unquantized(quantized.qkv, block.qkv.weight, block.qkv.bias))
     _, z_fp = run_block(exact, x_fp[:n], state[:n], table, watch=("tac",))
-    _, z_q = run_block(with_linears(block, qkv=fitted), x_q[:n], state[:n], table, watch=("tac",))
+    _, z_q = run_block(quantized, x_q[:n], state[:n], table, watch=("tac",))
     z_fp, z_q = z_fp["tac"].flatten(0, 1), z_q["tac"].flatten(0, 1)
     if config.tac == "ridge":
         return TAC(*tac_ridge(z_fp, z_q, config.tac_block, config.damping))
     return TAC(*tac_fit(z_fp, z_q, config.tac_block, config.damping, config.smoothing, config.shrinkage))
 
 
-def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None):
+@torch.no_grad()
+def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) -> QuantAttention:
+    """Quantizers of K, V and the softmax output; V's scale by IA-AQ for DLLMQuant, per token otherwise."""
+    bits, h = (config.kv_bits, config.softmax_bits), quantized.config.head_dim
+    rotated = config.method in baselines.ROTATED and exists(h)
+    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(x_q.device) if rotated else None)
+    if config.method not in baselines.DLLMQUANT or config.kv_bits == 16:
+        return attention
+    n = min(config.tac_samples, len(x_q))
+    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r]), state[r]) for r in metrics.batches(n)])
+    q, k, v = attention.rotated(*quantized.heads(qkv, table))
+    return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
+
+
+def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None,
+                   confidence=None):
     """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams."""
     start = time.time()
     _, targets = run_block(block, x_fp, state, table, watch=FUSED)
     quantized, record = block, {"block": index, "linears": {}}
+    gains = {"qkv": block.attn_norm.weight.detach(), "gate_up": block.ffn_norm.weight.detach()}
     for group, name in enumerate(FUSED):
         original = getattr(block, name)
-        _, inputs = run_block(quantized, x_q, state, table, watch=(name,))
-        x, weight = inputs[name].float(), original.weight.float()
+        _, seen = run_block(quantized, x_q, state, table, watch=(name,))
+        x, weight = seen[name].float(), original.weight.detach().float()
         check_finite(x, f"block {index}: the input of {name}")
         y = linear(targets[name].float(), weight)
         y = y if original.bias is None else y + original.bias.float()
         generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
-        fitted, losses = METHODS[config.method](weight, original.bias, x, y, state, config, generator, progress)
+        inputs = baselines.Inputs(x, y, state, confidence, gains.get(name))
+        fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
         quantized = with_linears(quantized, **{name: fitted})
         error = (fitted(x[:16], state[:16]) - y[:16]).square().sum() / y[:16].square().sum().clamp_min(1e-30)
         record["linears"][name] = {"error": float(error), **losses}
-        if name == "qkv" and config.method == "starquant" and config.tac != "none":
-            quantized = with_linears(quantized, tac=estimate_tac(block, fitted, x_fp, x_q, state, table, config))
+        if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
+            attention = fit_attention(quantized, x_q, state, table, config, generator)
+            quantized = with_linears(quantized, softmax_value=attention)
+        if name == "qkv" and config.method in COMPENSATED and config.tac != "none":
+            quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
     record["seconds"] = round(time.time() - start, 2)
     return quantized, record
 
@@ -182,18 +209,31 @@ def check_finite(x, what: str) -> None:
 # ---- the whole model -------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def prediction_confidence(outer: DiffusionLM, blocks, noisy):
+    """Largest probability of the 16-bit model's prediction at each position, (S, L): one pass, block by block."""
+    x, state, table, _ = outer.prepare(noisy)
+    for block in blocks:
+        x, _ = run_block(block, x, state, table)
+    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r])).float(), -1).amax(-1)
+                      for r in metrics.batches(len(x), 8)])
+    return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
+
+
 def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
-    noisy (S, L) are the calibration segments with [MASK] in place; blocks is any iterable of 16-bit blocks in order.
+    noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
     """
+    confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
     x_fp, state, table, _ = outer.prepare(noisy)
     x_fp = x_fp.detach()
     x_q = x_fp
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(blocks()):
         old = finished(i)
         if old is None:
-            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i, progress or (lambda _: None))
+            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
+                                               progress or (lambda _: None), confidence)
         else:
             quantized, record = old
         yield i, quantized, record
@@ -203,11 +243,12 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
             x_q = x_fp
 
 
-def masked_copies(tokens, region, mask_id: int, seed: int):
-    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1]."""
-    g = torch.Generator().manual_seed(seed)
+def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
+    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1], or TMAS."""
+    g = torch.Generator().manual_seed(config.seed)
     region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
-    return data.mask_tokens(tokens, region, data.stratified_ratios(len(tokens), g), mask_id, g)
+    ratios = baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios
+    return data.mask_tokens(tokens, region, ratios(len(tokens), g), mask_id, g)
 
 
 def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
@@ -215,10 +256,10 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
 
     tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
     """
-    noisy = masked_copies(tokens, region, model.mask_id, config.seed).to(model.device)
+    noisy = masked_copies(tokens, region, model.mask_id, config).to(model.device)
     quantized = copy.copy(model)
     quantized._modules = dict(model._modules)
-    quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, model.blocks, noisy, config))
+    quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config))
     return quantized.eval()
 
 
@@ -234,6 +275,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--stress", type=float, default=1.0, metavar="C",
+                        help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -244,7 +287,8 @@ def parse(argv):
                         help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
                                                                            fields(QuantConfig)[3:-1]))
     args = parser.parse_args(argv)
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-{args.method}-w{args.wbits}a{args.abits}"
+    stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
+    args.out = args.out or Path("out") / f"{Path(args.model).name}{stressed}-{args.method}-w{args.wbits}a{args.abits}"
     return args
 
 
@@ -267,6 +311,11 @@ def run(args) -> dict:
     device = pick_device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
              else torch.float32}[args.dtype]
+    judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
+    if args.stress != 1:
+        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+        write_stressed(args.model, args.stress, stressed)
+        args.model = str(stressed)
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
@@ -274,9 +323,12 @@ def run(args) -> dict:
     outer = load_outer(source, device, dtype)
     tokens, region = data.calibration_set(outer.tokenizer, args.segments, args.length, args.seed)
     out = Output(args.out, source, run_key(args.model, source, tokens, config), args.resume, args.overwrite)
-    noisy = masked_copies(tokens, region, outer.mask_id, config.seed).to(device)
+    noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
     n, start = source.config.n_layers, time.time()
-    blocks = (load_block(source, i, device, dtype) for i in range(n))
+
+    def blocks():
+        return (load_block(source, i, device, dtype) for i in range(n))
+
     with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -290,7 +342,7 @@ def run(args) -> dict:
             bar.set_description(f"block {min(i + 2, n)}/{n}")
     out.finish(block)
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
-    if args.problems and (source.folder / "training.json").exists():
+    if args.problems and judged:
         full = load_model(args.model, device, dtype)
         models = {"16-bit": full}
         if config.method != "rtn":

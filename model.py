@@ -23,6 +23,7 @@ from torch import nn
 from checkpoint import SINGLE, Checkpoint, CheckpointError, resolve, write_file, write_json, write_tensors
 from families import NAMES, ModelConfig, norm_names
 from sampling import denoise, generate
+from softmax_value import QuantAttention
 from starquant import TAC, QuantEmbedding, QuantLinear
 from tokenizer import load_tokenizer
 
@@ -78,19 +79,27 @@ class Block(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
         self.tac = nn.Identity()
+        self.register_module("softmax_value", None)  # a QuantAttention if K, V or the softmax output are quantized
         self.out = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.gate_up = Linear(c.d_model, 2 * c.d_ffn, bias=False)
         self.down = Linear(c.d_ffn, c.d_model, bias=False)
 
-    def attention(self, qkv, table, mask):
-        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
+    def heads(self, qkv, table):
+        """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, *table), rope(k, *table)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=c.n_kv_heads < c.n_heads)
+        return rope(q, *table), rope(k, *table), v
+
+    def attention(self, qkv, table, mask):
+        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
+        q, k, v = self.heads(qkv, table)
+        if self.softmax_value is not None:
+            z = self.softmax_value(q, k, v, mask)
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
         return rearrange(z, "b n l h -> b l (n h)")
 
     def forward(self, x, state, table, mask=None):
@@ -257,6 +266,10 @@ def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device, w
         setattr(block, fused, linear.unpack_weights() if weights == "int8" and bits <= 4 else linear)
     if f"{prefix}.tac.M" in checkpoint.shapes:
         block.tac = TAC(checkpoint.get(f"{prefix}.tac.M"), checkpoint.get(f"{prefix}.tac.bias")).to(device)
+    start = f"{prefix}.softmax_value."
+    tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
+    if tensors:
+        block.softmax_value = QuantAttention(**tensors)
     return block
 
 

@@ -78,7 +78,7 @@ class Output:
         prefix = names.block.format(i)
         kept = [f"{prefix}.{n}.weight" for n in norm_names(self.source.config).values()]
         tensors = {n: self.source.get(n) for n in kept}
-        for part in (*FUSED, "tac"):
+        for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
         metadata = {"run": self.run["hash"], "record": json.dumps(record), "gates": json.dumps(_gates(block))}
         write_tensors(self.folder / self.shard(i), tensors, metadata)

@@ -86,6 +86,15 @@ def quant_params(x, bits: int, symmetric: bool = False):
     return scale, ste_round(-low / scale)
 
 
+def clip_range(x, clip):
+    """Each row limited to (c_0 min, c_1 max) of itself, clip (..., 2): what FlatQuant's learnable clipping does.
+
+    The quantizer takes its range from what is left, so clamping the values and shrinking the range are one thing.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
+
+
 def fake_quantize(x, bits: int, symmetric: bool = False):
     """Q(x), Eqs. 2-4 per row: quantize and dequantize, in fp32 or wider; differentiable (also through s and z)."""
     y = x if x.dtype == torch.float64 else x.float()
@@ -376,11 +385,13 @@ class QuantLinear(nn.Module):
     """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
 
     Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
-    d_m = d_u = 0 means no gates. Weight codes of at most 4 bits are stored two a byte, wider ones as int8.
+    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`). Weight codes of at most 4 bits are
+    stored two a byte, wider ones as int8.
     """
 
-    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None):
-        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric)."""
+    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None):
+        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
+        or None."""
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
         self.packed, self._bases = wbits <= 4, {}
@@ -388,6 +399,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", scale.float())
         self.register_buffer("weight_zero", zero)
         self.register_buffer("bias", None if bias is None else bias.float())
+        self.register_buffer("clip", clip)
         self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
@@ -415,7 +427,7 @@ class QuantLinear(nn.Module):
         packed = tensors["weight_packed"]
         codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
         layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                    tensors.get("weight_zero"))
+                    tensors.get("weight_zero"), tensors.get("clip"))
         layer.weight_packed = packed
         return layer
 
@@ -458,19 +470,22 @@ class QuantLinear(nn.Module):
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x
 
+    def clipped(self, rows):
+        return rows if self.clip is None else clip_range(rows, self.clip)
+
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
 
         The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
         """
         C = self.weight_packed.shape[0]
-        if cuda_kernels.usable(x, C):
+        if self.clip is None and cuda_kernels.usable(x, C):
             rows = apply_basis(x, self.basis(x)).reshape(-1, self.in_features)
             y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
                                         self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
                                         self.bias, self.weight_zero)
         else:
-            rows = self.transformed(x, state).reshape(-1, self.in_features)
+            rows = self.clipped(self.transformed(x, state)).reshape(-1, self.in_features)
             # the float fallback multiplies fp32: unpack straight into it
             codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
             y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
@@ -479,7 +494,7 @@ class QuantLinear(nn.Module):
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
-        y = linear(fake_quantize(self.transformed(x, state), self.abits), self.weight())
+        y = linear(fake_quantize(self.clipped(self.transformed(x, state)), self.abits), self.weight())
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
