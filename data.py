@@ -198,6 +198,30 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     return ids, region
 
 
+def sum_tokens(tokenizer, n: int, length: int, seed: int):
+    """Drill for training only: lines of sums like those in `math`, where only the results are maskable.
+
+    Word problems alone teach a small model to copy numbers long before it adds them.
+    """
+    rng, rows, regions = random.Random(f"sums/{seed}"), [], []
+    for _ in range(n):
+        text, spans = "", []
+        while len(text) < length:
+            kind, a, b = rng.choice("++--*"), rng.randint(2, 54), rng.randint(2, 9)
+            if kind == "*":
+                a, b = rng.randint(2, 5), rng.randint(2, 9)
+            if kind == "-" and b > a:
+                kind = "+"
+            result = str({"+": a + b, "-": a - b, "*": a * b}[kind])
+            text += f"{a}{kind}{b}="
+            spans.append((len(text), len(text) + len(result)))
+            text += result + "\n"
+        encoded = tokenizer.encode(text)
+        rows.append(encoded.ids[:length])
+        regions.append([any(low <= at < high for low, high in spans) for at, _ in encoded.offsets[:length]])
+    return torch.tensor(rows), torch.tensor(regions)
+
+
 def english_segments(tokenizer, split: str, n: int, length: int, seed: int):
     """Random windows of the split's english tokens: ids (n, length) and an all-True region."""
     tokens, g = english_tokens(tokenizer, split), torch.Generator().manual_seed(seed)

@@ -35,8 +35,8 @@ def nelbo(model, ids, region, samples: int = 4, seed: int = 0, progress=lambda n
         noisy = data.mask_tokens(ids, region, t, model.mask_id, g)
         for rows in batches(len(ids)):
             where = noisy[rows] == model.mask_id
-            logits = model(noisy[rows].to(model.device)).float().cpu()
-            ce = F.cross_entropy(logits[where], ids[rows][where], reduction="none")
+            logits = model(noisy[rows].to(model.device), where=where.to(model.device)).float().cpu()
+            ce = F.cross_entropy(logits, ids[rows][where], reduction="none")
             per_token = torch.zeros(where.shape).masked_scatter(where, ce)
             total[rows] += per_token.sum(-1) / t[rows] / region[rows].sum(-1)
             progress(len(t[rows]))
@@ -80,27 +80,33 @@ def solve(model, problems, steps: int = data.GEN_LENGTH, gen_length: int = data.
 
 
 @torch.no_grad()
-def cloze(model, problems, samples: int = 8, seed: int = 0, progress=lambda n: None):
-    """Most likely continuation among four by Monte-Carlo likelihood: 0/1 per problem, (n,).
+def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: None):
+    """Choice among four continuations by Monte-Carlo likelihood: 0/1 per problem, (n,).
 
-    The likelihood of an option is LLaDA's estimator, with k masked tokens of L and weight L/k; the four options of a
-    problem share their masks, so that they differ in their tokens only.
+    The score is the mutual information log p(option | context) − log p(option), both by LLaDA's estimator (k of N
+    tokens masked, weight N/k), because p(option | context) alone mostly ranks how rare an option's words are. The four
+    options and both terms share their masks.
     """
     g = torch.Generator().manual_seed(seed)
     correct = []
     for rows in batches(len(problems), ROWS // 8):
         options = torch.stack([p.options for p in problems[rows]])  # (n, 4, N)
-        context = torch.stack([p.context for p in problems[rows]])[:, None].expand(-1, 4, -1)
+        context = torch.stack([p.context for p in problems[rows]])[:, None, None].expand(-1, 4, samples, -1)
         n, _, N = options.shape
         # k = 1..N in equal strata over the samples, a random subset of k positions each
-        k = ((torch.arange(samples)[None] + torch.rand(n, samples, generator=g)) / samples * N).ceil().clamp(1, N)
+        k = ((torch.arange(samples) + torch.rand(n, samples, generator=g)) / samples * N).ceil().clamp(1, N)
         rank = torch.rand(n, samples, N, generator=g).argsort(-1).argsort(-1)
         hide = (rank < k[..., None])[:, None].expand(-1, 4, -1, -1)  # (n, 4, samples, N)
         clean = options[:, :, None].expand(-1, -1, samples, -1)
-        noisy = torch.cat((context[:, :, None].expand(-1, -1, samples, -1), clean.masked_fill(hide, model.mask_id)), -1)
-        logits = model(noisy.flatten(0, 2).to(model.device))[:, -N:].float().cpu()
-        ce = F.cross_entropy(logits.flatten(0, 1), clean.flatten(), reduction="none").view(hide.shape)
-        score = -((ce * hide).sum(-1) * N / k[:, None]).mean(-1)  # (n, 4)
+
+        def log_likelihood(context, hide=hide, clean=clean, k=k):
+            noisy = torch.cat((context, clean.masked_fill(hide, model.mask_id)), -1)
+            where = torch.cat((torch.zeros_like(context, dtype=torch.bool), hide), -1).flatten(0, 2)
+            logits = model(noisy.flatten(0, 2).to(model.device), where=where.to(model.device)).float().cpu()
+            ce = torch.zeros(hide.shape).masked_scatter(hide, F.cross_entropy(logits, clean[hide], reduction="none"))
+            return -(ce.sum(-1) * clean.shape[-1] / k[:, None]).mean(-1)  # (n, 4)
+
+        score = log_likelihood(context) - log_likelihood(torch.full_like(context, model.mask_id))
         correct += (score.argmax(-1) == torch.tensor([p.answer for p in problems[rows]])).tolist()
         progress(n)
     return torch.tensor(correct, dtype=torch.float32)

@@ -80,7 +80,8 @@ class Output:
         tensors = {n: self.source.get(n) for n in kept}
         for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
-        metadata = {"run": self.run["hash"], "record": json.dumps(record), "gates": json.dumps(_gates(block))}
+        timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
+        metadata = {"run": self.run["hash"], "record": json.dumps(timeless), "gates": json.dumps(_gates(block))}
         write_tensors(self.folder / self.shard(i), tensors, metadata)
         self.records[i] = record
 

@@ -33,7 +33,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("math", "english", "math", "english", "math", "english", "code", "math")  # domains of consecutive batches
+MIX = ("sums", "english", "math", "sums", "english", "sums", "math", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -56,6 +56,8 @@ def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
     domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
     if domain == "english":
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
+    elif domain == "sums":
+        ids, region = data.sum_tokens(tokenizer, tokens // 48, 48, key)
     else:
         ids, region = data.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
