@@ -33,7 +33,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("sums", "english", "math", "sums", "english", "sums", "math", "code")  # domains of consecutive batches
+MIX = ("math", "sums", "math", "english", "math", "code", "math", "english")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
