@@ -16,7 +16,7 @@ as the Hadamard alone).
 import torch
 from einops import einsum, rearrange
 
-from gptq import gptq, hessian, output_error, shrunk_scale
+from gptq import gptq, hessian, shrunk_scale
 from hadamard import rotation
 from starquant import Kronecker, QuantLinear, apply_basis, clip_range, fake_quantize, fold_weight, tac_block_size
 
@@ -66,17 +66,18 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
     return [Kronecker(*(p.to(x) for p in f)) if isinstance(f, Kronecker) else f.to(x) for f in P]
 
 
-def best_clip(x, folded, bits: int, token_weights=None):
+def best_clip(x, folded, bits: int, token_weights=None, rows: int = 4096):
     """Factor c of CLIPS: every token's range shrunk to c times itself costs least output error ‖(Q(x) − x) Wᵀ‖², (2,).
 
-    x (N, d) transformed, folded (C, d). The largest value of a row of many is far out; clipping it refines the rest.
+    x (N, d) transformed, folded (C, d); judged on `rows` tokens at most, evenly taken. The largest value of many is far
+    out; clipping it refines the steps of all the others.
     """
-    H = folded.double().mT @ folded.double()
-    weights = 1 if token_weights is None else token_weights.double()
+    step = -(-len(x) // rows)
+    x, weights = x[::step], 1 if token_weights is None else token_weights[::step]
     losses = []
     for c in CLIPS:
         error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - x
-        losses.append(float((output_error(error.double(), H) * weights).sum()))
+        losses.append(float(((error @ folded.mT).square().sum(-1) * weights).sum()))
     return x.new_full((2,), CLIPS[losses.index(min(losses))])
 
 
