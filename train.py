@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
+from checkpoint import write_json
 from families import read_config
 from model import DiffusionLM, load_model
 from tokenizer import load_tokenizer
@@ -126,12 +127,12 @@ def main(argv=None):
         if step % 1000 == 999:
             model.save(args.out, dtype=torch.bfloat16)
     model.save(args.out, dtype=torch.bfloat16)
-    earlier = json.loads(Path(args.init, "training.json").read_text()) if args.init else None
-    record = {"earlier": earlier, "mix": MIX, "steps": step + 1, "seconds": round(time.time() - start),
-              "torch": torch.__version__,
-              "args": vars(args) | {"minutes": str(args.minutes)}, "curve": curve}
-    Path(args.out, "training.json").write_text(json.dumps(record, indent=1))
-    print(json.dumps({"out": args.out, "steps": step + 1, "seconds": record["seconds"], **mean}))
+    phases = json.loads(Path(args.init, "training.json").read_text())["phases"] if args.init else []
+    phases.append({"mix": MIX, "steps": step + 1, "seconds": round(time.time() - start), "torch": torch.__version__,
+                   "args": {k: str(v) for k, v in vars(args).items() if k not in ("init", "out")}, "curve": curve})
+    totals = {k: sum(p[k] for p in phases) for k in ("steps", "seconds")}
+    write_json(Path(args.out, "training.json"), {**totals, "phases": phases})
+    print(json.dumps({"out": args.out, "steps": step + 1, "seconds": phases[-1]["seconds"], **mean}))
 
 
 if __name__ == "__main__":
