@@ -199,6 +199,15 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     return ids, region
 
 
+def result_tokens(tokenizer, n: int, seed: int):
+    """`math` sequences of the training split in which only the two results after '=' are maskable."""
+    ids, region = problem_tokens(tokenizer, "math", "train", n, seed)
+    digit = torch.isin(ids, torch.tensor([tokenizer.token_to_id(d) for d in "0123456789"]))
+    first = digit & (ids == tokenizer.token_to_id("=")).roll(1, 1)
+    second = digit & first.roll(1, 1)
+    return ids, region & (first | second)
+
+
 def sum_tokens(tokenizer, n: int, length: int, seed: int):
     """Drill for training only: lines of sums like those in `math`, where only the results are maskable.
 

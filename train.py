@@ -34,7 +34,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("math", "sums", "math", "english", "math", "code", "math", "english")  # domains of consecutive batches
+MIX = ("results", "math", "sums", "results", "english", "math", "results", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -59,6 +59,8 @@ def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
     elif domain == "sums":
         ids, region = data.sum_tokens(tokenizer, tokens // 48, 48, key)
+    elif domain == "results":
+        ids, region = data.result_tokens(tokenizer, tokens // 56, key)
     else:
         ids, region = data.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
