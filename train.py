@@ -34,7 +34,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("results", "math", "sums", "results", "english", "math", "results", "code")  # domains of consecutive batches
+MIX = ("chain", "math", "chain", "sums", "chain", "english", "chain", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -53,27 +53,28 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 
 def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
-    """Clean ids, masked ids and per-row weights 1/t of one batch of about `tokens` tokens of one domain."""
+    """One batch of about `tokens` tokens of one domain: clean ids, masked ids, weights (n, L), size of the region."""
     domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
+    if domain == "chain":
+        ids, noisy, results = data.chain_tokens(tokenizer, tokens // 56, key, mask_id)
+        return ids, noisy, results.float(), results.sum()
     if domain == "english":
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
     elif domain == "sums":
         ids, region = data.sum_tokens(tokenizer, tokens // 48, 48, key)
-    elif domain == "results":
-        ids, region = data.result_tokens(tokenizer, tokens // 56, key)
     else:
         ids, region = data.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
     t = data.stratified_ratios(len(ids), g, T_MIN)
-    return ids, data.mask_tokens(ids, region, t, mask_id, g), 1 / t, region.sum()
+    return ids, data.mask_tokens(ids, region, t, mask_id, g), (1 / t)[:, None].expand(ids.shape), region.sum()
 
 
 def diffusion_loss(model, clean, noisy, weight, region_size):
-    """1/|region| · Σ over masked tokens of CE / t (the negative evidence bound per token, in nats)."""
+    """1/|region| · Σ over masked tokens of weight · CE; with weight 1/t the negative evidence bound per token, nats."""
     where = noisy == model.mask_id
     logits = model.logits(model.hidden(noisy)[where]).float()
     ce = F.cross_entropy(logits, clean[where], reduction="none")
-    return (ce * weight[:, None].expand_as(clean)[where]).sum() / region_size
+    return (ce * weight[where]).sum() / region_size
 
 
 def main(argv=None):
