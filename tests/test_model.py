@@ -265,13 +265,14 @@ class TestDenoise:
         assert first.committed[0].nonzero().item() == 5 + best.argmax()
         assert first.ids[0, 5 + best.argmax()] == probabilities[5 + best.argmax()].argmax()
 
-    @given(n=st.lists(st.integers(0, 20), min_size=1, max_size=4), steps=st.integers(1, 25))
-    def test_tokens_per_step(self, n, steps):
-        masked = torch.arange(20) < torch.tensor(n)[:, None]
-        counts = sampling.tokens_per_step(masked, steps)
-        assert counts.shape == (len(n), steps)
-        for row, total in zip(counts.tolist(), n, strict=True):
-            assert sum(row) == total
+    @given(blocks=st.integers(1, 4), steps=st.integers(1, 25), length=st.integers(1, 20))
+    def test_block_schedule(self, blocks, steps, length):
+        """Blocks left to right; in each, every token is committed, the remainder in the first steps."""
+        schedule = list(sampling.block_schedule(5, steps * blocks, length * blocks, length))
+        assert [end for end, _ in schedule] == [5 + length * (b + 1) for b in range(blocks) for _ in range(steps)]
+        for b in range(blocks):
+            row = [count for _, count in schedule[b * steps : (b + 1) * steps]]
+            assert sum(row) == length
             assert max(row) - min(row) <= 1
             assert row == sorted(row, reverse=True)
 
@@ -292,7 +293,7 @@ class TestDenoise:
             hidden = biased.hidden(torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1))
             biased.head.weight[eos] = hidden[:, 5:].mean((0, 1)) * 10
         assert bool((generate(biased, self.PROMPT, 4, 4) == eos).any())
-        assert not bool((generate(biased, self.PROMPT, 4, 4, suppress_eos=True) == eos).any())
+        assert not bool((generate(biased, self.PROMPT, 4, 4, logits_eos_inf=True) == eos).any())
 
     def test_temperature_is_seeded(self, llada):
         def sample(seed, temperature):
