@@ -182,11 +182,11 @@ HOSTILE = {
 def test_hostile_programs_are_refused_quickly_and_in_little_memory(source):
     assert len(source) < interpreter.MAX_SOURCE or source == HOSTILE["long source"]
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(Refused):
             run_function(source, (XS,))
-        seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+        seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert seconds < 5
@@ -201,9 +201,9 @@ def test_hostile_programs_are_refused_quickly_and_in_little_memory(source):
     "s = 'ab' * 1000\n t = 'a' * 1000\n return sum([s.count(t) for y in range(2000)])",
 ])
 def test_the_most_expensive_programs_within_the_budget_end_quickly(body):
-    start = time.perf_counter()
+    start = time.process_time()
     assert isinstance(run_function(function(body), (XS,)), int)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_arguments_are_not_changed():
@@ -213,10 +213,10 @@ def test_arguments_are_not_changed():
 
 
 def value_or_refused(source, arguments):
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(Refused):
         run_function(source, arguments)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.text(max_size=300))
