@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from families import ALIASES, ModelConfig, read_config
+from families import ALIASES, ConfigError, ModelConfig, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,6 +60,34 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def added_tokens(folder: Path) -> dict[int, dict]:
+    """id -> {content, special, ...} of the tokens that the tokenizer's small files add to its vocabulary."""
+    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    try:
+        out = {i: {"content": t} for t, i in (read_json(plain) if plain.is_file() else {}).items()}
+        listed = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+        out |= {int(i): dict(t) for i, t in (listed or {}).items()}
+        if not all(isinstance(i, int) and isinstance(t["content"], str) for i, t in out.items()):
+            raise TypeError("an id is no number or a token no text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the tokenizer's added tokens cannot be read ({error}).") from None
+    return out
+
+
+def mask_token_id(folder: Path) -> int:
+    """Id of the mask token by the tokenizer's files: dLLM's Qwen models keep it there and not in config.json."""
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    text = config.get("mask_token") or "<|mask|>"
+    text = text.get("content") if isinstance(text, dict) else text
+    ids = [i for i, token in added_tokens(folder).items() if token["content"] == text]
+    if not ids and (folder / "tokenizer.json").is_file():
+        listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        ids = [t["id"] for t in listed if isinstance(t, dict) and t.get("content") == text and "id" in t]
+    if not ids:
+        raise ConfigError(f"{folder}: neither config.json (mask_token_id) nor the tokenizer ({text}) has a mask token.")
+    return ids[0]
+
+
 def write_file(path: Path, write) -> None:
     """Call write(temporary path), flush it to disk, and only then give it its final name."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -93,8 +121,15 @@ class Checkpoint:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.config: ModelConfig = read_config(read_json(self.folder / "config.json"))
-        self.quantization: dict | None = self.config.raw.get("quantization_config")
+        raw = read_json(self.folder / "config.json")
+        if "mask_token_id" not in raw and str(raw.get("model_type")).startswith("a2d-"):
+            raw["mask_token_id"] = mask_token_id(self.folder)
+        self.config: ModelConfig = read_config(raw)
+        self.quantization: dict | None = raw.get("quantization_config")
+        ours = {"linears", "weight_bits", "activation_bits"}
+        if self.quantization is not None and not ours <= set(self.quantization):
+            raise CheckpointError(f"{self.folder} was quantized by another tool (quant_method "
+                                  f"{self.quantization.get('quant_method')!r}); give the 16-bit model instead.")
         self.files = self._shards()
         self._open = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -158,7 +193,8 @@ class Checkpoint:
             self.require(name, shape)
         tensor = self._handle(self.files[name]).get_tensor(name)
         if tensor.is_floating_point():
-            bad = int((~torch.isfinite(tensor)).sum())
+            # in pieces: a mask of a whole embedding would take as much memory again
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(4096))
             if bad:
                 raise CheckpointError(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
         return tensor

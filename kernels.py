@@ -15,6 +15,9 @@ strides (1, K), no copy. Operands with stride 0 or fewer than 17 rows have been 
 A is always copied into fresh padded storage (zero rows and columns are exact) and one self-check against exact
 integers runs before the first use on a device; if it fails, the exact fallback below serves, and says so once.
 
+This file is the readable version, any device and any shape. On a GPU `cuda_kernels.py` does the same with the passes
+fused; the integers are the same.
+
 Exact fallback: an fp32 matmul of integer codes is exact while K · max|a| · max|w| < 2²⁴ (4-bit codes: K < 262144), an
 fp64 one below 2⁵³. On CPUs without int8 dot products it is also many times faster than `_int_mm`, so on the CPU it
 is the default; `backend` names what is used.
@@ -37,10 +40,18 @@ def pack_int4(codes):
     return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
 
 
-def unpack_int4(packed, k: int):
-    """Inverse of `pack_int4`: (N, ⌈K/2⌉) uint8 -> (N, K) int8, by two arithmetic shifts."""
+def unpack_int4(packed, k: int, dtype=torch.int8):
+    """Inverse of `pack_int4`: (N, ⌈K/2⌉) uint8 -> (N, K) int8 (or another dtype), by two arithmetic shifts."""
     p = packed.view(torch.int8)
-    return torch.stack(((p << 4) >> 4, p >> 4), -1).flatten(-2)[..., :k]
+    codes = torch.empty(*p.shape[:-1], 2 * p.shape[-1], dtype=dtype, device=p.device)
+    codes[..., 0::2] = (p << 4) >> 4
+    codes[..., 1::2] = p >> 4
+    return codes[..., :k]
+
+
+def row_sums(codes):
+    """rowsum(W_c): (N, K) int8 -> (N,) int32, in pieces, because PyTorch casts all of its input first."""
+    return torch.cat([part.sum(-1, dtype=torch.int32) for part in codes.split(4096)])
 
 
 # ---- integer matmul ------------------------------------------------------------------------------------------------
@@ -108,7 +119,8 @@ def quantize_rows(x, bits: int):
     x = x.float()
     levels, half = 2**bits - 1, 2 ** (bits - 1)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high / levels - low / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    steps = x.new_full((), levels)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
+    scale = (high / steps - low / steps).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.round(-low / scale)
     codes = torch.round(x / scale).add_(zero).clamp_(0, levels).sub_(half).to(torch.int8)
     return codes, scale, zero - half
@@ -118,8 +130,9 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
                use: str | None = None):
     """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
 
-    weight (N, K) int8 centred codes, weight_scale (N,) fp32, weight_sum (N,) int32 = rowsum(weight), weight_zero (N,)
-    int32 or None for symmetric weights. NaN turns into code 0 silently: calibration checks its activations first.
+    weight (N, K) int8 centred codes (the float fallback also takes them in fp32), weight_scale (N,) fp32, weight_sum
+    (N,) int32 = rowsum(weight), weight_zero (N,) int32 or None for symmetric weights. NaN turns into code 0 silently:
+    calibration checks its activations first.
     """
     codes, scale, zero = quantize_rows(x, bits)
     acc = int_matmul(codes, weight, 2 ** (bits + weight_bits - 2), use)

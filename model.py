@@ -1,4 +1,4 @@
-"""A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, LLaDA-1.5 and Dream.
+"""A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, Dream and kin.
 
 Every denoising step runs the whole sequence, masked and unmasked tokens together, through bidirectional attention.
 The token state `ids == mask_id` is taken once, in `DiffusionLM.forward`, and handed down to every linear; a 16-bit
@@ -21,9 +21,11 @@ from einops import rearrange
 from torch import nn
 
 from checkpoint import SINGLE, Checkpoint, CheckpointError, resolve, write_file, write_json, write_tensors
-from families import NAMES, ModelConfig
+from families import NAMES, ModelConfig, norm_names
 from sampling import denoise, generate
-from starquant import TAC, QuantLinear
+from softmax_value import QuantAttention
+from starquant import TAC, QuantEmbedding, QuantLinear
+from tokenizer import load_tokenizer
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
 FUSED = ("qkv", "out", "gate_up", "down")
@@ -74,18 +76,30 @@ class Block(nn.Module):
         self.config = c
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.qkv = Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
         self.tac = nn.Identity()
+        self.register_module("softmax_value", None)  # a QuantAttention if K, V or the softmax output are quantized
         self.out = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.gate_up = Linear(c.d_model, 2 * c.d_ffn, bias=False)
         self.down = Linear(c.d_ffn, c.d_model, bias=False)
 
-    def attention(self, qkv, table, mask):
-        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
+    def heads(self, qkv, table):
+        """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
-        q, k = rope(q, *table), rope(k, *table)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=c.n_kv_heads < c.n_heads)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rope(q, *table), rope(k, *table), v
+
+    def attention(self, qkv, table, mask):
+        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
+        q, k, v = self.heads(qkv, table)
+        if self.softmax_value is not None:
+            z = self.softmax_value(q, k, v, mask)
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
         return rearrange(z, "b n l h -> b l (n h)")
 
     def forward(self, x, state, table, mask=None):
@@ -115,7 +129,7 @@ class DiffusionLM(nn.Module):
 
     @property
     def device(self):
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     def prepare(self, ids, attention_mask=None):
         """What every block needs besides the hidden states: (x (B, L, D), state (B, L), rope table, mask)."""
@@ -125,7 +139,7 @@ class DiffusionLM(nn.Module):
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
             mask = keep[:, None, None, :]  # keys that may be seen
-            if self.config.family == "dream":
+            if self.config.positions_skip_padding:
                 mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
         return x, state, rope_table(positions, self.config, x.dtype), mask
@@ -141,12 +155,15 @@ class DiffusionLM(nn.Module):
         """Scores over the vocabulary, not shifted."""
         return self.head(hidden) * self.config.logit_scale
 
-    def forward(self, ids, attention_mask=None):
-        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here)."""
-        logits = self.logits(self.hidden(ids, attention_mask))
+    def forward(self, ids, attention_mask=None, where=None):
+        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here).
+
+        attention_mask (B, L): 0 marks padding. where (B, L) bool: only the logits of its N True positions, (N, V).
+        """
+        hidden = self.hidden(ids, attention_mask)
         if self.config.logit_shift:
-            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
-        return logits
+            hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
+        return self.logits(hidden if where is None else hidden[where])
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -159,8 +176,8 @@ class DiffusionLM(nn.Module):
             tensors[f"{names.head}.weight"] = self.head.weight
         for i, block in enumerate(self.blocks):
             prefix = names.block.format(i)
-            tensors[f"{prefix}.{names.attn_norm}.weight"] = block.attn_norm.weight
-            tensors[f"{prefix}.{names.ffn_norm}.weight"] = block.ffn_norm.weight
+            for ours, theirs in norm_names(self.config).items():
+                tensors[f"{prefix}.{theirs}.weight"] = getattr(block, ours).weight
             for fused, parts in names.linears.items():
                 linear = getattr(block, fused)
                 for part, rows in zip(parts, part_rows(self.config, fused), strict=True):
@@ -193,7 +210,8 @@ def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"{names.head}.weight"] = (c.vocab_size, d)
     for i in range(c.n_layers):
         prefix = names.block.format(i)
-        out |= {f"{prefix}.{names.attn_norm}.weight": (d,), f"{prefix}.{names.ffn_norm}.weight": (d,)}
+        for ours, theirs in norm_names(c).items():
+            out[f"{prefix}.{theirs}.weight"] = (c.head_dim,) if ours in ("q_norm", "k_norm") else (d,)
         for fused, parts in names.linears.items():
             for part, rows in zip(parts, part_rows(c, fused), strict=True):
                 out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, in_features(c, fused))
@@ -212,17 +230,18 @@ def _fill(parameter, tensors, device, dtype):
     return nn.Parameter(out, requires_grad=False)
 
 
-def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32) -> Block:
+def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32, weights="packed") -> Block:
     """Block i, 16-bit or quantized, read tensor by tensor: the unit in which calibration streams a model."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
     with torch.device("meta"):
         block = Block(c)
     prefix = names.block.format(i)
-    for ours, theirs in (("attn_norm", names.attn_norm), ("ffn_norm", names.ffn_norm)):
+    for ours, theirs in norm_names(c).items():
         norm = getattr(block, ours)
-        norm.weight = _fill(norm.weight, [checkpoint.get(f"{prefix}.{theirs}.weight", (c.d_model,))], device, dtype)
+        tensor = checkpoint.get(f"{prefix}.{theirs}.weight", tuple(norm.weight.shape))
+        norm.weight = _fill(norm.weight, [tensor], device, dtype)
     if checkpoint.quantization:
-        return _load_quantized(checkpoint, block, prefix, device)
+        return _load_quantized(checkpoint, block, prefix, device, weights)
     for fused, parts in names.linears.items():
         linear = getattr(block, fused)
         for kind in ("weight", "bias") if linear.bias is not None else ("weight",):
@@ -234,7 +253,7 @@ def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32
     return block
 
 
-def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device) -> Block:
+def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device, weights: str) -> Block:
     q, c = checkpoint.quantization, checkpoint.config
     for fused in FUSED:
         start = f"{prefix}.{fused}."
@@ -243,10 +262,14 @@ def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device) -
         checkpoint.require(f"{start}weight_packed", (rows, -(-K // 2) if bits <= 4 else K))
         checkpoint.require(f"{start}weight_scale", (rows,))
         gates = q["linears"][fused]
-        setattr(block, fused, QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"],
-                                                       bits))
+        linear = QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"], bits)
+        setattr(block, fused, linear.unpack_weights() if weights == "int8" and bits <= 4 else linear)
     if f"{prefix}.tac.M" in checkpoint.shapes:
         block.tac = TAC(checkpoint.get(f"{prefix}.tac.M"), checkpoint.get(f"{prefix}.tac.bias")).to(device)
+    start = f"{prefix}.softmax_value."
+    tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
+    if tensors:
+        block.softmax_value = QuantAttention(**tensors)
     return block
 
 
@@ -257,36 +280,69 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
         model = DiffusionLM(replace(c, n_layers=1))
     model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
     parts = [("embed", names.embed), ("norm", names.final_norm)] + ([] if c.tied else [("head", names.head)])
+    if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
+        parts = [("norm", names.final_norm)]
+        _load_quantized_outer(checkpoint, model, device, dtype)
     for ours, theirs in parts:
         module = getattr(model, ours)
         shape = tuple(module.weight.shape)
         module.weight = _fill(module.weight, [checkpoint.get(f"{theirs}.weight", shape)], device, dtype)
-    if c.tied:
+    if c.tied and len(parts) > 1:
         model.head.weight = model.embed.weight
     return model.eval()
 
 
-def load_tokenizer(folder: Path):
-    """`tokenizer.json` through the tokenizers library, or None: only text entry points need one."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    from tokenizers import Tokenizer
+def quantize_outer(model: DiffusionLM, head_bits: int = 8, embed_bits: int | None = None) -> DiffusionLM:
+    """Embedding and head in integers, in place: rows of embed_bits (4 or 8, default head_bits) with a scale each.
 
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"{file} is not a tokenizer ({error}).") from None
+    The head runs on integers like every other linear, its input in head_bits. A tied pair stays one tensor.
+    """
+    tied, head = model.config.tied, model.head.weight
+    model.embed = QuantEmbedding.fold(model.embed.weight, head_bits if tied else embed_bits or head_bits)
+    model.head = QuantLinear.fold(head, abits=head_bits, wbits=head_bits)
+    if tied:
+        model.head.weight_packed = model.embed.weight_packed
+    return model
+
+
+def outer_tensors(model: DiffusionLM) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors of embedding, final norm and head, 16-bit or quantized: what `load_outer` reads."""
+    names, out = NAMES[model.config.family], {}
+    for module, name in ((model.embed, names.embed), (model.norm, names.final_norm), (model.head, names.head)):
+        if module is not model.head or not model.config.tied:
+            out |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+    return out
+
+
+def _load_quantized_outer(checkpoint: Checkpoint, model: DiffusionLM, device, dtype) -> None:
+    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
+    bits, tensors = {"embed": q.get("embed_bits", q["head_bits"]), "head": q["head_bits"]}, {}
+    for ours, theirs in (("embed", names.embed), ("head", names.head)):
+        if ours == "head" and c.tied:
+            tensors[ours] = tensors["embed"]
+            continue
+        width = -(-c.d_model // 2) if bits[ours] <= 4 else c.d_model
+        checkpoint.require(f"{theirs}.weight_packed", (c.vocab_size, width))
+        tensors[ours] = {"weight_packed": checkpoint.get(f"{theirs}.weight_packed").to(device),
+                         "weight_scale": checkpoint.get(f"{theirs}.weight_scale", (c.vocab_size,)).to(device)}
+    model.embed = QuantEmbedding(*tensors["embed"].values(), c.d_model, bits["embed"], dtype)
+    model.head = QuantLinear.from_tensors(tensors["head"], c.d_model, 0, 0, bits["head"], bits["head"])
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape, and no other: before anything is loaded."""
-    expected = expected_tensors(checkpoint.config)
+    """Every tensor the config asks for is there in its shape and a float type, and no other: before any is loaded."""
+    c, expected = checkpoint.config, expected_tensors(checkpoint.config)
     if checkpoint.quantization:
         return  # block by block, in load_block
     for name, shape in expected.items():
         checkpoint.require(name, shape)
+        if checkpoint.dtypes[name] not in ("BF16", "F16", "F32", "F64"):
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has type {checkpoint.dtypes[name]}, not a "
+                                  f"float type of 16 to 64 bits.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
+    embed, head = (f"{n}.weight" for n in (NAMES[c.family].embed, NAMES[c.family].head))
+    if c.tied and extra == [head] and torch.equal(checkpoint.get(head), checkpoint.get(embed)):
+        return  # a tied head that was saved twice
     if extra:
         raise CheckpointError(f"{checkpoint.folder} holds {len(extra)} tensors that this architecture does not have, "
                               f"first {extra[0]!r}.")
@@ -303,9 +359,10 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_model(name_or_path: str, device="auto", dtype=None) -> DiffusionLM:
+def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 
+    weights: "packed" keeps 4-bit weights two a byte (smallest), "int8" one a byte (fastest).
     Raises CheckpointError or ConfigError with one sentence about what is wrong with the folder.
     """
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))
@@ -313,5 +370,5 @@ def load_model(name_or_path: str, device="auto", dtype=None) -> DiffusionLM:
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_outer(checkpoint, device, dtype)
     for i in range(checkpoint.config.n_layers):
-        model.blocks.append(load_block(checkpoint, i, device, dtype))
+        model.blocks.append(load_block(checkpoint, i, device, dtype, weights))
     return model.eval()

@@ -1,14 +1,31 @@
-"""Denoising: LLaDA's semi-autoregressive sampler, one step at a time.
+"""Denoising, one step at a time: LLaDA's semi-autoregressive sampler and Dream's sampler.
 
-The sequence is prompt + [MASK] x gen_length, split into blocks of `block_length` that are finished left to right. In
-each step the model predicts every masked token of the whole sequence at once; of the predictions inside the current
-block the most confident (`low_confidence`) or random ones (`random`) are committed, the others stay masked. This is
-LLaDA's `generate.py` to the letter, including the order of its random draws.
+The sequence is prompt + [MASK] x gen_length. In each step the model predicts every masked token of the whole sequence
+at once, some predictions are committed, the others stay masked; nothing is ever masked again.
+
+| algorithm | confidence of a prediction | how many are committed |
+|---|---|---|
+| `low_confidence` | its probability | LLaDA: blocks of `block_length` are finished left to right, the same |
+| `random` | a random number | number in each step, the remainder in the first steps |
+| `maskgit_plus` | its probability | Dream: time runs from 1 to `eps` in equal steps t -> s; |
+| `topk_margin` | p(best) − p(second) | of the tokens still masked the share 1 − s/t, rounded down; |
+| `entropy` | negative entropy | all of them in the last step |
+| `origin` | – | Dream: every masked token by itself with probability 1 − s/t |
+
+Both are the official code (LLaDA's `generate.py`, Dream's `generation_utils.py`) to the letter, including the order of
+their random draws.
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
+
+from families import END_OF_TURN
+from graphs import GraphedModel
+
+LLADA = ("low_confidence", "random")
+DREAM = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
 @dataclass
@@ -31,73 +48,199 @@ def gumbel_max(logits, temperature: float, generator=None):
     return logits.exp() / (-noise.log()) ** temperature
 
 
-def tokens_per_step(masked, steps: int):
-    """How many tokens each step commits, (B, steps): n // steps, and one more in the first n % steps steps."""
-    n = masked.sum(-1, keepdim=True)
-    return n // steps + (torch.arange(steps, device=masked.device) < n % steps)
+def guided_logits(model, ids, prompt, cfg_scale: float, attention_mask=None, where=None):
+    """Classifier-free guidance: un + (cfg + 1)(cond − un), where `un` sees a fully masked prompt (True in `prompt`).
 
-
-def guided_logits(model, ids, prompt, cfg_scale: float, attention_mask=None):
-    """Classifier-free guidance: un + (cfg + 1)(cond − un), where `un` sees a fully masked prompt."""
+    Logits (B, L, V), or (N, V) of the True positions of `where`.
+    """
     if cfg_scale <= 0:
-        return model(ids, attention_mask)
+        return model(ids, attention_mask, where)
     both = torch.cat((ids, ids.masked_fill(prompt, model.mask_id)))
-    mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    conditional, unconditional = model(both, mask).chunk(2)
+    mask, where = (None if x is None else x.repeat(2, 1) for x in (attention_mask, where))
+    conditional, unconditional = model(both, mask, where).chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
-@torch.no_grad()
-def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
-            cfg_scale: float = 0.0, attention_mask=None, algorithm: str = "low_confidence", suppress_eos: bool = False,
-            generator=None):
-    """Yield a `Step` after each denoising step; the arguments are those of `generate`."""
-    block_length = block_length or gen_length
+def most_confident(confidence, count: int):
+    """True at the `count` largest entries of each row of confidence (B, L)."""
+    return confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
+
+
+# ---- LLaDA ---------------------------------------------------------------------------------------------------------
+
+
+def block_schedule(start: int, steps: int, gen_length: int, block_length: int):
+    """(end of the current block, tokens to commit) of each step."""
+    steps_per_block = steps // (gen_length // block_length)
+    n, remainder = divmod(block_length, steps_per_block)
+    for end in range(start + block_length, start + gen_length + 1, block_length):
+        for i in range(steps_per_block):
+            yield end, n + (i < remainder)
+
+
+def llada_choice(logits, algorithm, temperature, never_confident, generator):
+    """Predicted tokens and their confidence, each (B, L). Tokens of `never_confident` are predicted but go last."""
+    noisy = gumbel_max(logits, temperature, generator)
+    x0 = noisy.argmax(-1)
+    if algorithm == "random":
+        return x0, torch.rand(x0.shape, device=x0.device, generator=generator)
+    logits[..., never_confident] = -torch.inf
+    return x0, torch.softmax(logits, -1).gather(-1, x0[..., None])[..., 0]
+
+
+# ---- Dream ---------------------------------------------------------------------------------------------------------
+
+
+def time_schedule(steps: int, eps: float, device=None):
+    """The share 1 − s/t of the masked tokens that each step commits; 1 in the last."""
+    t = torch.linspace(1, eps, steps + 1, device=device)
+    return [1 - t[i + 1] / t[i] for i in range(steps - 1)] + [1]
+
+
+def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int | None):
+    """The distribution that Dream samples from, (N, V): tempered, then cut to the nucleus, then to the top k.
+
+    Both cuts also act at temperature 0, where they change confidences but not tokens.
+    """
+    if temperature > 0:
+        logits = logits / temperature
+    lowest = torch.finfo(logits.dtype).min
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        outside = ordered.softmax(-1).cumsum(-1) > top_p
+        outside = torch.cat((torch.zeros_like(outside[:, :1]), outside[:, :-1]), -1)  # keep the one that crosses top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), lowest)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, lowest)
+    return logits.softmax(-1)
+
+
+def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
+    """Predicted tokens and their confidence, each (N,), for logits (N, V)."""
+    probs = filtered_probs(logits, temperature, top_p, top_k)
+    if temperature > 0 and len(probs):
+        probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
+        x0 = torch.multinomial(probs_sum_1, 1, replacement=True, generator=generator)[:, 0]
+        confidence = probs.gather(-1, x0[:, None])[:, 0]
+    else:
+        confidence, x0 = probs.max(-1)
+    if algorithm == "topk_margin":
+        best = probs.topk(2).values
+        confidence = best[:, 0] - best[:, 1]
+    if algorithm == "entropy":
+        confidence = (probs * (probs + 1e-10).log()).sum(-1)
+    return x0, confidence
+
+
+def dream_step(logits, ids, masked, share, algorithm, temperature, top_p, top_k, alg_temp, generator):
+    """Predictions and committed positions, each (B, L), of one step that commits `share` of the masked tokens."""
+    x0 = ids.clone()
+    if algorithm == "origin":
+        chance = torch.rand(int(masked.sum()), device=ids.device, generator=generator)
+        committed = torch.zeros_like(masked).masked_scatter(masked, chance < share)
+        x0[committed], _ = dream_choice(logits[committed], algorithm, temperature, top_p, top_k, generator)
+        return x0, committed
+    confidence = torch.full(ids.shape, -torch.inf, dtype=logits.dtype, device=ids.device)
+    x0[masked], confidence[masked] = dream_choice(logits[masked], algorithm, temperature, top_p, top_k, generator)
+    count = int(masked.sum() / len(ids) * share)
+    if not alg_temp or count == 0:
+        return x0, most_confident(confidence, count) & masked
+    weight = torch.softmax(confidence.float() / alg_temp, -1)
+    weight = torch.where(masked, weight.clamp_min(1e-30), 1e-37)  # masked first, and never too few to draw
+    chosen = torch.multinomial(weight, count, generator=generator)
+    return x0, torch.zeros_like(masked).scatter(-1, chosen, True) & masked
+
+
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def _check(steps, gen_length, block_length, algorithm, temperature, eps, top_p, top_k, alg_temp, only_llada):
+    if algorithm not in LLADA + DREAM:
+        raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
     if min(steps, gen_length, block_length) < 1:
         raise ValueError("steps, gen_length and block_length must be at least 1.")
     if gen_length % block_length:
         raise ValueError(f"gen_length {gen_length} is not a multiple of block_length {block_length}.")
-    if steps % (gen_length // block_length):
+    if algorithm in LLADA and steps % (gen_length // block_length):
         raise ValueError(f"steps {steps} is not a multiple of the {gen_length // block_length} blocks.")
-    if algorithm not in ("low_confidence", "random"):
-        raise ValueError(f"algorithm {algorithm!r} is not one of low_confidence, random.")
+    if temperature < 0 or not 0 <= eps < 1 or (top_p is not None and not 0 < top_p <= 1) or (
+            top_k is not None and top_k < 1) or (alg_temp is not None and alg_temp < 0):
+        raise ValueError("temperature and alg_temp must be at least 0, eps in [0, 1), top_p in (0, 1], "
+                         "top_k at least 1.")
+    foreign = {"block_length": block_length != gen_length, **only_llada} if algorithm in DREAM else {
+        "top_p": top_p is not None, "top_k": top_k is not None, "alg_temp": alg_temp is not None}
+    for name in (name for name, given in foreign.items() if given):
+        raise ValueError(f"algorithm {algorithm!r} has no option {name}; leave it out.")
+
+
+@torch.no_grad()
+def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
+            cfg_scale: float = 0.0, attention_mask=None, algorithm: str | None = None, eps: float = 1e-3,
+            top_p: float | None = None, top_k: int | None = None, alg_temp: float | None = None,
+            logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False, eos_id: int | None = None,
+            eot_id: int | None = None, generator=None, cuda_graph: bool = True):
+    """Yield a `Step` after each denoising step; the arguments are those of `generate`."""
+    if cuda_graph and prompt_ids.is_cuda:
+        model = GraphedModel(model)
+    family, block_length = model.config.family, gen_length if block_length is None else block_length
+    algorithm = algorithm or ("entropy" if family == "dream" else "low_confidence")
+    _check(steps, gen_length, block_length, algorithm, temperature, eps, top_p, top_k, alg_temp,
+           {"logits_eos_inf": logits_eos_inf, "confidence_eos_eot_inf": confidence_eos_eot_inf})
+    if eos_id is None:
+        eos_id = model.config.eos_id
+    if eot_id is None and model.tokenizer is not None:
+        eot_id = model.tokenizer.token_to_id(END_OF_TURN[family])
+    if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
+        raise ValueError("config.json names no eos_token_id; give eos_id.")
+    if confidence_eos_eot_inf and eot_id is None:
+        raise ValueError(f"the model has no tokenizer with {END_OF_TURN[family]}; give eot_id.")
+    # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
+    never_confident = ([eot_id] if temperature > 0 else [eos_id, eot_id]) if confidence_eos_eot_inf else []
+
     B, start = prompt_ids.shape
     ids = torch.cat((prompt_ids, prompt_ids.new_full((B, gen_length), model.mask_id)), 1)
     if attention_mask is not None:
+        if attention_mask.shape != prompt_ids.shape:
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, the prompt {[B, start]}.")
         attention_mask = torch.cat((attention_mask, attention_mask.new_ones(B, gen_length)), 1)
     prompt = ids != model.mask_id
-    steps_per_block, index = steps // (gen_length // block_length), 0
-    for end in range(start + block_length, start + gen_length + 1, block_length):
-        counts = tokens_per_step(ids[:, end - block_length : end] == model.mask_id, steps_per_block)
-        for count in counts.T:
-            masked = ids == model.mask_id
-            logits = guided_logits(model, ids, prompt, cfg_scale, attention_mask)
-            if suppress_eos and model.config.eos_id is not None:
-                logits[..., model.config.eos_id] = -torch.inf
-            x0 = gumbel_max(logits, temperature, generator).argmax(-1)
-            if algorithm == "low_confidence":
-                confidence = torch.softmax(logits, -1).gather(-1, x0[..., None])[..., 0]
-            else:
-                confidence = torch.rand(x0.shape, device=x0.device, generator=generator)
+    if algorithm in LLADA:
+        schedule = block_schedule(start, steps, gen_length, block_length)
+    else:
+        schedule = time_schedule(steps, eps, ids.device)
+    for index, amount in enumerate(schedule):
+        masked = ids == model.mask_id
+        logits = guided_logits(model, ids, prompt, cfg_scale, attention_mask)
+        if algorithm in LLADA:
+            end, count = amount
+            if logits_eos_inf:
+                logits[..., eos_id] = -torch.inf
+            x0, confidence = llada_choice(logits, algorithm, temperature, never_confident, generator)
             confidence = confidence.masked_fill(~masked, -torch.inf)
             confidence[:, end:] = -torch.inf
-            # the `count` most confident positions of each row
-            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            committed = (rank < count[:, None]) & masked
-            ids = torch.where(committed, x0, ids)
-            yield Step(index, ids, committed)
-            index += 1
+            committed = most_confident(confidence, count) & masked
+        else:
+            x0, committed = dream_step(logits, ids, masked, amount, algorithm, temperature, top_p, top_k, alg_temp,
+                                       generator)
+        committed &= x0 != model.mask_id  # a predicted [MASK] changes nothing
+        ids = torch.where(committed, x0, ids)
+        yield Step(index, ids, committed)
 
 
-def generate(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
-             cfg_scale: float = 0.0, attention_mask=None, algorithm: str = "low_confidence", suppress_eos: bool = False,
-             generator=None):
+@wraps(denoise, assigned=())
+def generate(*args, **options):
     """Prompt (B, P) -> prompt + generated tokens (B, P + gen_length).
 
-    attention_mask (B, P): 0 marks left padding. temperature 0 is greedy; cfg_scale > 0 guides away from the empty
-    prompt (twice the cost). Raises ValueError if blocks do not divide gen_length or steps.
+    algorithm: see the table above; None is `low_confidence`, for Dream `entropy` (as its authors evaluate it).
+    attention_mask (B, P): 0 marks left padding. temperature 0 is greedy. cfg_scale > 0 guides away from the empty
+    prompt, at twice the cost.
+    LLaDA's: block_length (None: one block); logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits
+    end of text and end of turn last. eos_id and eot_id are the model's unless given.
+    cuda_graph: on a GPU, replay the blocks as one CUDA graph.
+    Dream's: eps, the time at which masking ends; top_p, top_k; alg_temp > 0 draws the positions by confidence.
+    Raises ValueError for an option that the algorithm does not have, or if blocks divide neither gen_length nor steps.
     """
-    for _step in denoise(model, prompt_ids, steps, gen_length, block_length, temperature, cfg_scale, attention_mask,
-                        algorithm, suppress_eos, generator):
-        pass
-    return _step.ids
+    for step in denoise(*args, **options):
+        ids = step.ids
+    return ids

@@ -111,50 +111,59 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     """App. B: train P on Eq. 15 and return (P with the least held-out loss, record of the losses).
 
     x (S, L, d) inputs and y (S, L, C) full-precision outputs of S calibration segments, state (S, L), weight (C, d),
-    start: the initial basis. One eighth of the segments is held out, at least one; with a single segment it is
-    judged on itself. Losses are relative: divided by the mean squared norm of y. A loss that is not finite ends the
-    training; the best iterate, at worst the start, is kept in every case.
+    start: the initial basis. Losses are relative: divided by the mean squared norm of y.
     """
-    segments = len(x)
-    held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
-    train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
-    held = held.nonzero()[:, 0]
     norm = float(y.square().sum(-1).mean()) or 1.0
-    basis = OrthogonalBasis(start)
-    optimizer = torch.optim.AdamW(basis.parameters(), lr=lr)
-    steps = epochs * -(-len(train) // batch)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
 
     def loss_of(rows, P):
         return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias) / norm
 
+    return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
+
+
+def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, batch=4, schedule="constant",
+             generator=None, progress=lambda loss: None):
+    """AdamW on `loss_of(rows, parameters())` over batches of segments; (best value of parameters(), record).
+
+    `rows` are segment numbers, the loss is a mean over them. One eighth of the segments is held out, at least one;
+    with a single segment it is judged on itself. A held-out loss that is not finite ends the training; the best
+    iterate, at worst the start, is kept in every case. Parameters named `clip...` learn 10 times as fast (FlatQuant).
+    """
+    held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
+    train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
+    held = held.nonzero()[:, 0]
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": lr * (10 if name.startswith("clip") else 1)}
+                                   for name, p in parameters.named_parameters()], lr=lr)
+    steps = epochs * -(-len(train) // batch)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
+
     @torch.no_grad()
-    def held_out(P):
-        return float(torch.stack([loss_of(rows, P) * len(rows) for rows in held.split(16)]).sum()) / len(held)
+    def held_out(value):
+        return float(torch.stack([loss_of(rows, value) * len(rows) for rows in held.split(16)]).sum()) / len(held)
 
-    def detached():
+    def current():
         with torch.no_grad():
-            return basis()
+            return parameters()
 
-    best = detached()
+    best = current()
     history = [held_out(best)]
     least, diverged = history[0], False
     for _ in range(epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for rows in order.split(batch):
-            loss = loss_of(rows, basis())
+            loss = loss_of(rows, parameters())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             if scheduler:
                 scheduler.step()
-        P = detached()
-        history.append(held_out(P))
+        value = current()
+        history.append(held_out(value))
         progress(history[-1])
         if not torch.isfinite(torch.tensor(history[-1])):
             diverged = True
             break
         if history[-1] < least:
-            best, least = P, history[-1]
+            best, least = value, history[-1]
     return best, {"start": history[0], "best": least, "last": history[-1], "epochs": len(history) - 1,
                   "diverged": diverged}

@@ -38,6 +38,7 @@ import torch
 from einops import einsum, rearrange
 from torch import nn
 
+import cuda_kernels
 import kernels
 
 # ---- Section 3.1: uniform quantization -----------------------------------------------------------------------------
@@ -79,9 +80,19 @@ def quant_params(x, bits: int, symmetric: bool = False):
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     # s = (X_max − X_min) / (2ᵇ − 1), divided first: the difference of two huge numbers overflows
-    scale = (high / (2**bits - 1) - low / (2**bits - 1)).clamp_min(tiny)
+    steps = x.new_full((), 2**bits - 1)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
+    scale = (high / steps - low / steps).clamp_min(tiny)
     # z = ⌊−X_min / s⌉
     return scale, ste_round(-low / scale)
+
+
+def clip_range(x, clip):
+    """Each row limited to (c_0 min, c_1 max) of itself, clip (..., 2): what FlatQuant's learnable clipping does.
+
+    The quantizer takes its range from what is left, so clamping the values and shrinking the range are one thing.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
 
 
 def fake_quantize(x, bits: int, symmetric: bool = False):
@@ -265,6 +276,18 @@ def tac_apply(z, M, bias):
     return (einsum(blocks, M, "... b g, b h g -> ... b h") + bias).flatten(-2)
 
 
+def tac_value(v, M, bias):
+    """Eq. 17 moved to the value side: v (..., H, L, h) -> (..., H, L, h), for g | h and one value head per query head.
+
+    The rows of A = softmax(Q Kᵀ / √h) sum to one, so the correction passes through it exactly.
+    """
+    # (A V) Mᵀ + 1 dᵀ = A (V Mᵀ + 1 dᵀ),  as A 1 = 1
+    if v.shape[-1] % M.shape[-1] or v.shape[-3] * v.shape[-1] != M.shape[0] * M.shape[-1]:
+        raise ValueError(f"TAC blocks of {M.shape[-1]} do not lie within {v.shape[-3]} value heads of {v.shape[-1]}.")
+    tokens = rearrange(v, "... n l h -> ... l (n h)")
+    return rearrange(tac_apply(tokens, M, bias), "... l (n h) -> ... n l h", n=v.shape[-3])
+
+
 def tac_fit(z_fp, z_q, block_size: int = 16, damping: float = 3e-4, smoothing: float = 0.15, shrinkage: float = 0.55):
     """Eq. 18 with Appendix C: paired representations (N, C) -> M (B, g, g), bias (B, g), in float64.
 
@@ -342,6 +365,19 @@ def shrink_to_identity(M, alpha: float):
     return (1 - alpha) * M + alpha * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
 
 
+def tac_ridge(z_fp, z_q, block_size: int = 16, damping: float = 3e-4):
+    """Not in the paper: the paired least-squares map. Eq. 18 matches marginals and ignores which rows belong together;
+    M_b = C_fp,q (Σ_q + λI)⁻¹ minimizes E ‖z_fp − M z_q − d‖² per block."""
+    g = tac_block_size(z_fp.shape[-1], block_size)
+    mu_fp, _ = block_statistics(z_fp, g)
+    mu_q, cov_q = block_statistics(z_q, g)
+    centred_fp, centred_q = (rearrange(z.double(), "n (b g) -> b n g", g=g) - mu[:, None]
+                             for z, mu in ((z_fp, mu_fp), (z_q, mu_q)))
+    cross = centred_fp.mT @ centred_q / len(z_fp)
+    M = torch.linalg.solve(damp(cov_q, damping), cross.mT).mT
+    return M, mu_fp - einsum(M, mu_q, "b h g, b g -> b h")
+
+
 # ---- What runs: the folded, integer linear and the compensation as modules -----------------------------------------
 
 
@@ -349,18 +385,22 @@ class QuantLinear(nn.Module):
     """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
 
     Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
-    d_m = d_u = 0 means no gates. Weight codes of at most 4 bits are stored two a byte, wider ones as int8.
+    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`). Weight codes of at most 4 bits are
+    stored two a byte, wider ones as int8.
     """
 
-    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None):
-        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric)."""
+    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None):
+        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
+        or None."""
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
-        self.register_buffer("weight_packed", kernels.pack_int4(codes) if wbits <= 4 else codes)
+        self.packed, self._bases = wbits <= 4, {}
+        self.register_buffer("weight_packed", kernels.pack_int4(codes) if self.packed else codes)
         self.register_buffer("weight_scale", scale.float())
         self.register_buffer("weight_zero", zero)
-        self.register_buffer("bias", bias)
-        self.register_buffer("weight_sum", codes.sum(-1, dtype=torch.int32), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.register_buffer("clip", clip)
+        self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
             parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}
@@ -372,9 +412,8 @@ class QuantLinear(nn.Module):
     def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None):
         """Fold P into weight (C, d) and round to nearest (Eqs. 4 and 12), symmetric per output channel."""
         folded = fold_weight(weight.float(), list(P)) if P else weight.float()
-        scale, zero_point = quant_params(folded, wbits, symmetric=True)
-        codes = (quantize(folded, scale, zero_point, wbits) - zero_point).to(torch.int8)
-        return cls(codes, scale[:, 0], P, d_m, d_u, abits, wbits, bias)
+        codes, scale = quantize_weight(folded, wbits)
+        return cls(codes, scale, P, d_m, d_u, abits, wbits, bias)
 
     @classmethod
     def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
@@ -388,7 +427,7 @@ class QuantLinear(nn.Module):
         packed = tensors["weight_packed"]
         codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
         layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                    tensors.get("weight_zero"))
+                    tensors.get("weight_zero"), tensors.get("clip"))
         layer.weight_packed = packed
         return layer
 
@@ -397,14 +436,32 @@ class QuantLinear(nn.Module):
         return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))
                 if kind == "kronecker" else getattr(self, f"transform_{i}") for i, kind in enumerate(self.kinds)]
 
-    def codes(self):
-        """Weight codes (C, d) int8."""
-        return kernels.unpack_int4(self.weight_packed, self.in_features) if self.wbits <= 4 else self.weight_packed
+    def codes(self, dtype=torch.int8):
+        """Weight codes (C, d)."""
+        return kernels.unpack_int4(self.weight_packed, self.in_features, dtype) if self.packed else self.weight_packed
+
+    def unpack_weights(self):
+        """Keep int8 codes instead of packed ones: twice the memory, no unpacking per call. Saving packs them again."""
+        self.weight_packed, self.packed = self.codes().contiguous(), False
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wbits <= 4 and not self.packed:
+            destination[prefix + "weight_packed"] = kernels.pack_int4(self.weight_packed)
 
     def weight(self):
         """W̃ dequantized, (C, d) fp32."""
         zero = 0 if self.weight_zero is None else self.weight_zero[:, None]
         return self.weight_scale[:, None] * (self.codes() - zero).float()
+
+    def basis(self, x) -> list:
+        """P in x's dtype and on its device, converted once."""
+        key = x.dtype, x.device
+        if key not in self._bases:
+            cast = [Kronecker(*(p.to(x) for p in P)) if isinstance(P, Kronecker) else P.to(x) for P in self.P]
+            self._bases = {key: cast}
+        return self._bases[key]
 
     def transformed(self, x, state):
         """Φ_s(x) of Eq. 11 for every token, fp32."""
@@ -413,21 +470,74 @@ class QuantLinear(nn.Module):
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x
 
+    def clipped(self, rows):
+        return rows if self.clip is None else clip_range(rows, self.clip)
+
     def forward(self, x, state=None):
-        """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators."""
-        rows = self.transformed(x, state).reshape(-1, self.in_features)
-        y = kernels.int_linear(rows, self.codes(), self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                               self.bias, self.weight_zero)
-        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
+        """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
+
+        The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
+        """
+        C = self.weight_packed.shape[0]
+        if self.clip is None and cuda_kernels.usable(x, C):
+            rows = apply_basis(x, self.basis(x)).reshape(-1, self.in_features)
+            y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
+                                        self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
+                                        self.bias, self.weight_zero)
+        else:
+            rows = self.clipped(self.transformed(x, state)).reshape(-1, self.in_features)
+            # the float fallback multiplies fp32: unpack straight into it
+            codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
+            y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                                   self.bias, self.weight_zero)
+        return y.reshape(*x.shape[:-1], C).to(x.dtype)
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
-        y = linear(fake_quantize(self.transformed(x, state), self.abits), self.weight())
+        y = linear(fake_quantize(self.clipped(self.transformed(x, state)), self.abits), self.weight())
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
+class QuantEmbedding(nn.Module):
+    """An embedding of integer rows with one scale each; a look-up dequantizes the rows it takes, and only those."""
+
+    def __init__(self, weight_packed, scale, width: int, bits=8, dtype=torch.float32):
+        """weight_packed (V, D) int8 or, up to 4 bits, (V, ⌈D/2⌉) uint8; scale (V,); width D; the output has dtype."""
+        super().__init__()
+        self.width, self.bits, self.dtype = width, bits, dtype
+        self.register_buffer("weight_packed", weight_packed)
+        self.register_buffer("weight_scale", scale.float())
+
+    @classmethod
+    def fold(cls, weight, bits: int):
+        """Round an embedding (V, D) to nearest."""
+        codes, scale = quantize_weight(weight, bits)
+        return cls(kernels.pack_int4(codes) if bits <= 4 else codes, scale, weight.shape[1], bits, weight.dtype)
+
+    def forward(self, ids):
+        """ids (...) -> (..., D)."""
+        rows = self.weight_packed[ids]
+        rows = kernels.unpack_int4(rows, self.width) if self.bits <= 4 else rows
+        # X̂ = s X_int
+        return (self.weight_scale[ids][..., None] * rows).to(self.dtype)
+
+
+def quantize_weight(weight, bits: int):
+    """Symmetric round-to-nearest codes (C, d) int8 and scales (C,) fp32 of each row of weight, in pieces."""
+    parts = []
+    for part in weight.split(4096):
+        scale, zero_point = quant_params(part.float(), bits, symmetric=True)
+        parts.append(((quantize(part.float(), scale, zero_point, bits) - zero_point).to(torch.int8), scale[:, 0]))
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
 class TAC(nn.Module):
-    """Eq. 17 as a layer between softmax·V and the attention output projection."""
+    """Eq. 17 as a layer between softmax·V and the attention output projection.
+
+    `tac_value` could do the same before softmax·V. Z and V are equally large, so it costs the same pass over the same
+    bytes; after softmax·V it also serves grouped queries (Dream), where heads share a V but not a correction.
+    """
 
     def __init__(self, M, bias):
         super().__init__()
@@ -435,4 +545,6 @@ class TAC(nn.Module):
         self.register_buffer("bias", bias.float())
 
     def forward(self, z):
+        if self.M.shape[-1] == cuda_kernels.TAC_BLOCK and cuda_kernels.usable(z, z.shape[-1]):
+            return cuda_kernels.tac(z, self.M, self.bias)
         return tac_apply(z.float(), self.M, self.bias).to(z.dtype)

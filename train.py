@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 from families import read_config
-from model import DiffusionLM
+from model import DiffusionLM, load_model
+from tokenizer import load_tokenizer
 
 VOCAB = 1024
 SPECIALS = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
@@ -32,7 +33,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("math", "code", "english", "math")  # domains of consecutive batches
+MIX = ("sums", "english", "math", "sums", "english", "sums", "math", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -55,6 +56,8 @@ def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
     domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
     if domain == "english":
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
+    elif domain == "sums":
+        ids, region = data.sum_tokens(tokenizer, tokens // 48, 48, key)
     else:
         ids, region = data.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
@@ -73,7 +76,8 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(data.ASSETS / "tiny"), help="folder of the trained model")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
     parser.add_argument("--tokens", type=int, default=3072, help="tokens per batch")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -82,7 +86,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed)
+    tokenizer = load_tokenizer(Path(args.init)) if args.init else train_tokenizer(args.seed)
     ids = {s: tokenizer.token_to_id(s) for s in SPECIALS}
     raw = CONFIG | {"eos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
                     "mask_token_id": ids["<|mdm_mask|>"]}
@@ -93,6 +97,8 @@ def main(argv=None):
     for block in model.blocks:  # residual branches start small (Mitchell-like initialization, as LLaDA's)
         for linear in (block.out, block.down):
             linear.weight.data /= (2 * len(model.blocks)) ** 0.5
+    if args.init:
+        model.load_state_dict(load_model(args.init, "cpu").state_dict())
     model.to(args.device)
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -120,7 +126,9 @@ def main(argv=None):
         if step % 1000 == 999:
             model.save(args.out, dtype=torch.bfloat16)
     model.save(args.out, dtype=torch.bfloat16)
-    record = {"steps": step + 1, "seconds": round(time.time() - start), "torch": torch.__version__,
+    earlier = json.loads(Path(args.init, "training.json").read_text()) if args.init else None
+    record = {"earlier": earlier, "mix": MIX, "steps": step + 1, "seconds": round(time.time() - start),
+              "torch": torch.__version__,
               "args": vars(args) | {"minutes": str(args.minutes)}, "curve": curve}
     Path(args.out, "training.json").write_text(json.dumps(record, indent=1))
     print(json.dumps({"out": args.out, "steps": step + 1, "seconds": record["seconds"], **mean}))

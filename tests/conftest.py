@@ -1,10 +1,16 @@
 """Shared settings: deterministic hypothesis, few threads, and a stand-in for `torch._int_mm` as strict as Hopper's."""
 
 import os
+import shutil
 
 import pytest
 import torch
 from hypothesis import settings
+
+import train
+from checkpoint import resolve
+from families import read_config
+from model import DiffusionLM
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
@@ -35,3 +41,19 @@ def strict_int_mm():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_int_mm", checked_int_mm)
         yield
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A 2-layer model with random weights in LLaDA's layout, with the embedded model's tokenizer: for pipeline tests."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tiny = DiffusionLM(read_config(train.CONFIG | {"eos_token_id": 1022, "mask_token_id": 1023, "d_model": 64,
+                                                   "n_layers": 2, "n_heads": 4, "n_kv_heads": 4,
+                                                   "mlp_hidden_size": 96}))
+    g = torch.Generator().manual_seed(0)
+    for p in tiny.parameters():
+        if p.ndim == 2:
+            p.data.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
+    tiny.save(folder, dtype=torch.bfloat16)
+    shutil.copy(resolve("tiny") / "tokenizer.json", folder)
+    return folder

@@ -1,0 +1,390 @@
+"""Speed and memory of the quantized model against the 16-bit one, on one machine, in one run (Table 4).
+
+    python bench.py                                       # the embedded model, CPU, under a minute
+    python bench.py --model llada-8b --random-weights     # true shapes, no download; one GPU
+
+Both models are in memory together, measured in turns (interleaved, so that clocks and neighbours hit them alike),
+warmed up and synchronized; every time is a median with its quartiles. Beside each stands its roofline: the least time
+the bytes and the operations of that work can take at the bandwidth and the matrix rate measured in this same run.
+Running out of memory is a result, not a crash. Progress goes to standard error; the last line of output is JSON.
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import cuda_kernels
+import kernels
+from checkpoint import CheckpointError, write_json
+from families import ConfigError
+from graphs import GraphedModel
+from memory import linear_shapes, memory_table
+from model import FUSED, generate, load_model, pick_device
+from starquant import QuantLinear, apply_basis
+from twins import peers, quantized_twin, random_model, residents, unpacked
+
+# Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model
+PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
+         "dream-7b": (23.27, 39.33, 13.95, 4.44)}
+ROWS = (32, 128, 512, 1024, 4096)  # M of the per-linear table
+STEPS = 4  # denoising steps per measurement
+POINTS = {"cuda": [(1, 128, 1), (1, 512, 1), (1, 1024, 4), (4, 1024, 4), (16, 512, 8)],
+          "cpu": [(1, 64, 1), (1, 128, 4), (4, 128, 4)]}  # (batch, length, tokens per step and sequence)
+
+
+def log(*text):
+    print(*text, file=sys.stderr, flush=True)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(functions: dict, repeats: int, device) -> dict:
+    """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"oom": True}}; quartiles."""
+    times, out = {}, {}
+    for name, function in functions.items():
+        try:
+            for _ in range(2):
+                function()
+            synchronize(device)
+            times[name] = []
+        except torch.OutOfMemoryError:
+            out[name] = {"oom": True}
+    for _ in range(repeats):
+        for name in list(times):
+            synchronize(device)
+            start = time.perf_counter()
+            try:
+                functions[name]()
+                synchronize(device)
+            except torch.OutOfMemoryError:
+                out[name] = {"oom": True}
+                del times[name]
+                continue
+            times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        out[name] = {"median": median, "low": low, "high": high}
+    return out
+
+
+def measure_each(functions: dict, repeats: int, device) -> dict:
+    """`measure` for short work: name -> list of calls, replayed as one CUDA graph on a GPU; seconds of one call."""
+    ready = {}
+    for name, calls in functions.items():
+        run = partial(_all, calls)
+        if device.type == "cuda":
+            try:
+                run()  # compiles, and lets cuBLAS choose
+                synchronize(device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    run()
+                run = graph.replay
+            except torch.OutOfMemoryError:
+                run = _out_of_memory
+        ready[name] = run
+    seconds = measure(ready, repeats, device)
+    return {name: {k: v if k == "oom" else v / len(functions[name]) for k, v in s.items()}
+            for name, s in seconds.items()}
+
+
+def _all(calls):
+    for call in calls:
+        call()
+
+
+def _out_of_memory():
+    raise torch.OutOfMemoryError
+
+
+def ceilings(device, dtype, repeats: int) -> dict:
+    """Measured here and now: bytes/s of a copy, operations/s of a 16-bit (or fp32) and of an integer product."""
+    n, size = (8192, 2**32) if device.type == "cuda" else (1024, 2**26)
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    a = torch.randn(n, n, device=device).to(dtype)
+    codes = torch.randint(-8, 8, (n, n), dtype=torch.int8, device=device)
+    products = {"float": lambda: a @ a, "integer": lambda: kernels.int_matmul(codes, codes, 64)}
+    seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
+    # a ceiling is what was reached, so the fast quartile
+    return {"bytes_per_s": 2 * size / seconds["copy"]["low"],
+            **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] for k in products}}
+
+
+def roofline(top: dict, size: float, ops: float, kind: str) -> float:
+    """Least seconds for `size` bytes and `ops` operations of this kind ("float" or "integer")."""
+    return max(size / top["bytes_per_s"], ops / top[f"{kind}_ops_per_s"])
+
+
+def probe_int_mm(device) -> dict:
+    """Which numbers of rows `torch._int_mm` takes and gets right, by the layout of its second operand."""
+    out = {}
+    for layout in ("column-major", "row-major"):
+        good = []
+        for M in (1, 8, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 1000, 1024):
+            a = torch.randint(-128, 128, (M, 128), dtype=torch.int8, device=device)
+            w = torch.randint(-128, 128, (256, 128), dtype=torch.int8, device=device)
+            b = w.t() if layout == "column-major" else w.t().contiguous()
+            try:
+                good += [M] if torch.equal(torch._int_mm(a, b), kernels.float_mm(a, w)) else []
+            except RuntimeError:
+                continue
+        out[layout] = good
+    return out
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+def denoising(models: dict, point, repeats: int) -> dict:
+    """Tokens/s of `generate` for one (batch, length, tokens per step); with peak bytes on a GPU."""
+    batch, length, tokens = point
+    any_model = next(iter(models.values()))
+    device, c = any_model.device, any_model.config
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, c.mask_id, (batch, length - STEPS * tokens), generator=generator).to(device)
+    runs = {name: partial(generate, GraphedModel(m), prompt, steps=STEPS, gen_length=STEPS * tokens, cuda_graph=False)
+            for name, m in models.items()}
+    seconds, out = measure(runs, repeats, device), {}
+    for name, s in seconds.items():
+        # tokens/s = batch · tokens per step · steps / seconds
+        out[name] = s if "oom" in s else {"step_s": {k: v / STEPS for k, v in s.items()},
+                                          "tokens_per_s": batch * tokens * STEPS / s["median"]}
+        if device.type == "cuda" and "oom" not in s:
+            out[name]["peak_bytes"] = peak_bytes(models[name], prompt, tokens)
+    return out
+
+
+def peak_bytes(model, prompt, tokens: int) -> int:
+    """Peak of this model's own weights and of everything a step allocates; other models in memory do not count."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    generate(model, prompt, steps=1, gen_length=STEPS * tokens, cuda_graph=False)
+    return torch.cuda.max_memory_allocated() - before + residents(model)
+
+
+def step_roofline(c, top, batch: int, length: int, quantized: bool, head_bits: int, element: int) -> float:
+    """Least seconds of one denoising step: linears, attention and head, each at its own roofline."""
+    M, kind = batch * length, "integer" if quantized else "float"
+    seconds = 0
+    for N, K in linear_shapes(c).values():
+        size = N * K * (0.5 if quantized else element) + M * (N + K) * element
+        seconds += c.n_layers * roofline(top, size, 2 * M * N * K, kind)
+    # Q Kᵀ and A V
+    heads = c.n_heads * c.head_dim
+    seconds += c.n_layers * roofline(top, 4 * M * heads * element, 4 * M * length * heads, "float")
+    eight = quantized and head_bits < 16
+    size = c.vocab_size * c.d_model * (1 if eight else element) + M * (c.vocab_size + c.d_model) * element
+    return seconds + roofline(top, size, 2 * M * c.vocab_size * c.d_model, "integer" if eight else "float")
+
+
+def linears(models: dict, top, rows, repeats: int) -> list[dict]:
+    """Seconds of each fused linear by M, over the weights of several blocks in turn, so that they come from memory."""
+    model = next(iter(models.values()))
+    device, dtype, out = model.device, model.norm.weight.dtype, []
+    for fused, (N, K) in linear_shapes(model.config).items():
+        for M in rows:
+            state = torch.arange(M, device=device) % 2 == 0
+            x = torch.randn(M, K, device=device).to(dtype)
+            calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks[:8]]
+                     for name, m in models.items()}
+            row = {"linear": fused, "M": M, "N": N, "K": K, **measure_each(calls, repeats, device)}
+            for name in models:
+                weight = getattr(models[name].blocks[0], fused)
+                integer = isinstance(weight, QuantLinear)
+                size = (weight.weight_packed if integer else weight.weight).nbytes + M * (N + K) * x.element_size()
+                row[name]["roofline"] = roofline(top, size, 2 * M * N * K, "integer" if integer else "float")
+            out.append(row)
+    return out
+
+
+@torch.no_grad()
+def shares(model, batch: int, length: int, repeats: int) -> dict:
+    """Where a denoising step goes: seconds per step of each part, measured alone, over several blocks in turn."""
+    c, device, dtype = model.config, model.device, model.norm.weight.dtype
+    blocks, shapes = list(model.blocks[:4]), linear_shapes(c)
+    ids = torch.full((batch, length), c.mask_id, device=device)
+    ids[:, ::2] = 0
+    x, state, table, mask = model.prepare(ids)
+    inputs = {f: torch.randn(batch, length, K, device=device).to(dtype) for f, (_, K) in shapes.items()}
+    qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
+    gate, up = torch.randn(2, batch, length, c.d_ffn, device=device).to(dtype)
+    hidden = model.norm(x)
+
+    def codes(linear, x):
+        rows, flat = apply_basis(x, linear.basis(x)).reshape(-1, x.shape[-1]), state.reshape(-1)
+        if cuda_kernels.usable(rows, linear.weight_packed.shape[0]):
+            return cuda_kernels.quantize_rows(rows, flat, linear.d_m, linear.d_u, linear.abits)
+        return kernels.quantize_rows(linear.transformed(x, state).reshape(-1, x.shape[-1]), linear.abits)
+
+    calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
+             "attention": [partial(b.attention, qkv, table, mask) for b in blocks],
+             "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), F.silu(gate) * up) for b in blocks],
+             "head": [partial(model.logits, hidden)]}
+    if isinstance(blocks[0].qkv, QuantLinear):
+        calls["transforms, gates, codes"] = [
+            partial(_all, [partial(codes, getattr(b, f), inputs[f]) for f in FUSED]) for b in blocks]
+        calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
+    seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
+    seconds = {name: s * (1 if name == "head" else c.n_layers) for name, s in seconds.items()}
+    if "transforms, gates, codes" in seconds:
+        seconds["linears"] -= seconds["transforms, gates, codes"]  # a QuantLinear contains them
+    return seconds
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def markdown(header, rows) -> list[str]:
+    return ["", *("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])]
+
+
+def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
+    """A time or rate, its least possible time in parentheses where there is one, or that memory ran out."""
+    if "oom" in entry:
+        return "out of memory"
+    value = f"{(entry if key in entry else entry['step_s'])[key] * scale:.{digits}f}"
+    least = entry.get("roofline") if key == "median" else None
+    return value if least is None else f"{value} ({least * scale:.{digits}f})"
+
+
+def tables(result: dict) -> str:
+    """Table 4 with the paper's row, then times beside their rooflines, then where a step goes; Markdown."""
+    points, memory, rows = result["denoising"], result["memory"], []
+    if result["model"] in PAPER:
+        a, b, c, d = PAPER[result["model"]]
+        rows.append(("paper, A40", a, b, f"{b / a:.2f}", c, d, f"{c / d:.2f}"))
+    for p in points:
+        a, b = p["models"]["16-bit"], p["models"]["packed"]
+        speed = "" if "oom" in a or "oom" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
+        x, y = a.get("peak_bytes", memory["sixteen_bit"]), b.get("peak_bytes", memory["total"])
+        rows.append((f"batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
+                     cell(a, 1, 2, "tokens_per_s"), cell(b, 1, 2, "tokens_per_s"), speed, f"{x / 1e9:.4g}",
+                     f"{y / 1e9:.4g}", f"{x / y:.2f}"))
+    out = markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
+    out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
+            f"GB: weights, computed (bf16 against packed), no activations. 16-bit runs in {result['dtype']} here."]
+    names = list(points[0]["models"])
+    out += markdown(("ms per step (least possible)", *names),
+                    [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
+    names = result["linear_models"]
+    out += markdown(("linear, M: µs (least possible)", *names),
+                    [(f"{r['linear']} {r['K']} -> {r['N']}, {r['M']}", *(cell(r[n], 1e6, 0) for n in names))
+                     for r in result["linears"]])
+    shares = result["shares"]
+    parts = [k for k in dict.fromkeys(k for s in shares.values() for k in s) if k != "step"]
+    out += markdown(("part of a step", *shares),
+                    [(part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
+                     for part in parts])
+    return "\n".join(out[1:])
+
+
+def run(args) -> dict:
+    """Measure everything; the result is what the JSON line holds."""
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    args.repeats = args.repeats or (20 if device.type == "cuda" else 5)
+    torch.manual_seed(args.seed)
+    load = partial(random_model, args.model, seed=args.seed) if args.random_weights else partial(load_model, args.model)
+    model = load(device=device, dtype=dtype).requires_grad_(False)
+    if any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise CheckpointError(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
+    c = model.config
+    log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
+    packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
+    models = {"16-bit": model, "packed": packed, "int8": unpacked(packed)}
+    top = ceilings(device, dtype, args.repeats)
+    log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
+    all_models = models | (peers(model, log) if args.peers else {})
+    points = []
+    for batch, length, tokens in args.points or POINTS[device.type]:
+        entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
+                 "models": denoising(all_models, (batch, length, tokens), args.repeats)}
+        for name in ("16-bit", "packed"):
+            entry["models"][name]["roofline"] = step_roofline(c, top, batch, length, name == "packed", args.head_bits,
+                                                              dtype.itemsize)
+        points.append(entry)
+        log(json.dumps(entry))
+    rows = [m for m in ROWS if device.type == "cuda" or m <= 512]
+    of_linears = linears(models, top, rows, args.repeats)
+    batch, length, _ = (args.points or POINTS[device.type])[-1]
+    where = {}
+    for name, m in models.items():
+        if "oom" not in points[-1]["models"][name]:
+            where[name] = shares(m, batch, length, args.repeats)
+            step = points[-1]["models"][name]["step_s"]["median"]
+            where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
+    sizes = memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits)
+    return {"model": args.model, "random_weights": args.random_weights, "seed": args.seed, "dtype": str(dtype)[6:],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
+            "integer_product": kernels.backend(device.type),
+            "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device()),
+            "int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None, "ceilings": top,
+            "denoising": points, "linear_models": list(models), "linears": of_linears, "shares": where,
+            "memory": sizes | {"ratio": sizes["sixteen_bit"] / sizes["total"],
+                               "resident": {name: residents(m) for name, m in models.items()}}}
+
+
+def point(text: str) -> tuple[int, int, int]:
+    """"BATCHxLENGTHxTOKENS", tokens per step and sequence."""
+    try:
+        batch, length, tokens = (int(n) for n in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxLENGTHxTOKENS, as in 1x512x4.") from None
+    if min(batch, length, tokens) < 1 or length < STEPS * tokens:
+        raise argparse.ArgumentTypeError(f"{text}: each number is at least 1, the length at least {STEPS} x tokens.")
+    return batch, length, tokens
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="alias, hub id or folder of a 16-bit model (default: tiny)")
+    parser.add_argument("--random-weights", action="store_true", help="published shapes without a download")
+    parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
+    parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="embedding and head (default: 8)")
+    parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="embedding alone (default: head bits)")
+    parser.add_argument("--repeats", type=int, help="measurements of each time (default: 20 on a GPU, 5 on a CPU)")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="also torch.compile and torchao, where they install (default: on a GPU)")
+    parser.add_argument("--out", type=Path, help="write the result here, as JSON")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if args.repeats is not None and args.repeats < 1:
+            raise ValueError("--repeats must be at least 1.")
+        if args.embed_bits and args.head_bits == 16:
+            raise ValueError("--embed-bits needs --head-bits 8.")
+        if args.out and not args.out.parent.is_dir():
+            raise ValueError(f"{args.out.parent}, the folder of --out, does not exist.")
+        with torch.no_grad():
+            result = {"command": "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv), **run(args)}
+    except (CheckpointError, ConfigError, ValueError) as error:
+        log(f"bench.py: {error}")
+        return 2
+    print(tables(result))
+    if args.out:
+        write_json(args.out, result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out FOLDER]
+
+The algorithm, one block at a time (Sections 3.2-3.3, Appendices B and C):
+
+    embed masked copies of the calibration segments
+    for each block:   read it                                                      disk -> one block in memory
+                      collect its inputs: 16-bit stream X_fp, quantized-prefix stream X_q
+                      for each input group (qkv, out, gate_up, down):
+                          fit SGAT on (X_q, Y = X_fp Wᵀ), fold P into the weight, quantize
+                          after qkv: estimate TAC from softmax·V of both streams
+                      write it, move both streams through it, free it
+
+so a model never has to fit in memory. The default run quantizes the embedded model, judges it against 16 bit and RTN,
+and ends with one line of JSON on standard output; progress goes to standard error.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import baselines
+import data
+import metrics
+from checkpoint import Checkpoint, CheckpointError, resolve
+from families import ConfigError
+from hadamard import exists, rotation
+from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device
+from output import Output, run_key
+from sgat import allocate_subspaces, fit_sgat, initial_basis
+from softmax_value import QuantAttention, ia_aq, softmax_scores
+from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from stress import write_stressed
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that determines a quantized checkpoint besides the model and the calibration tokens."""
+
+    method: str = "starquant"  # one of METHODS
+    wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
+    abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, or "dense" (App. B to the letter)
+    allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
+    state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
+    lr: float = 1e-3  # AdamW (App. B)
+    epochs: int = 15  # (App. B); 0 keeps the start
+    batch: int = 4  # segments per step (App. B)
+    schedule: str = "constant"  # learning rate: "constant" or "cosine"
+    tac: str = "statistics"  # Eq. 18, or "ridge" (paired least squares), or "none"
+    tac_block: int = 16  # g (App. C, Table 3)
+    damping: float = 3e-4  # ρ (App. C)
+    smoothing: float = 0.15  # η, of singular values (App. C)
+    shrinkage: float = 0.55  # α, towards the identity (App. C)
+    tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
+    kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
+    softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
+    inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
+    seed: int = 0
+
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+                         "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
+                         "inputs": ("quantized", "fp")}
+    RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
+                        "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
+                        "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
+                        "kv_bits": (2, 16), "softmax_bits": (2, 16), "seed": (0, 2**31)}
+
+    def __post_init__(self):
+        for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(values)}.")
+        for name, (low, high) in self.RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
+
+
+# ---- one linear ------------------------------------------------------------------------------------------------------
+
+
+def fit_starquant(weight, bias, inputs: baselines.Inputs, config: QuantConfig, generator, progress):
+    """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    (x, y, state), d = inputs[:3], weight.shape[1]
+    d_s = d // config.state_fraction if config.state_fraction else 0
+    if config.allocation == "random":
+        start = initial_basis(d, config.transform, generator)
+    else:
+        start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
+    start = _cast(start, x)
+    P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
+                         config.batch, config.schedule, bias, generator, progress)
+    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias), record
+
+
+def _cast(P, like):
+    return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)
+
+
+METHODS = {**baselines.METHODS, "starquant": fit_starquant}
+COMPENSATED = ("starquant",)  # methods with TAC behind softmax·V
+
+
+# ---- one block -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run_block(block, x, state, table, rows: int = 64, watch: tuple[str, ...] = ()):
+    """Output of a block and the inputs of its submodules named in `watch`, in chunks of `rows` segments."""
+    seen = {name: [] for name in watch}
+    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+             for name in watch]
+    try:
+        out = torch.cat([block(x[r], state[r], table) for r in metrics.batches(len(x), rows)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out, {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+class Unquantized(nn.Module):
+    """A fitted linear with its quantizers off and its transform on (App. C's full-precision pass)."""
+
+    def __init__(self, fitted: QuantLinear, weight, bias):
+        super().__init__()
+        self.fitted, self.bias = fitted, bias
+        self.folded = fold_weight(weight.float(), fitted.P)
+
+    def forward(self, x, state):
+        y = linear(self.fitted.transformed(x, state), self.folded)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def with_linears(block, **linears):
+    """The block with some submodules replaced; everything else is shared, nothing is copied."""
+    out = copy.copy(block)
+    out._modules = {**block._modules, **linears}
+    return out
+
+
+def estimate_tac(block, quantized, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
+    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ quantized."""
+    n = min(config.tac_samples, len(x_fp))
+    exact = with_linears(block, qkv=Unquantized(quantized.qkv, block.qkv.weight, block.qkv.bias))
+    _, z_fp = run_block(exact, x_fp[:n], state[:n], table, watch=("tac",))
+    _, z_q = run_block(quantized, x_q[:n], state[:n], table, watch=("tac",))
+    z_fp, z_q = z_fp["tac"].flatten(0, 1), z_q["tac"].flatten(0, 1)
+    if config.tac == "ridge":
+        return TAC(*tac_ridge(z_fp, z_q, config.tac_block, config.damping))
+    return TAC(*tac_fit(z_fp, z_q, config.tac_block, config.damping, config.smoothing, config.shrinkage))
+
+
+@torch.no_grad()
+def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) -> QuantAttention:
+    """Quantizers of K, V and the softmax output; V's scale by IA-AQ for DLLMQuant, per token otherwise."""
+    bits, h = (config.kv_bits, config.softmax_bits), quantized.config.head_dim
+    rotated = config.method in baselines.ROTATED and exists(h)
+    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(x_q.device) if rotated else None)
+    if config.method not in baselines.DLLMQUANT or config.kv_bits == 16:
+        return attention
+    n = min(config.tac_samples, len(x_q))
+    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r]), state[r]) for r in metrics.batches(n)])
+    q, k, v = attention.rotated(*quantized.heads(qkv, table))
+    return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
+
+
+def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None,
+                   confidence=None):
+    """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams."""
+    start = time.time()
+    _, targets = run_block(block, x_fp, state, table, watch=FUSED)
+    quantized, record = block, {"block": index, "linears": {}}
+    gains = {"qkv": block.attn_norm.weight.detach(), "gate_up": block.ffn_norm.weight.detach()}
+    for group, name in enumerate(FUSED):
+        original = getattr(block, name)
+        _, seen = run_block(quantized, x_q, state, table, watch=(name,))
+        x, weight = seen[name].float(), original.weight.detach().float()
+        check_finite(x, f"block {index}: the input of {name}")
+        y = linear(targets[name].float(), weight)
+        y = y if original.bias is None else y + original.bias.float()
+        generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
+        inputs = baselines.Inputs(x, y, state, confidence, gains.get(name))
+        fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
+        quantized = with_linears(quantized, **{name: fitted})
+        error = (fitted(x[:16], state[:16]) - y[:16]).square().sum() / y[:16].square().sum().clamp_min(1e-30)
+        record["linears"][name] = {"error": float(error), **losses}
+        if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
+            attention = fit_attention(quantized, x_q, state, table, config, generator)
+            quantized = with_linears(quantized, softmax_value=attention)
+        if name == "qkv" and config.method in COMPENSATED and config.tac != "none":
+            quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
+    record["seconds"] = round(time.time() - start, 2)
+    return quantized, record
+
+
+def check_finite(x, what: str) -> None:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise CheckpointError(f"{what} holds {bad} NaN or Inf of {x.numel()} values.")
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prediction_confidence(outer: DiffusionLM, blocks, noisy):
+    """Largest probability of the 16-bit model's prediction at each position, (S, L): one pass, block by block."""
+    x, state, table, _ = outer.prepare(noisy)
+    for block in blocks:
+        x, _ = run_block(block, x, state, table)
+    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r])).float(), -1).amax(-1)
+                      for r in metrics.batches(len(x), 8)])
+    return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
+
+
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None):
+    """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
+
+    noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
+    """
+    confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
+    x_fp, state, table, _ = outer.prepare(noisy)
+    x_fp = x_fp.detach()
+    x_q = x_fp
+    for i, block in enumerate(blocks()):
+        old = finished(i)
+        if old is None:
+            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
+                                               progress or (lambda _: None), confidence)
+        else:
+            quantized, record = old
+        yield i, quantized, record
+        x_q, _ = run_block(quantized, x_q, state, table)
+        x_fp, _ = run_block(block, x_fp, state, table)
+        if config.inputs == "fp":
+            x_q = x_fp
+
+
+def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
+    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1], or TMAS."""
+    g = torch.Generator().manual_seed(config.seed)
+    region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
+    ratios = baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios
+    return data.mask_tokens(tokens, region, ratios(len(tokens), g), mask_id, g)
+
+
+def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
+    """The quantized counterpart of a 16-bit model in memory: the same result as the command.
+
+    tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
+    """
+    noisy = masked_copies(tokens, region, model.mask_id, config).to(model.device)
+    quantized = copy.copy(model)
+    quantized._modules = dict(model._modules)
+    quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config))
+    return quantized.eval()
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
+    parser.add_argument("--method", default="starquant", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
+    parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
+    parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--stress", type=float, default=1.0, metavar="C",
+                        help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
+    parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--problems", type=int, default=48, help="problems per task in the closing table (0: no table)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
+                                                                           fields(QuantConfig)[3:-1]))
+    args = parser.parse_args(argv)
+    stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
+    args.out = args.out or Path("out") / f"{Path(args.model).name}{stressed}-{args.method}-w{args.wbits}a{args.abits}"
+    return args
+
+
+def config_from(args) -> QuantConfig:
+    values = {"method": args.method, "wbits": args.wbits, "abits": args.abits, "seed": args.seed}
+    kinds = {f.name: type(f.default) for f in fields(QuantConfig)}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals or name not in kinds:
+            raise ConfigError(f"--set {item!r}: expected FIELD=VALUE with a field of {', '.join(kinds)}.")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            raise ConfigError(f"--set {item!r}: {value!r} is not a {kinds[name].__name__}.") from None
+    return QuantConfig(**values)
+
+
+def run(args) -> dict:
+    config = config_from(args)
+    device = pick_device(args.device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
+             else torch.float32}[args.dtype]
+    judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
+    if args.stress != 1:
+        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+        write_stressed(args.model, args.stress, stressed)
+        args.model = str(stressed)
+    source = Checkpoint(resolve(args.model))
+    if source.quantization:
+        raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
+    check_tensors(source)
+    outer = load_outer(source, device, dtype)
+    tokens, region = data.calibration_set(outer.tokenizer, args.segments, args.length, args.seed)
+    out = Output(args.out, source, run_key(args.model, source, tokens, config), args.resume, args.overwrite)
+    noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
+    n, start = source.config.n_layers, time.time()
+
+    def blocks():
+        return (load_block(source, i, device, dtype) for i in range(n))
+
+    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
+        def progress(loss):
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+
+        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
+                                                 progress):
+            if i not in out.records:
+                out.write_block(i, block, record)
+            bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
+            bar.set_description(f"block {min(i + 2, n)}/{n}")
+    out.finish(block)
+    result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
+    if args.problems and judged:
+        full = load_model(args.model, device, dtype)
+        models = {"16-bit": full}
+        if config.method != "rtn":
+            models[f"RTN W{config.wbits}A{config.abits}"] = quantize_model(
+                full, tokens, QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits), region)
+        models[f"{config.method} W{config.wbits}A{config.abits}"] = load_model(args.out, device, dtype)
+        result["table"] = metrics.judge(models, args.problems, seed=1)
+        print(metrics.table(result["table"]))
+    return result
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        print(json.dumps(run(args)))
+    except (CheckpointError, ConfigError) as error:
+        print(f"calibrate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "
+              f"--resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

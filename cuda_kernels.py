@@ -1,0 +1,332 @@
+"""The integer linear on a GPU: four one-pass CUDA kernels around `torch._int_mm`.
+
+PyTorch operations would walk over the activations about ten times (gate, minimum, maximum, divide, round, add, clamp,
+cast, ... and again after the product), and on a GPU these walks cost more than the int8 product saves. So there is
+
+    quantize_rows    gate by token state, per-token scale and zero point, codes      one read of x, one write of codes
+    unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
+    torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
+    epilogue         zero point, both scales, bias, int32 -> bf16 or fp32            one read, one write
+    tac              Eq. 17 for blocks of 16                                         one read, one write
+
+The sources below are plain CUDA C++ without headers. `torch.cuda._compile_kernel` compiles them at first use with the
+NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Every kernel has its eager twin (`kernels.py`,
+`starquant.tac_apply`); the integer ones agree with it bit for bit, because they use the same IEEE operations in the
+same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast division). `ready` compares both once per device.
+
+The weight is walked in slices along N, so that what one slice writes and the next kernel reads (int32 accumulators,
+unpacked codes) is still in the L2 cache. Scratch memory comes from PyTorch's caching allocator, which hands out the
+same block again; inside a CUDA graph nothing is allocated at all, and the launch cost (some 10 us from Python) is gone.
+
+What a production library does beyond this: a product kernel of its own that unpacks in registers and ends in the
+epilogue, so that neither int8 weights nor int32 sums ever leave the chip.
+"""
+
+import warnings
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+import kernels
+
+THREADS = 256
+TAC_BLOCK = 16
+L2_BYTES = 24 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
+
+SOURCE = r"""
+typedef unsigned short bf16;  // the upper half of an fp32
+typedef REAL real;
+
+__device__ void load4(const float* x, float v[4]) {
+    float4 f = *(const float4*)x;
+    v[0] = f.x; v[1] = f.y; v[2] = f.z; v[3] = f.w;
+}
+__device__ void load4(const bf16* x, float v[4]) {
+    uint2 u = *(const uint2*)x;
+    v[0] = __uint_as_float(u.x << 16); v[1] = __uint_as_float(u.x & 0xffff0000u);
+    v[2] = __uint_as_float(u.y << 16); v[3] = __uint_as_float(u.y & 0xffff0000u);
+}
+__device__ unsigned round_bf16(float y) {  // to nearest, ties to even; NaN stays NaN
+    unsigned u = __float_as_uint(y);
+    return y != y ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+__device__ void store4(float* y, const float v[4]) { *(float4*)y = make_float4(v[0], v[1], v[2], v[3]); }
+__device__ void store4(bf16* y, const float v[4]) {
+    *(uint2*)y = make_uint2(round_bf16(v[0]) | round_bf16(v[1]) << 16, round_bf16(v[2]) | round_bf16(v[3]) << 16);
+}
+__device__ void store1(float* y, float v) { *y = v; }
+__device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
+
+// One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
+extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
+                                         int* zero, int M, int K, int d_m, int d_u, int bits) {
+    __shared__ float lows[THREADS], highs[THREADS];
+    int row = blockIdx.x, t = threadIdx.x;
+    char4* out = (char4*)(codes + (long long)row * K);
+    if (row >= M) {
+        for (int k = t; k < K / 4; k += THREADS) out[k] = make_char4(0, 0, 0, 0);
+        return;
+    }
+    // G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u): channels [from, to) of this token are gated off
+    bool masked = d_m + d_u > 0 && state[row];
+    int from = masked ? K - d_u : K - d_u - d_m, to = masked ? K : K - d_u;
+    const real* in = x + (long long)row * K;
+    float v[4], low = 0, high = 0;  // the range always includes 0
+    for (int k = 4 * t; k < K; k += 4 * THREADS) {
+        load4(in + k, v);
+        for (int j = 0; j < 4; j++) {
+            if (k + j >= from && k + j < to) v[j] = 0;
+            low = fminf(low, v[j]);
+            high = fmaxf(high, v[j]);
+        }
+    }
+    lows[t] = low;
+    highs[t] = high;
+    for (int n = THREADS / 2; n > 0; n /= 2) {
+        __syncthreads();
+        if (t < n) {
+            lows[t] = fminf(lows[t], lows[t + n]);
+            highs[t] = fmaxf(highs[t], highs[t + n]);
+        }
+    }
+    __syncthreads();
+    low = lows[0];
+    high = highs[0];
+    float levels = (1 << bits) - 1, half = 1 << (bits - 1);
+    // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
+    float s = fmaxf(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
+    float z = rintf(__fdiv_rn(-low, s));
+    for (int k = 4 * t; k < K; k += 4 * THREADS) {
+        load4(in + k, v);
+        signed char c[4];
+        for (int j = 0; j < 4; j++) {
+            if (k + j >= from && k + j < to) v[j] = 0;
+            c[j] = (signed char)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
+        }
+        out[k / 4] = make_char4(c[0], c[1], c[2], c[3]);
+    }
+    if (t == 0) {
+        scale[row] = s;
+        zero[row] = (int)(z - half);
+    }
+}
+
+// Four signed 4-bit numbers in the low halves of four bytes -> four signed bytes, without carries between them.
+__device__ unsigned sign_extend4(unsigned n) { return (((n ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u; }
+
+// One thread unpacks 16 bytes = 32 codes: low and high nibbles apart, then interleaved byte by byte.
+extern "C" __global__ void unpack_int4(const uint4* packed, uint4* codes, int count) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    uint4 p = packed[i];
+    unsigned in[4] = {p.x, p.y, p.z, p.w}, out[8];
+    for (int j = 0; j < 4; j++) {
+        unsigned low = sign_extend4(in[j] & 0x0f0f0f0fu), high = sign_extend4((in[j] >> 4) & 0x0f0f0f0fu);
+        out[2 * j] = __byte_perm(low, high, 0x5140);      // low 0, high 0, low 1, high 1
+        out[2 * j + 1] = __byte_perm(low, high, 0x7362);  // low 2, high 2, low 3, high 3
+    }
+    codes[2 * i] = make_uint4(out[0], out[1], out[2], out[3]);
+    codes[2 * i + 1] = make_uint4(out[4], out[5], out[6], out[7]);
+}
+
+// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n for one slice of `width` columns; y has N of them.
+extern "C" __global__ void epilogue(const int* acc, const float* scale, const int* zero, const int* x_sum,
+                                    const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
+                                    real* y, int width, int N, int has_zero, int has_bias) {
+    int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
+    if (n >= width) return;
+    int4 a = *(const int4*)(acc + (long long)m * width + n);
+    int sums[4] = {a.x, a.y, a.z, a.w};
+    float v[4];
+    for (int j = 0; j < 4; j++) {
+        int sum = sums[j] - zero[m] * w_sum[n + j];
+        if (has_zero) sum -= x_sum[m] * w_zero[n + j];
+        v[j] = __fmul_rn(__fmul_rn((float)sum, scale[m]), w_scale[n + j]);
+        if (has_bias) v[j] = __fadd_rn(v[j], bias[n + j]);
+    }
+    store4(y + (long long)m * N + n, v);
+}
+
+// Z_tac = Z M^T + d in blocks of 16 channels: a thread keeps its row of M and walks down the tokens.
+extern "C" __global__ void tac(const real* z, const float* M, const float* bias, real* out, int rows, int C) {
+    int c = blockIdx.y * THREADS + threadIdx.x;
+    if (c >= C) return;
+    float m[TAC_BLOCK];
+    for (int j = 0; j < TAC_BLOCK; j++) m[j] = M[(long long)c * TAC_BLOCK + j];
+    for (int r = blockIdx.x; r < rows; r += gridDim.x) {
+        const real* block = z + (long long)r * C + c / TAC_BLOCK * TAC_BLOCK;
+        float v[4], sum = bias[c];
+        for (int j = 0; j < TAC_BLOCK; j += 4) {
+            load4(block + j, v);
+            for (int i = 0; i < 4; i++) sum += m[j + i] * v[i];
+        }
+        store1(out + (long long)r * C + c, sum);
+    }
+}
+"""
+NAMES = ("quantize_rows", "unpack_int4", "epilogue", "tac")
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+def source(dtype) -> str:
+    """The CUDA source for activations of this dtype."""
+    return f"#define REAL {TYPES[dtype]}\n#define THREADS {THREADS}\n#define TAC_BLOCK {TAC_BLOCK}\n{SOURCE}"
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_cuda_home():
+    """`_compile_kernel` asks for the toolkit's include folder, which wheel-only installations lack and we never use."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = home or "."
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = home
+
+
+@cache
+def _compiled(index: int, dtype) -> dict:
+    with torch.cuda.device(index), _without_cuda_home():
+        return {name: torch.cuda._compile_kernel(source(dtype), name) for name in NAMES}
+
+
+def _launch(name: str, dtype, grid, args) -> None:
+    device = args[0].device
+    with torch.cuda.device(device):
+        _compiled(device.index, dtype)[name]((*grid, *(1,) * (3 - len(grid))), (THREADS, 1, 1), args)
+
+
+def _blocks(n: int) -> int:
+    return -(-n // THREADS)
+
+
+# ---- the kernels as functions --------------------------------------------------------------------------------------
+
+
+def quantize_rows(x, state, d_m: int, d_u: int, bits: int):
+    """Gate and quantize: x (M, K) fp32 or bf16, state (M,) bool -> codes (⌈M⌉32, K) int8, scale (M,), zero (M,) int32.
+
+    The integers of `kernels.quantize_rows` on gated x; the rows from M on are zero, as `torch._int_mm` wants them.
+    """
+    (M, K), x = x.shape, x.contiguous()
+    rows = kernels._multiple(M, 32)
+    codes = torch.empty(rows, K, dtype=torch.int8, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    gates = state.contiguous() if d_m or d_u else codes  # never read without gates
+    _launch("quantize_rows", x.dtype, (rows,), [x, gates, codes, scale, zero, M, K, d_m, d_u, bits])
+    return codes, scale, zero
+
+
+def unpack_int4(packed, out):
+    """Rows of packed codes (n, K / 2) uint8 into out (n, K) int8, both contiguous, n K a multiple of 32."""
+    count = packed.numel() // 16
+    _launch("unpack_int4", torch.float32, (_blocks(count),), [packed, out, count])
+    return out
+
+
+def epilogue(acc, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y):
+    """acc (≥ M, n) int32 -> y (M, n), a slice of columns of a contiguous (M, N) fp32 or bf16 matrix."""
+    width = acc.shape[1]
+    _launch("epilogue", y.dtype, (y.shape[0], _blocks(width // 4)),
+            [acc, scale, zero, scale if x_sum is None else x_sum, w_scale, w_sum, w_sum if w_zero is None else w_zero,
+             w_scale if bias is None else bias, y, width, y.stride(0), int(w_zero is not None), int(bias is not None)])
+
+
+def tac(z, M, bias):
+    """Eq. 17 for z (..., C) with blocks of 16: M (C/16, 16, 16), bias (C/16, 16)."""
+    z = z.contiguous()
+    C = z.shape[-1]
+    out, rows = torch.empty_like(z), z.numel() // C
+    walkers = max(1, min(rows, 1024 // _blocks(C)))  # few, so that each reads its rows of M for many tokens
+    _launch("tac", z.dtype, (walkers, _blocks(C)), [z, M, bias, out, rows, C])
+    return out
+
+
+# ---- the linear ----------------------------------------------------------------------------------------------------
+
+
+def slice_width(M: int, N: int, K: int, packed: bool) -> int:
+    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES, but enough work to fill the GPU."""
+    width = min(L2_BYTES // (4 * M), L2_BYTES // K if packed else N)
+    return min(N, max(2048, width // 256 * 256))
+
+
+def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None):
+    """Φ-gate, quantize, multiply, dequantize: x (M, K) transformed activations -> (M, N) in x's dtype.
+
+    weight: (N, K/2) uint8 packed or (N, K) int8; w_scale (N,) fp32, w_sum, w_zero (N,) int32, bias (N,) fp32.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    codes, scale, zero = quantize_rows(x, state, d_m, d_u, bits)
+    # Σ_k (X_c − z_c), only for asymmetric weights
+    x_sum = None if w_zero is None else codes[:M].sum(-1, dtype=torch.int32) - K * zero
+    width = slice_width(codes.shape[0], N, K, packed)
+    scratch = torch.empty(width, K, dtype=torch.int8, device=x.device) if packed else None
+    for n in range(0, N, width):
+        part = slice(n, min(n + width, N))
+        w = unpack_int4(weight[part], scratch[: part.stop - n]) if packed else weight[part]
+        epilogue(torch._int_mm(codes, w.t()), scale, zero, x_sum, w_scale[part], w_sum[part],
+                 None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part])
+    return y
+
+
+def usable(x, N: int) -> bool:
+    """Whether the kernels serve activations x (..., K) and N outputs: a GPU, fp32 or bf16, K and N multiples of 8."""
+    return (x.is_cuda and x.dtype in TYPES and x.numel() > 0 and x.shape[-1] % 8 == 0 and N % 8 == 0
+            and ready(x.device.index))
+
+
+@cache
+def ready(index: int) -> bool:
+    """Compile on this device and compare every kernel with its eager twin once; say so and return False if they fail.
+
+    Run it before a CUDA graph is captured (any warm-up forward does).
+    """
+    try:
+        if kernels.backend("cuda") == "int_mm" and self_check(torch.device("cuda", index)):
+            return True
+        reason = "their self-check fails"
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+        reason = f"they do not compile here ({str(error).splitlines()[0]})"
+    warnings.warn(f"The CUDA kernels are not used, because {reason}; plain PyTorch serves instead (slower).",
+                  stacklevel=2)
+    return False
+
+
+def self_check(device) -> bool:
+    """The four kernels against the eager formulas, on a ragged number of rows, in both dtypes."""
+    g = torch.Generator().manual_seed(0)
+    M, K, N, d_m, d_u = 37, 1040, 264, 24, 40
+    state = (torch.rand(M, generator=g) < 0.5).to(device)
+    w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8).to(device)
+    w_scale, bias = torch.rand(N, generator=g).to(device), torch.randn(N, generator=g).to(device)
+    w_zero, packed, w_sum = w[:, 0].int(), kernels.pack_int4(w), w.sum(-1, dtype=torch.int32)
+    for dtype in TYPES:
+        x = torch.randn(M, K, generator=g).to(device, dtype)
+        x[3] = 0
+        y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero)
+        column = torch.arange(K, device=device)
+        off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
+        gated = x.masked_fill(off, 0)
+        codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4)
+        want = kernels.quantize_rows(gated, 4)
+        if not (torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1])
+                and torch.equal(zero[:, None], want[2].int()) and not codes[M:].any()):
+            return False
+        if not torch.equal(y, kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float").to(dtype)):
+            return False
+        z = torch.randn(M, 3 * TAC_BLOCK, generator=g).to(device, dtype)
+        T = torch.randn(3, TAC_BLOCK, TAC_BLOCK, generator=g).to(device)
+        d = torch.randn(3, TAC_BLOCK, generator=g).to(device)
+        want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (3, -1)), T.double()) + d).flatten(-2)
+        if (tac(z, T, d) - want).abs().max() > (1e-4 if dtype == torch.float32 else 0.1):
+            return False
+    return True

@@ -1,0 +1,161 @@
+"""Judge a 16-bit or quantized model, compare two, or watch one write: python evaluate.py [--model tiny] [--against M]
+
+    python evaluate.py --model out/tiny-starquant-w4a4 --against tiny      NELBO, tasks, paired differences, fidelity
+    python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, step by step
+
+Without --prompt: NELBO per token, accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo
+likelihood) with 95 % bootstrap intervals; with --against also the paired differences to the second model and how far
+the two denoising trajectories agree. Tables go to standard output, its last line is JSON; progress to standard error.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import metrics
+from checkpoint import CheckpointError
+from families import ConfigError
+from model import load_model
+from sampling import denoise
+
+
+def scores(model, problems: int, seed: int) -> dict[str, torch.Tensor]:
+    """One value per example for every measure on the held-out split."""
+    tokenizer = model.tokenizer
+    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
+    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
+    with tqdm(total=4 * problems, unit="problem", file=sys.stderr, leave=False, bar_format="{l_bar}{bar}| {n:.0f}/"
+              "{total} [{elapsed}<{remaining}]") as bar:
+        bar.set_description("nelbo")
+        sets = metrics.nelbo_set(tokenizer, problems, seed)
+        out = {"nelbo": torch.cat([metrics.nelbo(model, ids, region, 2, seed) for ids, region in sets])}
+        bar.update(problems)
+        for task, batch in tasks.items():
+            bar.set_description(task)
+            out[task] = metrics.solve(model, batch, progress=bar.update)
+        bar.set_description("cloze")
+        out["cloze"] = metrics.cloze(model, passages, seed=seed, progress=bar.update)
+    return out
+
+
+def agreement(model, other, problems: int, seed: int) -> dict[str, torch.Tensor]:
+    """Trajectory fidelity of two models on the prompts of both generation tasks."""
+    steps, parts = data.GEN_LENGTH, []
+    for task in ("math", "code"):
+        ids, mask = metrics.encode_prompts(model.tokenizer, data.problems(task, "eval", problems, seed))
+        for rows in metrics.batches(len(ids)):
+            both = [metrics.trajectory(m, ids[rows], mask[rows], steps, steps) for m in (model, other)]
+            parts.append(metrics.fidelity(*both, steps))
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+MEASURES = {"nelbo": "NELBO, nats/token", "math": "math, accuracy", "code": "code, accuracy",
+            "cloze": "cloze, accuracy", "tokens": "same final token", "positions": "committed at the same step",
+            "divergence": "first difference, share of the steps"}
+
+
+def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
+    """A Markdown table of means with 95 % intervals (and paired differences), and the same as numbers."""
+    lines, numbers = ["| measure | value | 95 % interval |", "|---|---|---|"], {}
+    if reference:
+        lines = [lines[0] + " against it | 95 % interval |", lines[1] + "---|---|"]
+    for key, per_example in values.items():
+        numbers[key] = metrics.bootstrap(per_example)
+        mean, low, high = numbers[key]
+        lines.append(f"| {MEASURES[key]} | {mean:.4f} | {low:.4f} to {high:.4f} |")
+        if reference and key in reference:
+            numbers[f"{key}_difference"] = metrics.bootstrap(per_example - reference[key])
+            mean, low, high = numbers[f"{key}_difference"]
+            lines[-1] += f" {mean:+.4f} | {low:+.4f} to {high:+.4f} |"
+        elif reference:
+            lines[-1] += " | |"
+    return "\n".join(lines), numbers
+
+
+def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=sys.stdout) -> dict[str, str]:
+    """Write every denoising step of each model; on a terminal in place, otherwise one line a step."""
+    tokenizer = next(iter(models.values())).tokenizer
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    if ids.shape[1] == 0:
+        raise CheckpointError("--prompt holds no text.")
+
+    def text(model, row):
+        tokens = [("░" if t == model.mask_id else tokenizer.decode([t], skip_special_tokens=True)) for t in row]
+        return "".join(tokens).replace("\n", "⏎")
+
+    runs = [denoise(m, ids.to(m.device), steps, gen_length) for m in models.values()]
+    wide, live = max(map(len, models)), out.isatty()
+    for number, batch in enumerate(zip(*runs, strict=True)):
+        if live and number:
+            out.write(f"\033[{len(models)}A")
+        for (name, model), step in zip(models.items(), batch, strict=True):
+            line = f"{name:>{wide}} {step.index + 1:>3}/{steps} {text(model, step.ids[0, ids.shape[1]:].tolist())}"
+            out.write(("\033[2K" if live else "") + line + "\n")
+        out.flush()
+    return {name: tokenizer.decode(step.ids[0, ids.shape[1]:].tolist())
+            for name, step in zip(models, batch, strict=True)}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
+    parser.add_argument("--against", help="a second model to compare with")
+    parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
+    parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
+    parser.add_argument("--steps", type=int, help="denoising steps with --prompt (--gen-length)")
+    parser.add_argument("--gen-length", type=int, default=data.GEN_LENGTH, help="tokens to write with --prompt (24)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    return parser.parse_args(argv)
+
+
+def run(args) -> dict:
+    if args.problems < 1 or args.gen_length < 1 or (args.steps is not None and args.steps < 1):
+        raise CheckpointError("--problems, --steps and --gen-length must be at least 1.")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
+    names = [args.model] + ([args.against] if args.against else [])
+    models = {name: load_model(name, args.device, dtype) for name in names}
+    for name, model in models.items():
+        if model.tokenizer is None:
+            raise CheckpointError(f"{name} has no tokenizer.json, which text needs.")
+    if args.prompt is not None:
+        written = show_denoising(models, args.prompt + "\n", args.steps or args.gen_length, args.gen_length)
+        return {"prompt": args.prompt, "text": written}
+    results = {name: scores(model, args.problems, args.seed) for name, model in models.items()}
+    record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
+    for name, reference in itertools.zip_longest(reversed(names), (None, results.get(args.against))[: len(names)]):
+        values = dict(results[name])
+        if reference is not None:
+            values |= agreement(*(models[n] for n in names), args.problems, args.seed)
+        text, record[name] = report(values, reference)
+        print(f"\n**{name}**" + (f" against {args.against}" if reference is not None else "") + f"\n\n{text}")
+    return record
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        record = run(args)
+    except (CheckpointError, ConfigError, ValueError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nevaluate.py: interrupted.", file=sys.stderr)
+        return 130
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""GPTQ (arXiv 2210.17323): round a weight column by column, each rounding error pushed onto the columns still open.
+
+It minimizes ‖X Wᵀ − X Ŵᵀ‖_F² = tr(E H Eᵀ), E = W − Ŵ, H = Σ_j w_j x_j x_jᵀ, greedily. It knows nothing of transforms:
+given folded weights and transformed activations it composes with any of them.
+"""
+
+import torch
+
+from starquant import quant_params
+
+
+def hessian(x, token_weights=None):
+    """H = 2/N Σ_j w_j x_j x_jᵀ of rows x (N, d), (d, d) float64; token_weights (N,), 1 by default."""
+    x = x.double()
+    weighted = x if token_weights is None else x * token_weights.double()[:, None]
+    return 2 / len(x) * weighted.mT @ x
+
+
+def output_error(error, H):
+    """tr(E H Eᵀ) per output channel: error (C, d) -> (C,), twice the mean squared output error it causes."""
+    return ((error @ H) * error).sum(-1)
+
+
+def damped(H, damping: float):
+    """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (d, d)"""
+    dead = H.diagonal() == 0
+    return H + torch.diag(damping * H.diagonal().mean() + dead.to(H))
+
+
+def round_columns(weight, scale, bits: int):
+    """Symmetric codes ⌊w/s⌉ in [−2^(b−1), 2^(b−1) − 1], kept floating."""
+    return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's grid
+
+
+def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
+    """Per-row scale, a factor of `grid` times the full one, with the least rounding error: weight (C, d) -> (C, 1).
+
+    The error is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H is given.
+    """
+    full, _ = quant_params(weight, bits, symmetric=True)
+    best, least = full, torch.full_like(full[:, 0], torch.inf)
+    for factor in grid:
+        scale = factor * full
+        error = scale * round_columns(weight, scale, bits) - weight
+        loss = error.abs().pow(norm).sum(-1) if H is None else output_error(error, H)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better[:, None], scale, best)
+    return best
+
+
+def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 128):
+    """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
+
+    scale (C, 1): fixed before the first column, max|w| / (2^(b−1) − 1) by default. Columns are taken in order, in
+    blocks of `block`: inside a block every column updates the next ones at once, the columns behind it once per block.
+    """
+    W, H = weight.double().clone(), H.double()
+    scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()
+    W[:, H.diagonal() == 0] = 0
+    # H⁻¹ = UᵀU, U upper triangular: row i of U holds the inverse Hessian of the columns ≥ i, up to U_ii
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(H, damping))), upper=True)
+    codes = torch.empty_like(W)
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        errors = torch.empty_like(W[:, start:end])
+        for i in range(start, end):
+            codes[:, i] = round_columns(W[:, i : i + 1], scale, bits)[:, 0]
+            # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
+            errors[:, i - start] = (W[:, i] - scale[:, 0] * codes[:, i]) / U[i, i]
+            W[:, i + 1 : end] -= errors[:, i - start, None] * U[i, i + 1 : end]
+        W[:, end:] -= errors @ U[start:end, end:]
+    return codes.to(torch.int8), scale[:, 0].float()

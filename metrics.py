@@ -1,0 +1,178 @@
+"""What a denoising model is judged by: NELBO, free-running task accuracy, cloze likelihood, trajectory fidelity.
+
+Every function returns one value per example, so that models are compared in pairs and intervals come from a bootstrap
+over examples. The masks of a Monte-Carlo estimate depend only on the seed: two models see the same ones.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from sampling import denoise
+from starquant import TAC, QuantLinear
+
+ROWS = 64  # sequences per forward pass
+
+
+def batches(n: int, rows: int = ROWS):
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+@torch.no_grad()
+def nelbo(model, ids, region, samples: int = 4, seed: int = 0, progress=lambda n: None):
+    """Negative evidence lower bound in nats per token of `region`, one value per sequence, (n,).
+
+    E_t [ Σ over masked i of −log p(x_i | x_t) / t ] / |region| with `samples` stratified ratios t per sequence
+    (LLaDA, Eq. 3); the mean over a data set is an upper bound on the negative log-likelihood per token.
+    """
+    g = torch.Generator().manual_seed(seed)
+    total = torch.zeros(len(ids))
+    for _ in range(samples):
+        t = data.stratified_ratios(len(ids), g, 1e-3)
+        noisy = data.mask_tokens(ids, region, t, model.mask_id, g)
+        for rows in batches(len(ids)):
+            where = noisy[rows] == model.mask_id
+            logits = model(noisy[rows].to(model.device), where=where.to(model.device)).float().cpu()
+            ce = F.cross_entropy(logits, ids[rows][where], reduction="none")
+            per_token = torch.zeros(where.shape).masked_scatter(where, ce)
+            total[rows] += per_token.sum(-1) / t[rows] / region[rows].sum(-1)
+            progress(len(t[rows]))
+    return total / samples
+
+
+def nelbo_set(tokenizer, n: int, seed: int, split: str = "eval"):
+    """The held-out mixture NELBO is reported on: n sequences each of english, math and code answers."""
+    sets = [data.english_segments(tokenizer, split, n, 64, seed)]
+    return sets + [data.problem_tokens(tokenizer, task, split, n, seed) for task in ("math", "code")]
+
+
+def encode_prompts(tokenizer, problems):
+    """Prompts left-padded to one length: ids (n, P) and attention_mask (n, P)."""
+    encoded = [e.ids for e in tokenizer.encode_batch([p.prompt for p in problems])]
+    length = max(map(len, encoded))
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    ids = torch.tensor([[pad] * (length - len(e)) + e for e in encoded])
+    mask = torch.tensor([[0] * (length - len(e)) + [1] * len(e) for e in encoded])
+    return ids, mask
+
+
+def answers(tokenizer, ids) -> list[str]:
+    """Generated ids (n, G) as text up to end-of-text."""
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    rows = [r[: r.index(eos)] if eos in r else r for r in ids.tolist()]
+    return tokenizer.decode_batch(rows)
+
+
+def solve(model, problems, steps: int = data.GEN_LENGTH, gen_length: int = data.GEN_LENGTH, progress=lambda n: None):
+    """Free-running generation judged by each problem: 0/1 per problem, (n,)."""
+    correct = []
+    for rows in batches(len(problems)):
+        ids, mask = encode_prompts(model.tokenizer, problems[rows])
+        for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
+            final = step.ids
+            progress(len(ids) / steps)
+        texts = answers(model.tokenizer, final[:, -gen_length:].cpu())
+        correct += [p.correct(text) for p, text in zip(problems[rows], texts, strict=True)]
+    return torch.tensor(correct, dtype=torch.float32)
+
+
+@torch.no_grad()
+def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: None):
+    """Choice among four continuations by Monte-Carlo likelihood: 0/1 per problem, (n,).
+
+    The score is the mutual information log p(option | context) − log p(option), both by LLaDA's estimator (k of N
+    tokens masked, weight N/k), because p(option | context) alone mostly ranks how rare an option's words are. The four
+    options and both terms share their masks.
+    """
+    g = torch.Generator().manual_seed(seed)
+    correct = []
+    for rows in batches(len(problems), ROWS // 8):
+        options = torch.stack([p.options for p in problems[rows]])  # (n, 4, N)
+        context = torch.stack([p.context for p in problems[rows]])[:, None, None].expand(-1, 4, samples, -1)
+        n, _, N = options.shape
+        # k = 1..N in equal strata over the samples, a random subset of k positions each
+        k = ((torch.arange(samples) + torch.rand(n, samples, generator=g)) / samples * N).ceil().clamp(1, N)
+        rank = torch.rand(n, samples, N, generator=g).argsort(-1).argsort(-1)
+        hide = (rank < k[..., None])[:, None].expand(-1, 4, -1, -1)  # (n, 4, samples, N)
+        clean = options[:, :, None].expand(-1, -1, samples, -1)
+
+        def log_likelihood(context, hide=hide, clean=clean, k=k):
+            noisy = torch.cat((context, clean.masked_fill(hide, model.mask_id)), -1)
+            where = torch.cat((torch.zeros_like(context, dtype=torch.bool), hide), -1).flatten(0, 2)
+            logits = model(noisy.flatten(0, 2).to(model.device), where=where.to(model.device)).float().cpu()
+            ce = torch.zeros(hide.shape).masked_scatter(hide, F.cross_entropy(logits, clean[hide], reduction="none"))
+            return -(ce.sum(-1) * clean.shape[-1] / k[:, None]).mean(-1)  # (n, 4)
+
+        score = log_likelihood(context) - log_likelihood(torch.full_like(context, model.mask_id))
+        correct += (score.argmax(-1) == torch.tensor([p.answer for p in problems[rows]])).tolist()
+        progress(n)
+    return torch.tensor(correct, dtype=torch.float32)
+
+
+def trajectory(model, ids, mask, steps: int, gen_length: int):
+    """Committed tokens of a greedy denoising run: tokens (n, G) and the step at which each was committed (n, G)."""
+    when = torch.zeros(len(ids), gen_length, dtype=torch.long)
+    for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
+        when[step.committed[:, -gen_length:].cpu()] = step.index
+    return step.ids[:, -gen_length:].cpu(), when
+
+
+def fidelity(first, second, steps: int) -> dict[str, torch.Tensor]:
+    """Two trajectories of the same prompts: per example, how far they agree.
+
+    tokens: share of positions with the same final token; positions: share of positions committed at the same step;
+    divergence: first step at which a committed position or token differs, as a share of the steps (1 = never).
+    """
+    (tokens_a, when_a), (tokens_b, when_b) = first, second
+    same_token, same_step = tokens_a == tokens_b, when_a == when_b
+    earliest = torch.minimum(when_a, when_b).masked_fill(same_token & same_step, steps).amin(-1)
+    return {"tokens": same_token.float().mean(-1), "positions": same_step.float().mean(-1),
+            "divergence": earliest.float() / steps}
+
+
+def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and percentile interval of the mean over examples: (mean, low, high). values (n,) or a paired difference."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(-1)
+    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return float(values.mean()), float(low), float(high)
+
+
+# ---- one table ------------------------------------------------------------------------------------------------------
+
+
+def judge(models: dict, problems: int, seed: int) -> list[dict]:
+    """NELBO, accuracies and size of each model on the held-out split, with 95 % intervals."""
+    tokenizer = next(iter(models.values())).tokenizer
+    sets = nelbo_set(tokenizer, problems, seed)
+    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
+    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
+    rows = []
+    for name, model in tqdm(models.items(), desc="evaluate", unit="model", file=sys.stderr, leave=False):
+        bound = torch.cat([nelbo(model, ids, region, 1, seed) for ids, region in sets])
+        rows.append({"model": name, "nelbo": bootstrap(bound),
+                     **{t: bootstrap(solve(model, p)) for t, p in tasks.items()},
+                     "cloze": bootstrap(cloze(model, passages, 4, seed)),
+                     "bytes": stored_bytes(model)})
+    return rows
+
+
+def stored_bytes(model) -> int:
+    """Bytes of the checkpoint's tensors: 2 per 16-bit value, quantized layers as they are stored."""
+    sizes = [2 * p.numel() for p in {id(p): p for p in model.parameters()}.values()]
+    return sum(sizes) + sum(v.numel() * v.element_size() for m in model.modules() if isinstance(m, QuantLinear | TAC)
+                            for v in m.state_dict().values())
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | NELBO, nats/token | math % | code % | cloze % | MB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
+        mean, low, high = r["nelbo"]
+        lines.append(f"| {r['model']} | {mean:.4f} ± {(high - low) / 2:.4f} | {' | '.join(accuracy)} "
+                     f"| {r['bytes'] / 1e6:.2f} |")
+    return "\n".join(lines)

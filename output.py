@@ -1,0 +1,163 @@
+"""The folder that calibration writes: a Hugging Face checkpoint, block by block, that survives interruption.
+
+    model-0000I-of-0000N.safetensors    one shard per block, one for what stays in 16 bit; index; config.json with
+                                        `quantization_config`; tokenizer files; README.md (model card)
+    starquant.json                      arguments, seed, versions, checksums, per-block losses and seconds
+
+A shard is written atomically and carries its run's hash, so the shards that exist are the finished blocks.
+"""
+
+import copy
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import (
+    INDEX,
+    TOKENIZER_FILES,
+    Checkpoint,
+    CheckpointError,
+    read_json,
+    sha256,
+    write_file,
+    write_json,
+    write_tensors,
+)
+from families import NAMES, norm_names
+from model import FUSED, load_block
+
+VERSION = "0.1.0"
+
+
+class Output:
+    """A quantized checkpoint written block by block; what is there after an interruption is where --resume goes on.
+
+    One shard per block and one for what stays in 16 bit, each written atomically and marked with the run's hash;
+    index, config and `"complete": true` come last.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
+        self.folder, self.source, self.run = folder, source, run
+        self.records: dict[int, dict] = {}
+        self.shards = source.config.n_layers + 1
+        old = self._existing(resume, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not old:
+            self._write_state(complete=False)
+
+    def _existing(self, resume: bool, overwrite: bool) -> bool:
+        state = self.folder / "starquant.json"
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return False
+        if overwrite and state.exists():
+            shutil.rmtree(self.folder)
+            return False
+        if not state.exists():
+            raise CheckpointError(f"{self.folder} exists and is not a folder of this program; choose another --out.")
+        if not resume:
+            raise CheckpointError(f"{self.folder} exists; add --resume to continue it or --overwrite to replace it.")
+        before = read_json(state)
+        if before.get("complete"):
+            raise CheckpointError(f"{self.folder} is complete; there is nothing to resume.")
+        for key, value in self.run.items():
+            if before["run"].get(key) != value:
+                change = _difference(key, before["run"].get(key), value)
+                raise CheckpointError(f"cannot resume {self.folder}: {change}.")
+        return True
+
+    def shard(self, i: int) -> str:
+        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write_block(self, i: int, block, record: dict) -> None:
+        names = NAMES[self.source.config.family]
+        prefix = names.block.format(i)
+        kept = [f"{prefix}.{n}.weight" for n in norm_names(self.source.config).values()]
+        tensors = {n: self.source.get(n) for n in kept}
+        for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
+            tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
+        timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
+        metadata = {"run": self.run["hash"], "record": json.dumps(timeless), "gates": json.dumps(_gates(block))}
+        write_tensors(self.folder / self.shard(i), tensors, metadata)
+        self.records[i] = record
+
+    def finished(self, i: int, device, dtype):
+        """(block, record) of an earlier run, or None."""
+        if not (self.folder / self.shard(i)).exists():
+            return None
+        view = self._shard_view(i)
+        metadata = view.metadata(self.shard(i))
+        if metadata.get("run") != self.run["hash"]:
+            raise CheckpointError(f"{self.folder / self.shard(i)} belongs to another run; use --overwrite.")
+        view.quantization = self._quantization(json.loads(metadata["gates"]))
+        self.records[i] = json.loads(metadata["record"])
+        return load_block(view, i, device, dtype), self.records[i]
+
+    def _shard_view(self, i: int) -> Checkpoint:
+        """One finished shard, read as a checkpoint of the source's config."""
+        view, file = copy.copy(self.source), self.shard(i)
+        view.folder, view._open = self.folder, {}
+        handle = view._handle(file)
+        view.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+        view.files = dict.fromkeys(view.shapes, file)
+        return view
+
+    def _quantization(self, gates: dict) -> dict:
+        config, names = self.run["config"], NAMES[self.source.config.family]
+        return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8",
+                "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
+                "linears": gates, "ignore": [names.embed, names.head]}
+
+    def finish(self, block) -> None:
+        """What stays in 16 bit, the index, the config, the tokenizer files and the model card."""
+        names, c = NAMES[self.source.config.family], self.source.config
+        outer = [f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))]
+        write_tensors(self.folder / self.shard(c.n_layers), {n: self.source.get(n) for n in outer})
+        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
+        for i in range(c.n_layers):
+            weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
+        size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for name in TOKENIZER_FILES:
+            if (self.source.folder / name).exists():
+                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
+        write_json(self.folder / "config.json", {**c.raw, "quantization_config": self._quantization(_gates(block))})
+        write_file(self.folder / "README.md", lambda p: p.write_text(model_card(self.run, size)))
+        self._write_state(complete=True)
+
+    def _write_state(self, complete: bool) -> None:
+        write_json(self.folder / "starquant.json", {"complete": complete, "run": self.run,
+                                                    "blocks": [self.records[i] for i in sorted(self.records)]})
+
+
+def _gates(block) -> dict:
+    return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
+
+
+def _difference(key: str, old, new) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        return f"{key} {changed[0]} was {old.get(changed[0])!r} and is {new.get(changed[0])!r} now"
+    return f"{key} was {old!r} and is {new!r} now"
+
+
+def model_card(run: dict, size: int) -> str:
+    c = run["config"]
+    return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
+            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model import "
+            f"load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; embedding, "
+            f"head and norms are as in the source. Arguments, versions and losses: `starquant.json`.\n")
+
+
+def run_key(name: str, source: Checkpoint, tokens, config) -> dict:
+    """What must be equal for a run to be continued: versions, arguments, model file and calibration data."""
+    files = {f: sha256(source.folder / f) for f in sorted({*source.files.values(), "config.json"})}
+    run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "model": name,
+           "files": files, "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "config": asdict(config)}
+    return {**run, "hash": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]}
+
+

@@ -1,0 +1,74 @@
+"""softmax(Q Kᵀ / √h) V with K, V and the softmax output quantized, and IA-AQ, DLLMQuant's scale for V.
+
+In 16 bit by default everywhere: the paper leaves the bits of this product open (its Fig. 3 compares against a QuaRot*
+that keeps it unquantized). Fake quantization: what is studied here is the error, not the speed.
+"""
+
+import torch
+from torch import nn
+
+from starquant import dequantize, fake_quantize, quantize
+
+IA_AQ_GRID = (1.0, 0.95, 0.9, 0.85, 0.8)  # α; a survey prints "{1.0, 0.8}", read as a range: not settled
+
+
+def softmax_scores(q, k, mask=None):
+    """A = softmax(Q Kᵀ / √h), (B, H, L, L); rows that may see nothing are zero. q (B, H, L, h), k (B, K, L, h)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0)
+
+
+class QuantAttention(nn.Module):
+    """Eq. 16 between quantizers: K per token and head, V likewise or with a static scale per channel, softmax per row.
+
+    `rotation` (h, h) orthogonal is applied to q, k (it cancels in Q Kᵀ) and to v (it is undone behind the product), as
+    QuaRot does with a Hadamard matrix. Bits of 16 leave an operand as it is.
+    """
+
+    def __init__(self, bits, rotation=None, value_scale=None, value_zero=None):
+        """bits (2,): of K and V, and of the softmax output; value_scale, value_zero (K, 1, h) static, from `ia_aq`."""
+        super().__init__()
+        self.register_buffer("bits", torch.as_tensor(bits, dtype=torch.int32))
+        self.register_buffer("rotation", rotation)
+        self.register_buffer("value_scale", value_scale)
+        self.register_buffer("value_zero", value_zero)
+
+    def rotated(self, *heads):
+        return [t.float() if self.rotation is None else t.float() @ self.rotation for t in heads]
+
+    def forward(self, q, k, v, mask=None):
+        """q (B, H, L, h), k, v (B, K, L, h), mask (B, 1, 1 or L, L) or None -> (B, H, L, h) in q's dtype."""
+        dtype, (kv_bits, softmax_bits) = q.dtype, self.bits.tolist()
+        q, k, v = self.rotated(q, k, v)
+        if kv_bits < 16:
+            k = fake_quantize(k, kv_bits)
+            static = self.value_scale is not None
+            v = dequantize(quantize(v, self.value_scale, self.value_zero, kv_bits), self.value_scale,
+                           self.value_zero) if static else fake_quantize(v, kv_bits)
+        A = softmax_scores(q, k, mask)
+        A = fake_quantize(A, softmax_bits) if softmax_bits < 16 else A
+        z = A @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return (z if self.rotation is None else z @ self.rotation.mT).to(dtype)
+
+
+def ia_aq(A, v, bits: int, grid=IA_AQ_GRID):
+    """Interaction-aware scale of V (DLLMQuant): static per channel, (scale, zero), both (K, 1, h).
+
+    s = α ŝ with the α of `grid` that minimizes ‖A (V̂ − V)‖_F², ŝ = (V_max − V_min)/(2^b − 1): errors count as the
+    softmax output A (B, H, L, L) spreads them. v (B, K, L, h). The loss is a sum over channels, so each has its own α;
+    under grouped queries the heads that share a V are summed.
+    """
+    low, high = (f(v.amin((0, 2)) if f is torch.minimum else v.amax((0, 2)), v.new_zeros(()))
+                 for f in (torch.minimum, torch.maximum))
+    full = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    zero = torch.round(-low[:, None] / full)
+    losses = []
+    for alpha in grid:
+        error = dequantize(quantize(v, alpha * full, zero, bits), alpha * full, zero) - v
+        spread = A.unflatten(1, (v.shape[1], -1)) @ error[:, :, None]  # (B, K, H / K, L, h)
+        losses.append(spread.square().sum((0, 2, 3)))
+    best = torch.tensor(grid).to(v)[torch.stack(losses).argmin(0)]
+    return best[:, None] * full, zero

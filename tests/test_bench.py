@@ -1,0 +1,250 @@
+"""The benchmark on the CPU, the memory table against real tensors, and embedding and head in integers."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bench
+import twins
+from checkpoint import SINGLE, write_json, write_tensors
+from families import NAMES, read_config
+from memory import memory_table
+from model import FUSED, load_model, outer_tensors, quantize_outer
+from starquant import QuantEmbedding, QuantLinear, quantize_weight
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = {name: str(ROOT / "tests" / "fixtures" / name) for name in ("llada", "dream")}
+
+
+def quantized(name, head_bits=8, embed_bits=None):
+    model = load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16).requires_grad_(False)
+    return twins.quantized_twin(model, 0, head_bits, embed_bits)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(FIXTURES))
+@pytest.mark.parametrize(("head_bits", "embed_bits"), [(16, None), (8, None), (8, 4)])
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bits, weights):
+    model = quantized(name, head_bits, embed_bits)
+    model = twins.unpacked(model) if weights == "int8" else model
+    sizes = memory_table(model.config, head_bits=head_bits, embed_bits=embed_bits, weights=weights)
+    assert sizes["total"] == twins.residents(model)
+    packed = [getattr(b, f).weight_packed.nbytes for b in model.blocks for f in FUSED]
+    assert sizes["linears"] == sum(packed)
+    assert sizes["sixteen_bit"] == twins.residents(load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16))
+
+
+# bytes that the published index files state as total_size
+@pytest.mark.parametrize(("name", "published"), [("llada-8b", 16031162368), ("dream-7b", 15231233024)])
+def test_sixteen_bit_size_is_the_published_one(name, published):
+    assert memory_table(read_config(twins.SHAPES[name]))["sixteen_bit"] == published
+
+
+@pytest.mark.parametrize(("name", "embed_bits"), [("llada-8b", 8), ("llada-8b", 4), ("dream-7b", 4)])
+def test_saving_at_published_shapes(name, embed_bits):
+    """Dream with 8-bit embedding and head stays at 3.48x: its vocabulary is 14 % of the model, so 3.5x needs less."""
+    sizes = memory_table(read_config(twins.SHAPES[name]), head_bits=8, embed_bits=embed_bits)
+    assert sizes["sixteen_bit"] / sizes["total"] >= 3.5
+
+
+# ---- embedding and head in integers --------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**16), st.integers(1, 20), st.integers(1, 33), st.sampled_from([4, 8]))
+def test_embedding_rounds_each_row_to_its_own_grid(seed, V, D, bits):
+    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(seed))
+    ids = torch.arange(V).flip(0)[None]
+    codes, scale = quantize_weight(weight, bits)
+    out = QuantEmbedding.fold(weight, bits)(ids)[0]
+    assert torch.equal(out, scale.flip(0)[:, None] * codes.flip(0))
+    assert ((out - weight.flip(0)).abs() <= scale.flip(0)[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("name", list(FIXTURES))
+@pytest.mark.parametrize("embed_bits", [None, 4])
+def test_integer_head_survives_a_checkpoint(tmp_path, name, embed_bits):
+    model = load_model(FIXTURES[name], device="cpu").requires_grad_(False)
+    model = twins.quantized_twin(model, 0, 8, embed_bits)
+    write_quantized(model, tmp_path, embed_bits or 8)
+    for weights in ("packed", "int8"):
+        again = load_model(tmp_path, device="cpu", weights=weights)
+        ids = torch.tensor([[1, 5, model.mask_id, 7, model.mask_id]])
+        assert torch.equal(again(ids), model(ids))
+        assert twins.residents(again) == memory_table(model.config, head_bits=8, embed_bits=embed_bits,
+                                                      weights=weights)["total"] + fp32_norms(again)
+
+
+def fp32_norms(model) -> int:
+    """Norm gains are fp32 in a model loaded for the CPU: two bytes more each than the table counts."""
+    return sum(2 * m.weight.numel() for m in model.modules() if type(m).__name__ == "RMSNorm")
+
+
+def write_quantized(model, folder, embed_bits):
+    c, names, tensors = model.config, NAMES[model.config.family], outer_tensors(model)
+    for i, block in enumerate(model.blocks):
+        prefix = names.block.format(i)
+        for key, value in block.state_dict().items():
+            tensors[f"{prefix}.{key.replace('attn_norm', names.attn_norm).replace('ffn_norm', names.ffn_norm)}"] = value
+    write_tensors(folder / SINGLE, tensors)
+    gates = {f: {"d_m": getattr(model.blocks[0], f).d_m, "d_u": getattr(model.blocks[0], f).d_u} for f in FUSED}
+    write_json(folder / "config.json", c.raw | {"quantization_config": {
+        "weight_bits": 4, "activation_bits": 4, "head_bits": 8, "embed_bits": embed_bits,
+        "linears": gates}})
+
+
+def test_integer_head_is_the_float_head_up_to_two_8_bit_roundings():
+    model = load_model(FIXTURES["llada"], device="cpu").requires_grad_(False)
+    hidden = model.hidden(torch.arange(40)[None] % 200)
+    want, head = model.head(hidden), quantize_outer(model).head
+    got = head(hidden)
+    assert torch.allclose(got, head.reference(hidden), rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    # a uniform 8-bit grid over 6.5 standard deviations leaves (6.5 / 255)² / 12 of the energy: 43 dB, twice: 40 dB
+    assert 10 * (want.square().sum() / (want - got).square().sum()).log10() > 37
+
+
+def test_tied_head_shares_the_embedding():
+    model = load_model(FIXTURES["llada"], device="cpu").requires_grad_(False)
+    model.config = copy.copy(model.config)
+    object.__setattr__(model.config, "tied", True)
+    model.head.weight = model.embed.weight
+    quantize_outer(model, 8)
+    assert model.head.weight_packed is model.embed.weight_packed
+    assert not any(k.startswith(NAMES["llada"].head) for k in outer_tensors(model))
+
+
+LOAD = """
+import resource, sys, torch
+from model import load_model
+torch.set_num_threads(1)
+load_model(sys.argv[1], device="cpu", dtype=torch.bfloat16)  # libraries and buffers that stay
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_model(sys.argv[2], device="cpu", dtype=torch.bfloat16)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_peak_while_loading(tmp_path):
+    """The process grows by at most 1.2x of the model, counting the file's pages, which a CPU maps into it, too."""
+    raw = twins._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
+                          "vocab_size": 16000, "embedding_size": 16000, "mask_token_id": 15000, "eos_token_id": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(twins.SHAPES, "small", raw)
+        model = twins.random_model("small", torch.device("cpu"), torch.bfloat16, 0)
+    model = twins.quantized_twin(model)
+    write_quantized(model, tmp_path, 8)
+    done = subprocess.run([sys.executable, "-c", LOAD, FIXTURES["llada"], str(tmp_path)], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    assert int(done.stdout) * 1024 <= 1.2 * twins.residents(model)
+
+
+# ---- bench.py ------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_ends_in_json(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    arguments = ["--model", FIXTURES["dream"], "--repeats", "1", "--points", "1x16x1", "2x16x2", "--out", str(out),
+                 "--device", "cpu", "--no-peers"]
+    assert bench.main(arguments) == 0
+    text = capsys.readouterr().out
+    result = json.loads(text.splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    assert [p["tokens_per_step"] for p in result["denoising"]] == [1, 2]
+    for p in result["denoising"]:
+        for name in ("16-bit", "packed", "int8"):
+            step = p["models"][name]["step_s"]
+            assert 0 < step["low"] <= step["median"] <= step["high"]
+            rate = p["batch"] * p["tokens_per_step"] / step["median"]
+            assert p["models"][name]["tokens_per_s"] == pytest.approx(rate)
+    assert {(r["linear"], r["M"]) for r in result["linears"]} == {(f, M) for f in FUSED for M in (32, 128, 512)}
+    for name, parts in result["shares"].items():
+        assert sum(v for k, v in parts.items() if k != "step") == pytest.approx(parts["step"])
+        assert ("TAC" in parts) == (name != "16-bit")
+    assert result["memory"]["ratio"] == result["memory"]["sixteen_bit"] / result["memory"]["total"]
+    assert "| part of a step | 16-bit | packed | int8 |" in text
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--model", "nowhere"], "neither a folder"), (["--model", "tiny", "--random-weights"], "knows the shapes of"),
+    (["--repeats", "0"], "--repeats must be at least 1"), (["--head-bits", "16", "--embed-bits", "4"], "needs"),
+    (["--out", "missing-folder/x.json"], "does not exist"), (["--points", "1x8x4"], "at least"),
+    (["--points", "abc"], "is not BATCHxLENGTHxTOKENS")])
+def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, sentence):
+    try:
+        code = bench.main([*arguments, "--device", "cpu"])
+    except SystemExit as stop:  # argparse's own way
+        code = stop.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert not captured.out
+
+
+def test_running_out_of_memory_is_a_result():
+    calls = []
+
+    def hungry():
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError
+
+    def starved():
+        raise torch.OutOfMemoryError
+
+    seconds = bench.measure({"hungry": hungry, "fine": lambda: None, "starved": starved}, 5, torch.device("cpu"))
+    assert seconds["hungry"] == seconds["starved"] == {"oom": True}
+    assert seconds["fine"]["median"] >= 0
+    assert bench.cell(seconds["starved"], 1, 2) == "out of memory"
+
+
+def test_measurements_take_turns():
+    order = []
+    bench.measure({n: lambda n=n: order.append(n) for n in "ab"}, 3, torch.device("cpu"))
+    assert "".join(order[-6:]) == "ababab"
+
+
+def test_roofline_is_the_slower_of_the_two_limits():
+    top = {"bytes_per_s": 10.0, "float_ops_per_s": 100.0, "integer_ops_per_s": 200.0}
+    assert bench.roofline(top, 20, 100, "float") == 2
+    assert bench.roofline(top, 20, 1000, "float") == 10
+    assert bench.roofline(top, 20, 1000, "integer") == 5
+
+
+def test_quantized_twin_shares_what_it_does_not_replace():
+    model = load_model(FIXTURES["llada"], device="cpu").requires_grad_(False)
+    ids = torch.tensor([[1, 2, 3, model.mask_id]])
+    want = model(ids)
+    twin = twins.quantized_twin(model, head_bits=16)
+    assert twin.embed is model.embed
+    assert twin.blocks[0].attn_norm is model.blocks[0].attn_norm
+    assert all(isinstance(getattr(b, f), QuantLinear) for b in twin.blocks for f in FUSED)
+    fast = twins.unpacked(twin)
+    assert twin.blocks[0].qkv.packed
+    assert not fast.blocks[0].qkv.packed
+    assert torch.equal(fast(ids), twin(ids))
+    assert torch.equal(model(ids), want)  # untouched
+
+
+@pytest.mark.usefixtures("strict_int_mm")
+def test_probe_reads_what_int_mm_accepts():
+    """Under Hopper's rules only multiples of 32, and only column-major, are good."""
+    def strict(a, b, checked=torch._int_mm):
+        try:
+            return checked(a, b)
+        except AssertionError as error:
+            raise RuntimeError(str(error)) from None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_int_mm", strict)
+        accepted = bench.probe_int_mm(torch.device("cpu"))
+    assert accepted == {"column-major": [32, 64, 96, 1024], "row-major": []}

@@ -1,0 +1,216 @@
+"""The command end to end on a small random model: files, resume, refusals, and the same result as the function."""
+
+import json
+
+import pytest
+import torch
+
+import baselines
+import calibrate
+import data
+from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from checkpoint import INDEX, Checkpoint, sha256
+from model import FUSED, load_model
+from starquant import TAC, QuantLinear, state_gate
+
+FAST = ["--segments", "9", "--length", "40", "--problems", "0", "--device", "cpu", "--set", "epochs=1"]
+
+
+def command(model, out, *more):
+    return calibrate.main(["--model", str(model), "--out", str(out), *FAST, *more])
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(small_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "quantized"
+    assert command(small_folder, out) == 0
+    return out
+
+
+def ids(n=3, length=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(n, length, generator=g) < 0.5, 1023, torch.randint(1000, (n, length), generator=g))
+
+
+class TestResult:
+    def test_every_linear_of_every_block_is_quantized_and_tac_is_in_place(self, quantized_folder):
+        model = load_model(quantized_folder, "cpu")
+        for block in model.blocks:
+            assert all(isinstance(getattr(block, name), QuantLinear) for name in FUSED)
+            assert isinstance(block.tac, TAC)
+            assert (block.qkv.d_m, block.qkv.d_u, block.down.d_m) == (2, 2, 3)
+
+    def test_function_gives_the_same_model_as_the_command(self, small_folder, quantized_folder):
+        full = load_model(small_folder, "cpu")
+        tokens, region = data.calibration_set(full.tokenizer, 9, 40, 0)
+        mine = quantize_model(full, tokens, QuantConfig(epochs=1), region)
+        assert torch.equal(mine(ids()), load_model(quantized_folder, "cpu")(ids()))
+
+    def test_the_16_bit_model_is_left_alone(self, small_folder):
+        full = load_model(small_folder, "cpu")
+        before = full(ids())
+        quantized = quantize_model(full, ids(8, 24, 1).clamp(max=900), QuantConfig(epochs=0))
+        assert torch.equal(full(ids()), before)
+        assert not torch.equal(quantized(ids()), before)
+
+    def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(self, small_folder, quantized_folder, tmp_path):
+        assert command(small_folder, tmp_path / "same") == 0
+        assert command(small_folder, tmp_path / "other", "--seed", "1") == 0
+        shards = sorted(set(json.loads((quantized_folder / INDEX).read_text())["weight_map"].values()))
+        assert len(shards) == 3
+        same = [sha256(quantized_folder / s) == sha256(tmp_path / "same" / s) for s in shards]
+        other = [sha256(quantized_folder / s) == sha256(tmp_path / "other" / s) for s in shards]
+        assert all(same)
+        assert other == [False, False, True]  # what stays in 16 bit does not depend on the seed
+
+    def test_linears_take_at_most_053_bytes_a_weight_at_the_embedded_model_s_width(self):
+        layer = QuantLinear.fold(torch.randn(576, 192))
+        stored = sum(v.numel() * v.element_size() for v in layer.state_dict().values())
+        assert stored <= 0.53 * 576 * 192
+
+    def test_16_bit_parts_are_the_source_s_bit_by_bit(self, small_folder, quantized_folder):
+        source, out = Checkpoint(small_folder), Checkpoint(quantized_folder)
+        kept = [n for n in source.shapes if "norm" in n or n.startswith(("model.transformer.wte", "model.transformer.ff",
+                                                                         "model.transformer.ln_f"))]
+        assert len(kept) == 7
+        assert all(torch.equal(source.get(n), out.get(n)) for n in kept)
+
+    def test_folder_describes_itself(self, quantized_folder):
+        config = json.loads((quantized_folder / "config.json").read_text())["quantization_config"]
+        assert (config["weight_bits"], config["activation_bits"], config["method"]) == (4, 4, "starquant")
+        state = json.loads((quantized_folder / "starquant.json").read_text())
+        assert state["complete"]
+        assert [b["block"] for b in state["blocks"]] == [0, 1]
+        assert all(0 < b["linears"][n]["error"] < 0.2 for b in state["blocks"] for n in FUSED)
+        assert (quantized_folder / "README.md").exists()
+        assert (quantized_folder / "tokenizer.json").exists()
+
+    @pytest.mark.parametrize("name", sorted(calibrate.METHODS))
+    def test_every_method_gives_a_folder_that_loads(self, name, small_folder, tmp_path):
+        assert command(small_folder, tmp_path / "q", "--method", name) == 0
+        model = load_model(tmp_path / "q", "cpu")
+        assert torch.isfinite(model(ids())).all()
+        assert all(isinstance(getattr(b, n), QuantLinear) for b in model.blocks for n in FUSED)
+
+    def test_eight_bits_are_closer_than_four(self, small_folder):
+        full = load_model(small_folder, "cpu")
+        tokens = ids(8, 24, 1).clamp(max=900)
+        error = {bits: (quantize_model(full, tokens, QuantConfig(method="rtn", wbits=bits, abits=bits))(ids())
+                        - full(ids())).norm() for bits in (8, 4, 3)}
+        assert error[8] < 0.2 * error[4]
+        assert error[4] < error[3]
+
+
+class TestStreams:
+    def test_watch_returns_what_reaches_a_linear(self, small_folder):
+        model = load_model(small_folder, "cpu")
+        x, state, table, _ = model.prepare(ids(5))
+        with torch.no_grad():
+            whole, seen = run_block(model.blocks[0], x, state, table, rows=2, watch=("qkv", "down"))
+            assert torch.allclose(seen["qkv"], model.blocks[0].attn_norm(x))
+            assert torch.allclose(whole, model.blocks[0](x, state, table), atol=1e-5)
+        assert seen["down"].shape == (5, 24, 96)
+
+    def test_masks_cover_the_trajectory_and_stay_in_the_region(self):
+        tokens = torch.zeros(64, 200, dtype=torch.long)
+        region = torch.arange(200).expand(64, -1) >= 100
+        noisy = masked_copies(tokens, region, 7, seed=3)
+        ratio = (noisy == 7)[:, 100:].float().mean(-1)
+        assert not (noisy == 7)[:, :100].any()
+        assert ratio.min() < 0.1
+        assert ratio.max() > 0.9
+        assert torch.histc(ratio, 4, 0, 1).min() >= 10
+
+    def test_gates_follow_the_token_state_inside_the_model(self, quantized_folder):
+        layer = load_model(quantized_folder, "cpu").blocks[0].qkv
+        x, state = torch.randn(1, 2, 64), torch.tensor([[True, False]])
+        kept = layer.transformed(x, state) != 0
+        assert torch.equal(kept, state_gate(state, 64, 2, 2).bool())
+
+
+class Stop:
+    """Raise KeyboardInterrupt when the n-th linear is fitted."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, *args):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return baselines.fit_rtn(*args)
+
+
+class TestResume:
+    @pytest.mark.parametrize("stop", [0, 5, 7])
+    def test_interrupted_run_continues_to_the_same_bytes(self, stop, small_folder, tmp_path, monkeypatch, capsys):
+        assert command(small_folder, tmp_path / "whole", "--method", "rtn") == 0
+        monkeypatch.setitem(calibrate.METHODS, "rtn", Stop(stop))
+        assert command(small_folder, tmp_path / "cut", "--method", "rtn") == 130
+        assert "--resume" in capsys.readouterr().err
+        finished = len(list((tmp_path / "cut").glob("model-*")))
+        assert finished == stop // 4
+        monkeypatch.undo()
+        assert command(small_folder, tmp_path / "cut", "--method", "rtn", "--resume") == 0
+        for shard in (tmp_path / "whole").glob("model-*"):
+            assert sha256(shard) == sha256(tmp_path / "cut" / shard.name)
+
+    def test_resume_with_other_arguments_names_the_difference(self, small_folder, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(calibrate.METHODS, "rtn", Stop(5))
+        assert command(small_folder, tmp_path / "q", "--method", "rtn") == 130
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--resume", "--wbits", "3") == 2
+        assert "config wbits was 4 and is 3" in capsys.readouterr().err
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--resume", "--segments", "10") == 2
+        assert "tokens was" in capsys.readouterr().err
+
+    def test_no_half_written_file_stands_under_a_final_name(self, small_folder, tmp_path, monkeypatch):
+        import checkpoint
+
+        def full_disk(tensors, path, metadata):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+        assert command(small_folder, tmp_path / "q", "--method", "rtn") == 2
+        assert not list((tmp_path / "q").glob("*.safetensors"))
+        assert not list((tmp_path / "q").glob(".*tmp"))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("arguments", "words"), [
+        (["--model", "no-such-model"], "neither a folder, a hub id"),
+        (["--method", "magic"], "method 'magic' is not one of"),
+        (["--wbits", "1"], "wbits 1 is not between 2 and 8"),
+        (["--abits", "9"], "abits 9 is not between 2 and 8"),
+        (["--set", "epochs"], "expected FIELD=VALUE"),
+        (["--set", "colour=red"], "expected FIELD=VALUE"),
+        (["--set", "lr=fast"], "'fast' is not a float"),
+        (["--set", "tac=always"], "tac 'always' is not one of"),
+        (["--set", "tac_block=0"], "tac_block 0 is not between"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+        (["--segments", "0"], "--segments"),
+        (["--length", "0"], "--length"),
+    ])
+    def test_one_sentence_exit_code_2_and_nothing_written(self, arguments, words, small_folder, tmp_path, capsys):
+        base = {"--model": str(small_folder), "--out": str(tmp_path / "q"), "--problems": "0"}
+        base.pop(arguments[0], None)
+        argv = [x for pair in base.items() for x in pair] + arguments
+        assert calibrate.main(argv) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "q").exists()
+
+    def test_an_output_folder_that_exists(self, small_folder, quantized_folder, tmp_path, capsys):
+        (tmp_path / "notes.txt").write_text("mine")
+        assert command(small_folder, tmp_path, "--overwrite") == 2
+        assert "not a folder of this program" in capsys.readouterr().err
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert command(small_folder, quantized_folder) == 2
+        assert "--resume" in capsys.readouterr().err
+        assert command(small_folder, quantized_folder, "--resume") == 2
+        assert "complete" in capsys.readouterr().err
+
+    def test_a_quantized_model_is_not_quantized_again(self, quantized_folder, tmp_path, capsys):
+        assert command(quantized_folder, tmp_path / "q") == 2
+        assert "quantized already" in capsys.readouterr().err

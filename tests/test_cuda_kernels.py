@@ -1,0 +1,322 @@
+"""The CUDA kernels without a GPU: compiled by nvcc where there is one, their sources run as C++ on the CPU (same
+text, same launches), their indexing emulated in Python; and the same assertions on the device where there is one."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cuda_kernels
+import kernels
+from graphs import GraphedModel
+from starquant import TAC, Kronecker, QuantLinear, attention_value, tac_apply, tac_value
+
+HERE = Path(__file__).parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+# ---- the sources compile -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architecture):
+    file = tmp_path / "kernels.cu"
+    file.write_text(cuda_kernels.source(dtype))
+    done = subprocess.run(["nvcc", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
+                           "-o", str(tmp_path / "out"), str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in cuda_kernels.NAMES:
+        assert f"entry function '{name}'" in done.stderr
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(cuda_kernels.NAMES)
+
+
+# ---- the sources run, as C++ ---------------------------------------------------------------------------------------
+
+
+def cpp_library(folder: Path, dtype):
+    lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda_kernels.source(dtype)]
+    for name in cuda_kernels.NAMES:
+        meets = "true" if name == "quantize_rows" else "false"
+        lines.append(f"extern \"C\" void launch_{name}(int gx, int gy, int threads, void** args) "
+                     f"{{ launch({name}, gx, gy, threads, {meets}, args); }}")
+    source, library = folder / f"{cuda_kernels.TYPES[dtype]}.cpp", folder / f"{cuda_kernels.TYPES[dtype]}.so"
+    source.write_text("\n".join(lines))
+    subprocess.run(["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC",
+                    "-pthread", "-w", "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory, strict_int_mm):
+    """Launches of `cuda_kernels` run its sources on the CPU; arguments are checked and passed as PyTorch does."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder, libraries = tmp_path_factory.mktemp("cpp"), {}
+
+    def launch(name, dtype, grid, args):
+        grid = (*grid, 1)
+        assert 0 < grid[0] < 2**31
+        assert 0 < grid[1] < 2**16
+        values = []
+        for a in args:
+            assert isinstance(a, torch.Tensor) or -(2**31) <= a < 2**31
+            values.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a))
+        pointers = (ctypes.c_void_p * len(args))(*(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values))
+        getattr(libraries[dtype], f"launch_{name}")(grid[0], grid[1], cuda_kernels.THREADS, pointers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_kernels, "THREADS", 16)  # few real threads; every loop and every grid gets longer
+        patch.setattr(cuda_kernels, "_launch", launch)
+        libraries |= {dtype: cpp_library(folder, dtype) for dtype in DTYPES}
+        yield libraries
+
+
+def gated(x, state, d_m, d_u):
+    K = x.shape[1]
+    column = torch.arange(K, device=x.device)
+    off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
+    return x.masked_fill(off, 0)
+
+
+def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric, has_bias, width=None):
+    """One linear through the kernels against the eager twins: every integer and every output equal."""
+    g = torch.Generator().manual_seed(seed)
+    d_m, d_u = K // 5, K // 7
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    x[0] = 0
+    state = torch.full((M,), masked, device=device) if masked is not None else (
+        torch.rand(M, generator=g) < 0.5).to(device)
+    half = 2 ** (wbits - 1)
+    w = torch.randint(-half, half, (N, K), generator=g, dtype=torch.int8).to(device)
+    w_scale = torch.rand(N, generator=g).to(device)
+    bias = torch.randn(N, generator=g).to(device) if has_bias else None
+    w_zero = w[:, 0].int() if asymmetric else None
+    rows = gated(x, state, d_m, d_u)
+    codes, scale, zero = cuda_kernels.quantize_rows(x, state, d_m, d_u, 4)
+    want_codes, want_scale, want_zero = kernels.quantize_rows(rows, 4)
+    assert torch.equal(codes[:M], want_codes)
+    assert not codes[M:].any()
+    assert torch.equal(scale[:, None], want_scale)
+    assert torch.equal(zero[:, None], want_zero.int())
+    weight = kernels.pack_int4(w) if packed else w
+    with pytest.MonkeyPatch.context() as patch:
+        if width:
+            patch.setattr(cuda_kernels, "slice_width", lambda *_: width)
+        y = cuda_kernels.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero)
+    want = kernels.int_linear(rows, w, w_scale, kernels.row_sums(w), 4, wbits, bias, w_zero, "float")
+    assert y.dtype == dtype
+    assert torch.equal(y, want.to(dtype))
+
+
+def check_tac(device, dtype, rows, blocks):
+    g = torch.Generator().manual_seed(rows)
+    z = torch.randn(1, rows, blocks * 16, generator=g).to(device, dtype)
+    M, d = (torch.randn(blocks, *s, generator=g).to(device) for s in ((16, 16), (16,)))
+    want = tac_apply(z.double(), M.double(), d.double())
+    # fp32 sums of 16 products; bf16 output adds half a unit in the last place of 8 bits
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype] * (want.abs() + z.abs().max() * M.abs().max() * 16)
+    assert ((cuda_kernels.tac(z, M, d) - want).abs() <= tolerance).all()
+
+
+class TestOnCpu:
+    """`int_linear` whole, under Hopper's rules for `_int_mm`."""
+
+    pytestmark = pytest.mark.usefixtures("on_cpu")
+
+    def test_self_check_accepts_the_kernels(self):
+        assert cuda_kernels.self_check(torch.device("cpu"))
+
+    @pytest.mark.parametrize("broken", ["half = 1 << (bits - 1)", "0x5140", "zero[m] * w_sum", "sum += m[j + i]"])
+    def test_self_check_refuses_broken_kernels(self, broken, on_cpu, tmp_path, monkeypatch):
+        wrong = {"half = 1 << (bits - 1)": "half = 1 << bits", "0x5140": "0x5410", "zero[m] * w_sum": "zero[m] + w_sum",
+                 "sum += m[j + i]": "sum += m[j]"}[broken]
+        assert broken in cuda_kernels.SOURCE
+        monkeypatch.setattr(cuda_kernels, "SOURCE", cuda_kernels.SOURCE.replace(broken, wrong))
+        monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32))
+        assert not cuda_kernels.self_check(torch.device("cpu"))
+
+    @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.sampled_from(DTYPES),
+           st.booleans(), st.sampled_from([None, True, False]), st.booleans(), st.booleans())
+    def test_any_shape(self, seed, M, K8, N8, dtype, packed, masked, asymmetric, has_bias):
+        check_linear("cpu", seed, M, 8 * K8, 8 * N8, dtype, 4, packed, masked, asymmetric, has_bias)
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
+        check_linear("cpu", 0, 5, 1048, 88, torch.bfloat16, 4, packed, None, True, True, width=24)
+
+    def test_eight_bit_weights(self):
+        check_linear("cpu", 1, 33, 64, 40, torch.float32, 8, False, None, False, False)
+
+    def test_more_columns_than_one_block_covers(self):
+        check_linear("cpu", 2, 2, 8, 4 * cuda_kernels.THREADS + 8, torch.float32, 4, True, None, False, True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (7, 3), (1030, 2), (3, 33)])
+    def test_tac(self, dtype, rows, blocks):
+        check_tac("cpu", dtype, rows, blocks)
+
+    def test_bf16_rounding_is_pytorchs(self):
+        values = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])))
+        values = torch.cat((values, values.new_zeros(-len(values) % 8)))
+        y = torch.empty(1, len(values), dtype=torch.bfloat16)
+        ones = torch.ones(1, len(values), dtype=torch.int32)
+        cuda_kernels.epilogue(ones, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, values, ones[0], None, None,
+                              y)
+        assert torch.equal(y.view(torch.int16), values.to(torch.bfloat16)[None].view(torch.int16))
+
+
+def test_slices_fit_the_cache():
+    for M in (32, 128, 1024, 4096):
+        for N, K in ((12288, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (126464, 4096), (37888, 3584)):
+            for packed in (True, False):
+                width = cuda_kernels.slice_width(M, N, K, packed)
+                assert 0 < width <= N
+                assert width == N or width % 256 == 0
+                assert width == N or width == 2048 or 4 * M * width <= cuda_kernels.L2_BYTES
+
+
+# ---- indexing, emulated --------------------------------------------------------------------------------------------
+
+
+def test_unpack_indexing():
+    """Thread i takes 16 bytes and writes 32 codes, by the same word arithmetic, here in numpy on 32-bit words."""
+    codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    words = kernels.pack_int4(codes).numpy().view("<u4").reshape(-1, 4)
+    out = np.zeros(8 * len(words), "<u4")
+    u = np.uint32
+
+    def sign_extend(n):
+        return (((n ^ u(0x08080808)) | u(0x80808080)) - u(0x08080808)) ^ u(0x80808080)
+
+    def byte_perm(a, b, selector):
+        pool = [a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)]
+        return sum(pool[selector >> 4 * i & 7] << 8 * i for i in range(4))
+
+    for i, thread in enumerate(words):
+        for j, word in enumerate(thread):
+            low = int(sign_extend(word & u(0x0F0F0F0F)))
+            high = int(sign_extend((word >> u(4)) & u(0x0F0F0F0F)))
+            out[8 * i + 2 * j] = byte_perm(low, high, 0x5140)
+            out[8 * i + 2 * j + 1] = byte_perm(low, high, 0x7362)
+    assert np.array_equal(out.view(np.int8), codes.numpy().ravel())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 1024), (2, 1032), (5, 2056)])
+def test_every_element_belongs_to_one_thread(rows, columns):
+    """quantize_rows (a block strides along its row), epilogue (4 columns a thread), tac (a column a thread)."""
+    T = cuda_kernels.THREADS
+    strided = [k + j for t in range(T) for k in range(4 * t, columns, 4 * T) for j in range(4)]
+    assert sorted(strided) == list(range(columns))
+    grid = cuda_kernels._blocks(columns // 4)
+    fours = [n + j for y in range(grid) for t in range(T) if (n := 4 * (y * T + t)) < columns for j in range(4)]
+    assert sorted(fours) == list(range(columns))
+    walkers = max(1, min(rows, 1024 // cuda_kernels._blocks(columns)))
+    walked = [(r, c) for x in range(walkers) for y in range(cuda_kernels._blocks(columns)) for t in range(T)
+              if (c := y * T + t) < columns for r in range(x, rows, walkers)]
+    assert sorted(walked) == [(r, c) for r in range(rows) for c in range(columns)]
+
+
+# ---- the layers ----------------------------------------------------------------------------------------------------
+
+
+def layer(K=64, N=48, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    P = [Kronecker(*(torch.linalg.qr(torch.randn(8, 8, generator=g))[0] for _ in range(2)))]
+    return QuantLinear.fold(torch.randn(N, K, generator=g), P, 4, 4, bias=torch.randn(N, generator=g), **kwargs)
+
+
+def test_unpacked_weights_change_nothing_but_bytes():
+    a, b = layer(), layer().unpack_weights()
+    x, state = torch.randn(2, 5, 64), torch.rand(2, 5) < 0.5
+    assert b.weight_packed.nbytes == 2 * a.weight_packed.nbytes
+    assert torch.equal(a(x, state), b(x, state))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert torch.equal(b.unpack_weights()(x, state), a(x, state))  # twice is once
+
+
+@pytest.mark.parametrize("fill", [None, True, False])
+def test_forward_through_the_kernels_equals_eager(on_cpu, monkeypatch, fill):
+    linear, tac = layer(), TAC(torch.randn(3, 16, 16), torch.randn(3, 16))
+    x = torch.randn(2, 5, 64)
+    state = torch.rand(2, 5) < 0.5 if fill is None else torch.full((2, 5), fill)
+    want = tac(linear(x, state))
+    monkeypatch.setattr(cuda_kernels, "usable", lambda x, N: True)
+    assert torch.allclose(tac(linear(x, state)), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(linear.unpack_weights()(x, state), layer()(x, state))
+
+
+def test_empty_batch():
+    assert layer()(torch.randn(0, 64), torch.zeros(0, dtype=torch.bool)).shape == (0, 48)
+
+
+def test_kernels_are_for_gpus_only():
+    assert not cuda_kernels.usable(torch.randn(4, 64), 64)
+
+
+@given(st.integers(0, 2**16), st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 6))
+def test_tac_passes_through_attention(seed, g, heads, length):
+    """A (V Mᵀ + 1 dᵀ) = (A V) Mᵀ + 1 dᵀ, with blocks inside the heads."""
+    r = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 2, heads, length, 8, generator=r, dtype=torch.float64)
+    M = torch.randn(heads * 8 // g, g, g, generator=r, dtype=torch.float64)
+    d = torch.randn(heads * 8 // g, g, generator=r, dtype=torch.float64)
+    after = tac_apply(attention_value(q, k, v).transpose(1, 2).flatten(-2), M, d)
+    before = attention_value(q, k, tac_value(v, M, d)).transpose(1, 2).flatten(-2)
+    assert torch.allclose(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_tac_value_names_blocks_that_cross_heads():
+    with pytest.raises(ValueError, match="do not lie within"):
+        tac_value(torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16), torch.randn(1, 16))
+    with pytest.raises(ValueError, match="do not lie within"):  # grouped queries: fewer value heads than corrections
+        tac_value(torch.randn(1, 1, 3, 8), torch.randn(2, 8, 8), torch.randn(2, 8))
+
+
+def test_graphed_model_is_the_model_away_from_cuda():
+    class Model:
+        mask_id = 7
+
+        def hidden(self, ids, attention_mask=None):
+            return ids * 2
+
+        def forward(self, ids, attention_mask=None):
+            return self.hidden(ids, attention_mask) + 1
+
+    graphed = GraphedModel(Model())
+    assert graphed.mask_id == 7
+    assert graphed(torch.tensor([3])).item() == 7
+
+
+# ---- on the device -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@needs_gpu
+class TestOnGpu:
+    def test_kernels_are_in_use(self):
+        assert cuda_kernels.ready(torch.cuda.current_device())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("M", "K", "N"), [(1, 64, 48), (33, 1048, 88), (128, 4096, 12288), (1000, 4096, 4096)])
+    @pytest.mark.parametrize("packed", [True, False])
+    @pytest.mark.parametrize("masked", [None, True, False])
+    def test_linear(self, dtype, M, K, N, packed, masked):
+        check_linear("cuda", 0, M, K, N, dtype, 4, packed, masked, masked is None, True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_tac(self, dtype):
+        check_tac("cuda", dtype, 1030, 256)
+
+    def test_layer_equals_its_fake_quantized_reference(self):
+        linear = layer().cuda()
+        x, state = torch.randn(2, 50, 64, device="cuda"), torch.rand(2, 50, device="cuda") < 0.5
+        assert torch.allclose(linear(x, state), linear.reference(x, state), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,400 @@
+"""Samplers and likelihoods: token for token the reference outputs, and the properties they are built on."""
+
+import inspect
+import json
+import math
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from likelihood import (
+    dream_masks,
+    get_log_likelihood,
+    llada_masks,
+    log_likelihoods,
+    request_generator,
+    suffix_greedy_prediction,
+)
+from model import denoise, generate, load_model
+from sampling import block_schedule, filtered_probs, guided_logits, time_schedule
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MODELS = {f: load_model(FIXTURES / f, "cpu") for f in ("llada", "dream")}
+PARITY = {f: json.loads((FIXTURES / f / "parity.json").read_text()) for f in MODELS}
+STORED = {f: load_file(FIXTURES / f / "parity.safetensors") for f in MODELS}
+PROMPT = STORED["dream"]["gen.entropy_24.prompt"]
+EOS, EOT = 248, 249
+
+
+def arguments(family, case):
+    c = PARITY[family]["generate"][case]
+    if c["seed"] is not None:
+        torch.manual_seed(c["seed"])
+    if family == "llada":
+        own = {"gen_length": c["gen_length"], "block_length": c["block_length"], "cfg_scale": c.get("cfg_scale", 0.0),
+               "algorithm": c.get("remasking", "low_confidence")}
+    else:
+        own = {"gen_length": c["max_new_tokens"], "algorithm": c["alg"], "top_p": c["top_p"], "top_k": c["top_k"]}
+    return {"prompt_ids": STORED[family][f"gen.{case}.prompt"], "steps": c["steps"], **own,
+            "attention_mask": STORED[family].get(f"gen.{case}.attention_mask")}
+
+
+def biased(model, token, amount):
+    """The model with `token` made likelier everywhere."""
+    class Biased:
+        config, mask_id, device, tokenizer = model.config, model.mask_id, model.device, None
+
+        @torch.no_grad()
+        def __call__(self, *args):
+            logits = model(*args).clone()
+            logits[..., token] += amount
+            return logits
+
+    return Biased()
+
+
+# ---- parity --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "case"), [(f, case) for f in PARITY for case in PARITY[f]["generate"]])
+def test_generation_parity(family, case):
+    out = generate(MODELS[family], **arguments(family, case))
+    assert torch.equal(out, STORED[family][f"gen.{case}.out"])
+
+
+@pytest.mark.parametrize(("family", "case"), [(f, case) for f in PARITY for case in PARITY[f]["generate"]])
+def test_steps_tell_what_happened(family, case):
+    """Each step's `committed` are the tokens it changed from [MASK]; their number is the reference's."""
+    args = arguments(family, case)
+    before = F.pad(args["prompt_ids"], (0, args["gen_length"]), value=250)
+    counts = []
+    for i, step in enumerate(denoise(MODELS[family], **args)):
+        assert step.index == i
+        assert torch.equal(step.ids != before, step.committed)
+        assert bool((before[step.committed] == 250).all())
+        before = step.ids
+        counts.append(int(step.committed.sum()) // len(before))
+    assert i + 1 == args["steps"]
+    assert not bool((before == 250).any())
+    assert counts == PARITY[family]["generate"][case].get("tokens_per_step", counts)
+
+
+def test_default_algorithm_is_the_familys():
+    args = {"steps": 8, "gen_length": 8}
+    for family, default in (("llada", "low_confidence"), ("dream", "entropy")):
+        model = MODELS[family]
+        assert torch.equal(generate(model, PROMPT, **args), generate(model, PROMPT, algorithm=default, **args))
+    assert list(inspect.signature(generate).parameters)[:13] == [
+        "model", "prompt_ids", "steps", "gen_length", "block_length", "temperature", "cfg_scale", "attention_mask",
+        "algorithm", "eps", "top_p", "top_k", "alg_temp"]
+
+
+def test_left_padding_does_not_change_dreams_tokens():
+    """A left-padded row generates what the row generates alone."""
+    model = biased(MODELS["dream"], 250, -100.0)  # a random model predicts [MASK] now and then; the share counts those
+    for algorithm in ("maskgit_plus", "topk_margin", "entropy"):
+        args = {"steps": 6, "gen_length": 12, "algorithm": algorithm}
+        prompts = torch.cat((PROMPT, F.pad(PROMPT[:, 4:], (4, 0), value=EOS)))
+        mask = torch.ones_like(prompts)
+        mask[1, :4] = 0
+        both = generate(model, prompts, attention_mask=mask, **args)
+        assert torch.equal(both[:1], generate(model, PROMPT, **args))
+        assert torch.equal(both[1:, 4:], generate(model, PROMPT[:, 4:], **args))
+
+
+# ---- the parts of the samplers -------------------------------------------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), st.integers(0, 5))
+def test_block_schedule_commits_each_block_once(blocks, steps_per_block, block_length, start):
+    plan = list(block_schedule(start, steps_per_block * blocks, block_length * blocks, block_length))
+    assert len(plan) == steps_per_block * blocks
+    for b in range(blocks):
+        counts = [n for end, n in plan if end == start + (b + 1) * block_length]
+        assert sum(counts) == block_length
+        assert sorted(counts, reverse=True) == counts
+        assert max(counts) - min(counts) <= 1
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.floats(0, 0.5))
+def test_time_schedule(steps, eps):
+    """Committing these shares one after the other leaves (eps, or nothing) of the tokens: Π(1 − share) telescopes."""
+    shares = [float(s) for s in time_schedule(steps, eps)]
+    assert len(shares) == steps
+    assert shares[-1] == 1
+    left = math.prod(1 - s for s in shares[:-1])
+    assert left == pytest.approx(1 - (1 - eps) * (steps - 1) / steps, rel=1e-4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.none() | st.floats(0.05, 1.0), st.none() | st.integers(1, 12),
+       st.sampled_from((0.0, 0.5, 2.0)))
+def test_filtered_probs(seed, top_p, top_k, temperature):
+    """The nucleus is the smallest set of best tokens with at least top_p; top_k then keeps its k best."""
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed))
+    ours = filtered_probs(logits, temperature, top_p, top_k)
+    for row, got in zip(logits.double() / (temperature or 1), ours, strict=True):
+        order = sorted(range(10), key=lambda i: -row[i])
+        p = row.softmax(-1)
+        keep, mass = [], 0.0
+        for i in order:
+            if top_p is not None and top_p < 1 and mass > top_p:
+                break
+            keep.append(i)
+            mass += float(p[i])
+        keep = keep[:top_k]
+        expected = torch.zeros(10, dtype=torch.float64)
+        expected[keep] = p[keep] / p[keep].sum()
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_top_k_and_top_p_change_the_order_but_not_the_best_tokens():
+    """At temperature 0 a cut changes confidences only; top_k = 1 makes every prediction certain."""
+    model, args = MODELS["dream"], {"steps": 1, "gen_length": 12, "algorithm": "maskgit_plus"}
+    once = generate(model, PROMPT, **args)
+    assert torch.equal(once, generate(model, PROMPT, top_p=0.9, **args))
+    assert torch.equal(once, generate(model, PROMPT, top_k=1, temperature=1.0, **args))
+    args["steps"] = 12
+    assert not torch.equal(generate(model, PROMPT, **args), generate(model, PROMPT, top_k=1, **args))
+
+
+def test_seeds_decide_and_the_global_generator_is_one_of_them():
+    for family, options in (("llada", {"algorithm": "low_confidence"}), ("llada", {"algorithm": "random"}),
+                            ("dream", {"algorithm": "origin"}), ("dream", {"algorithm": "entropy", "alg_temp": 0.5})):
+        args = {"steps": 6, "gen_length": 12, "temperature": 1.0, **options}
+        def run(seed, args=args, family=family):
+            return generate(MODELS[family], PROMPT, generator=torch.Generator().manual_seed(seed), **args)
+        assert torch.equal(run(0), run(0))
+        assert not torch.equal(run(0), run(1))
+        torch.manual_seed(0)
+        assert torch.equal(generate(MODELS[family], PROMPT, **args), run(0))
+        assert not bool((run(0) == 250).any())
+
+
+def test_alg_temp_draws_positions_by_confidence():
+    """Tending to 0 it takes the most confident, and where weights underflow every token is still committed."""
+    model, args = biased(MODELS["dream"], 250, -100.0), {"steps": 6, "gen_length": 12, "algorithm": "maskgit_plus"}
+    greedy = [s.committed for s in denoise(model, PROMPT, **args)]
+    torch.manual_seed(0)
+    tiny = [s.committed for s in denoise(model, PROMPT, alg_temp=1e-6, **args)]
+    assert [int(c.sum()) for c in greedy] == [int(c.sum()) for c in tiny]
+    assert sum(int(c.sum()) for c in tiny) == 12
+    assert torch.equal(greedy[0], tiny[0])  # the first step commits one position, the surest
+    hot = [s.committed for s in denoise(model, PROMPT, alg_temp=1e6, **args)]
+    assert not all(torch.equal(a, b) for a, b in zip(greedy, hot, strict=True))
+
+
+def test_temperature_samples_the_models_distribution():
+    """One token, many rows: frequencies of the sampled token are the model's probabilities (both samplers)."""
+    n = 2000
+    for family, algorithm in (("llada", "low_confidence"), ("dream", "maskgit_plus"), ("dream", "origin")):
+        model = MODELS[family]
+        p = model(F.pad(PROMPT, (0, 1), value=250))[0, -1].detach().double().softmax(-1)
+        ids = generate(model, PROMPT.repeat(n, 1), 1, 1, temperature=1.0, algorithm=algorithm,
+                       generator=torch.Generator().manual_seed(0))
+        counts = ids[:, -1].bincount(minlength=256).double()
+        likely = p * n > 5
+        chi2 = ((counts - p * n) ** 2 / (p * n))[likely].sum() + (
+            (counts - p * n)[~likely].sum() ** 2 / (p * n)[~likely].sum())
+        assert float(chi2) < int(likely.sum()) + 5 * (2 * int(likely.sum())) ** 0.5  # five standard deviations
+
+
+# ---- LLaDA's end-of-text options -----------------------------------------------------------------------------------
+
+
+def test_logits_eos_inf_never_predicts_end_of_text():
+    model = biased(MODELS["llada"], EOS, 30.0)
+    assert bool((generate(model, PROMPT, 4, 8)[:, -8:] == EOS).all())
+    assert not bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True) == EOS).any())
+    assert bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True, eos_id=7)[:, -8:] == EOS).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("token", [EOS, EOT])
+def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
+    """The rule written out as the official code has it, in place and in its order; it makes a difference."""
+    model, ids = biased(MODELS["llada"], token, 4.0 if token == EOS else 9.0), F.pad(PROMPT, (0, 8), value=250)
+    torch.manual_seed(0)
+    for _ in range(8):
+        logits = noisy = model(ids)
+        if temperature:
+            noise = torch.rand_like(logits, dtype=torch.float64)
+            noisy = logits.double().exp() / (-torch.log(noise)) ** temperature
+        x0 = noisy.argmax(-1)
+        noisy[:, :, EOS] = logits[:, :, EOT] = -torch.inf
+        p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0].masked_fill(ids != 250, -torch.inf)
+        best = int(p.argmax())
+        ids[0, best] = x0[0, best]
+    args = {"steps": 8, "gen_length": 8, "temperature": temperature}
+    torch.manual_seed(0)
+    assert torch.equal(ids, generate(model, PROMPT, confidence_eos_eot_inf=True, eot_id=EOT, **args))
+    torch.manual_seed(0)
+    # at temperature > 0 the official code forgets EOS
+    assert torch.equal(ids, generate(model, PROMPT, **args)) == (temperature > 0 and token == EOS)
+
+
+@pytest.mark.parametrize(("family", "options", "sentence"), [
+    ("llada", {"algorithm": "best"}, "is not one of low_confidence, random, origin"),
+    ("llada", {"block_length": 5}, "gen_length 8 is not a multiple of block_length 5"),
+    ("llada", {"block_length": 2, "steps": 6}, "steps 6 is not a multiple of the 4 blocks"),
+    ("llada", {"steps": 0}, "at least 1"), ("llada", {"gen_length": 0}, "at least 1"),
+    ("llada", {"block_length": 0}, "at least 1"), ("llada", {"temperature": -1}, "temperature"),
+    ("dream", {"eps": 1.0}, "eps"), ("dream", {"top_p": 0.0}, "top_p"), ("dream", {"top_k": 0}, "top_k"),
+    ("dream", {"alg_temp": -1.0}, "alg_temp"),
+    ("llada", {"top_p": 0.9}, "'low_confidence' has no option top_p"),
+    ("llada", {"alg_temp": 0.1}, "'low_confidence' has no option alg_temp"),
+    ("dream", {"block_length": 4}, "'entropy' has no option block_length"),
+    ("dream", {"logits_eos_inf": True}, "'entropy' has no option logits_eos_inf"),
+    ("llada", {"confidence_eos_eot_inf": True}, "give eot_id"),
+    ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
+])
+def test_options_are_refused_in_a_sentence(family, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        generate(MODELS[family], PROMPT, **{"steps": 8, "gen_length": 8, **options})
+
+
+# ---- likelihood ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", PARITY["llada"]["loglik"], ids=lambda c: c["id"])
+def test_llada_likelihood_parity(case):
+    torch.manual_seed(case["seed"])
+    stored = [STORED["llada"][f"ll.{case['id']}.{part}"] for part in ("prompt", "answer")]
+    ours = get_log_likelihood(MODELS["llada"], *stored, case["mc_num"], case["batch_size"], case["cfg_scale"])
+    assert ours == pytest.approx(case["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", PARITY["dream"]["nll"], ids=lambda c: c["id"])
+def test_dream_likelihood_parity(case):
+    torch.manual_seed(case["seed"])
+    stored = [STORED["dream"][f"nll.{case['id']}.{part}"] for part in ("prefix", "target")]
+    ours = get_log_likelihood(MODELS["dream"], *stored, case["mc_num"], case["batch_size"])
+    assert ours == pytest.approx(-case["nll"], rel=1e-5)
+
+
+def test_llada_masks_are_the_reference_draws():
+    for i, batch in ((0, 16), (2, 1)):
+        noisy, ratio = STORED["llada"][f"ll.{i}.first_noisy"], STORED["llada"][f"ll.{i}.first_pmask"]
+        length = len(STORED["llada"][f"ll.{i}.answer"])
+        torch.manual_seed(i)
+        masks, weights = llada_masks(length, batch)
+        assert torch.equal(masks, noisy[:, -length:] == 250)
+        torch.testing.assert_close(weights, 1 / ratio[:, 0])
+
+
+@torch.no_grad()
+def exact_log_likelihood(model, prompt, answer, cfg_scale=0.0):
+    """−E over all masks: k masked tokens with probability 1/L, each set of k equally likely, weight L/k."""
+    L, total = len(answer), 0.0
+    ids = torch.cat((prompt, answer))[None]
+    known = (torch.arange(ids.shape[1]) < len(prompt))[None]
+    for subset in product((False, True), repeat=L):
+        k = sum(subset)
+        if k:
+            where = torch.cat((torch.zeros(len(prompt), dtype=torch.bool), torch.tensor(subset)))[None]
+            logits = guided_logits(model, ids.masked_fill(where, 250), known, cfg_scale)
+            ce = F.cross_entropy(logits[where].double(), ids[where], reduction="sum")
+            total -= float(ce) * (L / k) / (L * math.comb(L, k))
+    return total
+
+
+def test_llada_estimate_is_the_exact_expectation_within_its_error():
+    case = PARITY["llada"]["loglik"][0]
+    prompt, answer = (STORED["llada"][f"ll.0.{part}"] for part in ("prompt", "answer"))
+    exact = exact_log_likelihood(MODELS["llada"], prompt, answer)
+    assert exact == pytest.approx(case["exact_expectation"], rel=1e-5)
+    for cfg_scale in (0.0, 0.5):
+        exact = exact_log_likelihood(MODELS["llada"], prompt, answer, cfg_scale)
+        run = partial(log_likelihoods, MODELS["llada"], [(prompt, answer)], 512, 8, cfg_scale=cfg_scale)
+        runs = torch.tensor([run(seed=s)[0] for s in range(10)])
+        assert abs(float(runs.mean()) - exact) < 4 * float(runs.std()) / 10**0.5
+        assert float(runs.std()) < 0.05 * abs(exact)
+
+
+def test_one_token_is_exact():
+    """L = 1: every mask is the whole answer, so any number of samples gives log p(token), and runs once."""
+    for cfg_scale in (0.0, 1.5):
+        prompt, answer = STORED["llada"]["ll.2.prompt"], STORED["llada"]["ll.2.answer"]
+        exact = exact_log_likelihood(MODELS["llada"], prompt, answer, cfg_scale)
+        for mc_num, mc_batch in ((1, 1), (128, 16)):
+            ours = log_likelihoods(MODELS["llada"], [(prompt, answer)], mc_num, mc_batch, cfg_scale=cfg_scale)
+            assert ours[0] == pytest.approx(exact, rel=1e-5)
+
+
+def requests(n=7):
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 9, (n, 2), generator=g).tolist()
+    return [(torch.randint(0, 240, (p,), generator=g), torch.randint(0, 240, (a,), generator=g)) for p, a in lengths]
+
+
+@pytest.mark.parametrize(("family", "cfg_scale"), [("llada", 0.0), ("llada", 0.5), ("dream", 0.0)])
+def test_batched_equals_one_by_one(family, cfg_scale):
+    """Padding, chunking, order and company change nothing: each request has its own generator."""
+    model, many = MODELS[family], requests()
+    alone = [get_log_likelihood(model, p, a, 32, 8, cfg_scale, request_generator(p, a, 5)) for p, a in many]
+    for batch_size in (1, 13, 500):
+        together = log_likelihoods(model, many, 32, 8, batch_size, cfg_scale, seed=5)
+        assert together == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    backwards = log_likelihoods(model, many[::-1], 32, 8, 13, cfg_scale, seed=5)[::-1]
+    assert backwards == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    other = log_likelihoods(model, many, 32, 8, 13, cfg_scale, seed=6)
+    assert any(abs(a - b) > 1e-3 for a, b in zip(alone, other, strict=True))
+    assert log_likelihoods(model, []) == []
+
+
+def test_batches_hold_at_most_batch_size_sequences():
+    seen = []
+
+    class Counting:
+        config, mask_id, device = MODELS["llada"].config, 250, torch.device("cpu")
+
+        def __call__(self, ids, mask, where):
+            seen.append(len(ids))
+            return MODELS["llada"](ids, mask, where)
+
+    log_likelihoods(Counting(), requests(), 32, 8, 13)
+    assert max(seen) == 13
+    assert all(n == 13 for n in seen[:-1])
+    seen.clear()
+    log_likelihoods(Counting(), [(PROMPT[0], torch.tensor([5]))], 128, 16)
+    assert seen == [1]
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 16), st.integers(0, 10**6))
+def test_masks_and_weights(length, samples, seed):
+    g = torch.Generator().manual_seed(seed)
+    masks, weights = llada_masks(length, samples, g)
+    torch.testing.assert_close(weights * masks.sum(-1), torch.full((samples,), float(length)))
+    masks, weights = dream_masks(3, length, samples, 1e-3, g)
+    assert masks.shape == (samples, length)
+    assert not bool(masks[:, -1].any())  # the last token is EOS
+    assert bool((weights >= 1).all())
+    assert bool((weights <= 1001).all())
+    ratios = (1 / weights).sort().values  # one in each of `samples` equal parts of the circle
+    assert samples == 1 or float((ratios[1:] - ratios[:-1]).max()) <= 1.01 / samples
+
+
+def test_greedy_suffix_parity():
+    prefix, continuation = STORED["llada"]["greedy.prefix"], STORED["llada"]["greedy.continuation"]
+    assert suffix_greedy_prediction(MODELS["llada"], prefix, continuation)
+    for i in range(len(continuation)):
+        wrong = continuation.clone()
+        wrong[i] += 1
+        assert not suffix_greedy_prediction(MODELS["llada"], prefix, wrong)
+
+
+def test_likelihood_refusals():
+    with pytest.raises(ValueError, match="at least one token"):
+        log_likelihoods(MODELS["llada"], [(PROMPT[0], PROMPT[0, :0])])
+    with pytest.raises(ValueError, match="mc_num 12 is not a multiple of the 8"):
+        get_log_likelihood(MODELS["llada"], PROMPT[0], PROMPT[0], 12, 8)

@@ -1,0 +1,126 @@
+"""Measures against hand-made cases; the command on the embedded model."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+
+import data
+import evaluate
+import metrics
+from model import generate, load_model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
+
+
+class TestNelbo:
+    def test_a_uniform_model_costs_log_vocabulary(self, small_folder):
+        model = load_model(small_folder, "cpu")
+        model.head.weight.data.zero_()
+        ids = torch.randint(1000, (256, 32), generator=torch.Generator().manual_seed(0))
+        region = torch.arange(32).expand(256, -1) >= 8
+        mean, low, high = metrics.bootstrap(metrics.nelbo(model, ids, region, samples=4))
+        assert low < math.log(1024) < high
+        assert high - low < 0.5
+
+    def test_same_seed_same_masks(self, small_folder):
+        model = load_model(small_folder, "cpu")
+        ids, region = torch.randint(1000, (8, 16)), torch.ones(8, 16, dtype=torch.bool)
+        first = metrics.nelbo(model, ids, region, 2, seed=5)
+        assert torch.equal(first, metrics.nelbo(model, ids, region, 2, seed=5))
+        assert not torch.equal(first, metrics.nelbo(model, ids, region, 2, seed=6))
+
+
+class TestTasks:
+    def test_left_padding_in_a_batch_changes_no_answer(self, tiny):
+        problems = data.problems("math", "eval", 3, 11) + data.problems("code", "eval", 3, 11)
+        ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
+        assert not mask.all()
+        together = generate(tiny, ids, 12, 24, attention_mask=mask)[:, -24:]
+        for problem, row in zip(problems, together, strict=True):
+            alone = torch.tensor([tiny.tokenizer.encode(problem.prompt).ids])
+            assert torch.equal(generate(tiny, alone, 12, 24)[0, -24:], row)
+
+    def test_solve_judges_the_text_that_generate_writes(self, tiny):
+        problems = data.problems("code", "eval", 4, 12)
+        ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
+        texts = metrics.answers(tiny.tokenizer, generate(tiny, ids, 24, 24, attention_mask=mask)[:, -24:])
+        want = [float(p.correct(t)) for p, t in zip(problems, texts, strict=True)]
+        assert metrics.solve(tiny, problems).tolist() == want
+
+    def test_answers_stop_at_end_of_text(self, tiny):
+        eos = tiny.tokenizer.token_to_id("<|endoftext|>")
+        body = tiny.tokenizer.encode("1+1=2").ids
+        assert metrics.answers(tiny.tokenizer, torch.tensor([[*body, eos, *body]])) == ["1+1=2"]
+
+    def test_cloze_prefers_the_repeated_passage(self, tiny):
+        """A 'true' option among noise tokens is found almost always; among four equal options, at chance."""
+        g = torch.Generator().manual_seed(0)
+        problems = data.cloze_problems(tiny.tokenizer, "eval", 16, 2)
+        easy = []
+        for p in problems:
+            options = torch.randint(1000, p.options.shape, generator=g)
+            options[p.answer] = p.options[p.answer]
+            easy.append(data.Cloze(p.context, options, p.answer))
+        equal = [data.Cloze(p.context, p.options[:1].expand(4, -1), 3) for p in problems]
+        assert metrics.cloze(tiny, easy).mean() > 0.5
+        assert metrics.cloze(tiny, equal).sum() == 0  # argmax of a four-way tie is the first option
+
+
+class TestFidelity:
+    def test_hand_made_trajectories(self):
+        tokens, when = torch.tensor([[5, 6, 7, 8]] * 3), torch.tensor([[0, 1, 2, 3]] * 3)
+        other_tokens, other_when = tokens.clone(), when.clone()
+        other_tokens[1, 2] = 9  # another token at step 2
+        other_when[2] = torch.tensor([0, 3, 2, 1])  # two positions in another order
+        out = metrics.fidelity((tokens, when), (other_tokens, other_when), 4)
+        assert out["tokens"].tolist() == [1.0, 0.75, 1.0]
+        assert out["positions"].tolist() == [1.0, 1.0, 0.5]
+        assert out["divergence"].tolist() == [1.0, 0.5, 0.25]
+
+    def test_trajectory_records_every_commit(self, tiny):
+        ids, mask = metrics.encode_prompts(tiny.tokenizer, data.problems("math", "eval", 2, 1))
+        tokens, when = metrics.trajectory(tiny, ids, mask, 8, 24)
+        assert torch.equal(tokens, generate(tiny, ids, 8, 24, attention_mask=mask)[:, -24:])
+        assert torch.equal(torch.bincount(when.flatten(), minlength=8), torch.full((8,), 6))
+
+
+class TestBootstrap:
+    def test_interval_of_a_known_distribution(self):
+        values = torch.cat((torch.zeros(500), torch.ones(500)))
+        mean, low, high = metrics.bootstrap(values)
+        assert mean == 0.5
+        assert abs((high - low) / 2 - 1.96 * 0.5 / 1000**0.5) < 0.004
+
+    def test_constant(self):
+        assert metrics.bootstrap(torch.full((7,), 2.0)) == (2.0, 2.0, 2.0)
+
+
+class TestCommand:
+    def test_prompt_shows_every_step(self, tiny):
+        out = io.StringIO()
+        text = evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 6, 12, out)
+        lines = out.getvalue().splitlines()
+        assert len(lines) == 12
+        assert lines[0].count("░") == 10
+        assert "░" not in lines[-1]
+        assert text["a"] == text["b"]
+
+    def test_report_and_json(self, capsys):
+        assert evaluate.main(["--problems", "2", "--against", "tiny", "--device", "cpu"]) == 0
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["tiny"]["tokens"] == [1.0, 1.0, 1.0]
+        assert record["tiny"]["nelbo_difference"] == [0.0, 0.0, 0.0]
+
+    @pytest.mark.parametrize(("arguments", "words"), [
+        (["--model", "nowhere"], "neither a folder"), (["--problems", "0"], "at least 1"),
+        (["--prompt", "x", "--steps", "0"], "at least 1"), (["--device", "abacus"], "not available"),
+    ])
+    def test_refusals(self, arguments, words, capsys):
+        assert evaluate.main(arguments) == 2
+        assert words in capsys.readouterr().err
