@@ -33,7 +33,7 @@ import metrics
 from checkpoint import Checkpoint, CheckpointError, resolve
 from families import ConfigError
 from hadamard import exists, rotation
-from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device
+from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device, quantize_outer
 from output import Output, run_key
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
@@ -63,6 +63,8 @@ class QuantConfig:
     tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
     softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
+    head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
+    embed_bits: int = 0  # embedding alone, 0: as head_bits
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     seed: int = 0
 
@@ -72,7 +74,8 @@ class QuantConfig:
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
-                        "kv_bits": (2, 16), "softmax_bits": (2, 16), "seed": (0, 2**31)}
+                        "kv_bits": (2, 16), "softmax_bits": (2, 16), "head_bits": (4, 16),
+                        "embed_bits": (0, 16), "seed": (0, 2**31)}
 
     def __post_init__(self):
         for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
@@ -259,6 +262,8 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
     noisy = masked_copies(tokens, region, model.mask_id, config).to(model.device)
     quantized = copy.copy(model)
     quantized._modules = dict(model._modules)
+    if config.head_bits < 16:
+        quantize_outer(quantized, config.head_bits, config.embed_bits or None)
     quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config))
     return quantized.eval()
 
@@ -277,6 +282,7 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C",
                         help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
+    parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -306,11 +312,26 @@ def config_from(args) -> QuantConfig:
     return QuantConfig(**values)
 
 
+def calibration_tokens(args, tokenizer, embedded: bool):
+    """Segments and their maskable region: from --data, or for the embedded model its own calibration split."""
+    if tokenizer is None:
+        raise CheckpointError(f"{args.model} has no tokenizer, which calibration text needs.")
+    if args.data:
+        return data.text_segments(tokenizer, args.data, args.segments, args.length, args.seed)
+    if not embedded:
+        raise data.DataError(f"{args.model} needs calibration text: give --data FILE, a .txt or .jsonl (the paper uses "
+                             f"128 segments of WinoGrande).")
+    return data.calibration_set(tokenizer, args.segments, args.length, args.seed)
+
+
 def run(args) -> dict:
     config = config_from(args)
     device = pick_device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
              else torch.float32}[args.dtype]
+    for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
+        if getattr(args, name) < low:
+            raise ConfigError(f"--{name} {getattr(args, name)} is below {low}.")
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
     if args.stress != 1:
         stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
@@ -321,7 +342,7 @@ def run(args) -> dict:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
     outer = load_outer(source, device, dtype)
-    tokens, region = data.calibration_set(outer.tokenizer, args.segments, args.length, args.seed)
+    tokens, region = calibration_tokens(args, outer.tokenizer, judged)
     out = Output(args.out, source, run_key(args.model, source, tokens, config), args.resume, args.overwrite)
     noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
     n, start = source.config.n_layers, time.time()
@@ -358,8 +379,12 @@ def main(argv=None) -> int:
     args = parse(argv)
     try:
         print(json.dumps(run(args)))
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, data.DataError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"calibrate.py: {error.strerror or error}; finished blocks in {args.out} are safe, continue with the "
+              f"same command and --resume.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "

@@ -9,6 +9,7 @@ Three domains, each with splits `train`, `calib` and `eval` that never overlap:
 """
 
 import hashlib
+import json
 import lzma
 import random
 from dataclasses import dataclass
@@ -240,6 +241,47 @@ def mask_tokens(ids, region, t, mask_id: int, generator: torch.Generator) -> tor
     """Forward process of masked diffusion: each token of `region` is replaced by [MASK] with probability t[row]."""
     hit = (torch.rand(ids.shape, generator=generator) < t[:, None]) & region
     return torch.where(hit, mask_id, ids)
+
+
+class DataError(ValueError):
+    """Calibration text that cannot be used; the message is one sentence."""
+
+
+def read_texts(path: Path) -> list[str]:
+    """Documents of a .txt file (one) or a .jsonl file: field "text", or WinoGrande's "sentence" with its answer."""
+    try:
+        content = path.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text.") from None
+    if "\0" in content or not content.strip():
+        raise DataError(f"{path} holds no text.")
+    if path.suffix == ".txt":
+        return [content]
+    if path.suffix != ".jsonl":
+        raise DataError(f"{path} is neither .txt nor .jsonl.")
+    texts = []
+    for number, line in enumerate(filter(None, map(str.strip, content.split("\n"))), 1):
+        try:
+            row = json.loads(line)
+            text = row.get("text", row.get("sentence"))
+            if str(row.get("answer")) in ("1", "2") and "option1" in row:
+                text = text.replace("_", row[f"option{row['answer']}"])
+            texts.append(text + "")
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise DataError(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
+    return texts
+
+
+def text_segments(tokenizer, path: Path, n: int, length: int, seed: int):
+    """n windows of `length` tokens from the joined documents of a file, and an all-True region (Section 4.1)."""
+    tokens = torch.tensor([t for e in tokenizer.encode_batch(read_texts(path)) for t in e.ids])
+    if len(tokens) < 2 * length:
+        raise DataError(f"{path} gives {len(tokens)} tokens, too few for segments of {length}.")
+    starts = torch.randint(len(tokens) - length, (n, 1), generator=torch.Generator().manual_seed(seed))
+    ids = tokens[starts + torch.arange(length)]
+    return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
 def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "calib"):

@@ -1,6 +1,7 @@
 """Judge a 16-bit or quantized model, compare two, or watch one write: python evaluate.py [--model tiny] [--against M]
 
     python evaluate.py --model out/tiny-starquant-w4a4 --against tiny      NELBO, tasks, paired differences, fidelity
+    python evaluate.py --table 2 --quick                                   one of the paper's tables, see tables.py
     python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, step by step
 
 Without --prompt: NELBO per token, accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import metrics
+import tables
 from checkpoint import CheckpointError
 from families import ConfigError
 from model import load_model
@@ -106,6 +108,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
     parser.add_argument("--against", help="a second model to compare with")
+    parser.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of a table (3)")
+    parser.add_argument("--quick", action="store_true", help="a table by NELBO alone")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
     parser.add_argument("--steps", type=int, help="denoising steps with --prompt (--gen-length)")
@@ -120,6 +125,8 @@ def parse(argv):
 def run(args) -> dict:
     if args.problems < 1 or args.gen_length < 1 or (args.steps is not None and args.steps < 1):
         raise CheckpointError("--problems, --steps and --gen-length must be at least 1.")
+    if args.table:
+        return tables.make(args.table, args.model, args.seeds, args.problems, args.quick, args.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     names = [args.model] + ([args.against] if args.against else [])
     models = {name: load_model(name, args.device, dtype) for name in names}

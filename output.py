@@ -29,7 +29,7 @@ from checkpoint import (
     write_tensors,
 )
 from families import NAMES, norm_names
-from model import FUSED, load_block
+from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
 VERSION = "0.1.0"
 
@@ -108,15 +108,21 @@ class Output:
 
     def _quantization(self, gates: dict) -> dict:
         config, names = self.run["config"], NAMES[self.source.config.family]
+        outer = {"head_bits": config["head_bits"], "embed_bits": config["embed_bits"] or config["head_bits"]}
         return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8",
+                **(outer if config["head_bits"] < 16 else {}),
                 "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
-                "linears": gates, "ignore": [names.embed, names.head]}
+                "linears": gates, "ignore": [names.embed, names.head] if config["head_bits"] == 16 else []}
 
     def finish(self, block) -> None:
         """What stays in 16 bit, the index, the config, the tokenizer files and the model card."""
         names, c = NAMES[self.source.config.family], self.source.config
-        outer = [f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))]
-        write_tensors(self.folder / self.shard(c.n_layers), {n: self.source.get(n) for n in outer})
+        outer = {f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))}
+        outer, bits = {n: self.source.get(n) for n in sorted(outer)}, self.run["config"]["head_bits"]
+        if bits < 16:
+            embed_bits = self.run["config"]["embed_bits"] or None
+            outer = outer_tensors(quantize_outer(load_outer(self.source, dtype=torch.bfloat16), bits, embed_bits))
+        write_tensors(self.folder / self.shard(c.n_layers), outer)
         weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))

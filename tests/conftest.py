@@ -45,7 +45,7 @@ def strict_int_mm():
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory):
-    """A 2-layer model with random weights in LLaDA's layout, with the embedded model's tokenizer: for pipeline tests."""
+    """A 2-layer model of random weights in LLaDA's layout, with the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "small"
     tiny = DiffusionLM(read_config(train.CONFIG | {"eos_token_id": 1022, "mask_token_id": 1023, "d_model": 64,
                                                    "n_layers": 2, "n_heads": 4, "n_kv_heads": 4,
@@ -55,5 +55,6 @@ def small_folder(tmp_path_factory):
         if p.ndim == 2:
             p.data.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
     tiny.save(folder, dtype=torch.bfloat16)
-    shutil.copy(resolve("tiny") / "tokenizer.json", folder)
+    for name in ("tokenizer.json", "training.json"):  # training.json: it is judged on, and calibrated with, our tasks
+        shutil.copy(resolve("tiny") / name, folder)
     return folder

@@ -70,8 +70,8 @@ class TestResult:
 
     def test_16_bit_parts_are_the_source_s_bit_by_bit(self, small_folder, quantized_folder):
         source, out = Checkpoint(small_folder), Checkpoint(quantized_folder)
-        kept = [n for n in source.shapes if "norm" in n or n.startswith(("model.transformer.wte", "model.transformer.ff",
-                                                                         "model.transformer.ln_f"))]
+        outer = ("model.transformer.wte", "model.transformer.ff", "model.transformer.ln_f")
+        kept = [n for n in source.shapes if "norm" in n or n.startswith(outer)]
         assert len(kept) == 7
         assert all(torch.equal(source.get(n), out.get(n)) for n in kept)
 
@@ -114,7 +114,7 @@ class TestStreams:
     def test_masks_cover_the_trajectory_and_stay_in_the_region(self):
         tokens = torch.zeros(64, 200, dtype=torch.long)
         region = torch.arange(200).expand(64, -1) >= 100
-        noisy = masked_copies(tokens, region, 7, seed=3)
+        noisy = masked_copies(tokens, region, 7, QuantConfig(seed=3))
         ratio = (noisy == 7)[:, 100:].float().mean(-1)
         assert not (noisy == 7)[:, :100].any()
         assert ratio.min() < 0.1
@@ -214,3 +214,28 @@ class TestRefusals:
     def test_a_quantized_model_is_not_quantized_again(self, quantized_folder, tmp_path, capsys):
         assert command(quantized_folder, tmp_path / "q") == 2
         assert "quantized already" in capsys.readouterr().err
+
+
+class TestCalibrationText:
+    def test_jsonl_with_winogrande_sentences(self, tmp_path):
+        rows = [{"sentence": "The trophy beat the _ .", "option1": "case", "option2": "bag", "answer": "2"},
+                {"text": "plain"}]
+        (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        assert data.read_texts(tmp_path / "w.jsonl") == ["The trophy beat the bag .", "plain"]
+
+    def test_text_file_calibrates(self, small_folder, tmp_path):
+        (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
+
+    @pytest.mark.parametrize(("name", "content", "words"), [
+        ("a.txt", b"", "holds no text"), ("a.txt", b"  \n", "holds no text"), ("a.txt", b"\0" * 99, "holds no text"),
+        ("a.txt", b"\xff\xfe\x00a", "not UTF-8"), ("a.txt", b"too short", "too few"),
+        ("a.csv", b"a,b", "neither .txt nor .jsonl"), ("a.jsonl", b"{not json", "row 1"),
+        ("a.jsonl", b'{"text": 5}', "row 1"), ("a.jsonl", b"[1]", "row 1"), ("b.txt", None, "cannot be read"),
+    ])
+    def test_bad_text(self, name, content, words, small_folder, tmp_path, capsys):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert command(small_folder, tmp_path / "q", "--data", str(tmp_path / name)) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "q").exists()

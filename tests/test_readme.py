@@ -1,0 +1,84 @@
+"""README cannot rot: its equation table, commands, code and numbers are checked against the code and `results/`."""
+
+import ast
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import calibrate
+import evaluate
+import starquant
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+
+
+def docstring_table():
+    """(equation, function, test) of each row in starquant.py's module docstring."""
+    rows = re.findall(r"^(\d+) +\|.*?\| (\w+) +\| (\w+)$", starquant.__doc__, flags=re.M)
+    assert [int(r[0]) for r in rows] == [*range(1, 19), 27, 28, 29, 30]
+    return rows
+
+
+def test_classes_exist_for_every_equation():
+    tree = ast.parse((ROOT / "tests" / "test_equations.py").read_text())
+    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+    for number, function, test in docstring_table():
+        assert inspect.isfunction(getattr(starquant, function))
+        assert f"Eq. {number}" in getattr(starquant, function).__doc__ or f"/{number}" in getattr(
+            starquant, function).__doc__ or f"Eqs. {number}" in getattr(starquant, function).__doc__
+        assert any(n.name.startswith("test") for n in classes[test].body if isinstance(n, ast.FunctionDef))
+
+
+def test_readme_has_the_same_equation_table():
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| `(\w+)` \|$", README, flags=re.M)
+    assert rows == docstring_table()
+
+
+@pytest.mark.parametrize("line", [line for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()
+                                  if line.startswith("python ")])
+def test_commands_parse(line):
+    """Every command of README names a program that is there, with flags that it has."""
+    for command in line.split(" && "):
+        words = shlex.split(command)[1:]
+        if words[0] == "-m":
+            assert words[1] in ("pip", "pytest")
+            continue
+        assert (ROOT / words[0]).is_file()
+        module = {"calibrate.py": calibrate, "evaluate.py": evaluate}.get(words[0])
+        if module is calibrate:
+            calibrate.config_from(calibrate.parse(words[1:]))
+        elif module is not None:
+            module.parse(words[1:])
+
+
+@pytest.mark.parametrize("body", [body for kind, body in BLOCKS if kind == "python"])
+def test_code_runs(body, capsys):
+    exec(compile(body, "README.md", "exec"), {})
+    assert "####" in capsys.readouterr().out  # the example prints a solved word problem
+
+
+def test_files_named_exist():
+    table = README.split("## Files")[1].split("\n\n")[1]
+    named = re.findall(r"`(\w+\.py|assets/)`", table)
+    assert len(named) > 20
+    assert all((ROOT / n).exists() for n in named)
+
+
+def test_every_number_of_the_result_tables_is_a_measured_one():
+    measured = "\n".join(f.read_text() for f in (ROOT / "results").glob("*.md"))
+    tables = re.findall(r"^\|.*±.*\|$", README, flags=re.M)
+    assert len(tables) >= 3
+    assert [t for t in tables if t not in measured] == []
+
+
+def test_every_quantconfig_field_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        calibrate.parse(["--help"])
+    text = capsys.readouterr().out
+    for name in calibrate.QuantConfig.__dataclass_fields__:
+        assert name in text
