@@ -265,15 +265,17 @@ class TestDenoise:
         assert first.committed[0].nonzero().item() == 5 + best.argmax()
         assert first.ids[0, 5 + best.argmax()] == probabilities[5 + best.argmax()].argmax()
 
-    @given(n=st.lists(st.integers(0, 20), min_size=1, max_size=4), steps=st.integers(1, 25))
-    def test_tokens_per_step(self, n, steps):
-        masked = torch.arange(20) < torch.tensor(n)[:, None]
-        counts = sampling.tokens_per_step(masked, steps)
-        assert counts.shape == (len(n), steps)
-        for row, total in zip(counts.tolist(), n, strict=True):
-            assert sum(row) == total
-            assert max(row) - min(row) <= 1
-            assert row == sorted(row, reverse=True)
+    @given(blocks=st.integers(1, 4), block_length=st.integers(1, 12), steps_per_block=st.integers(1, 14))
+    def test_schedule_spreads_each_block_evenly_over_its_steps(self, blocks, block_length, steps_per_block):
+        schedule = list(sampling.block_schedule(5, blocks * steps_per_block, blocks * block_length, block_length))
+        assert len(schedule) == blocks * steps_per_block
+        for b in range(blocks):
+            part = schedule[b * steps_per_block : (b + 1) * steps_per_block]
+            counts = [count for _, count in part]
+            assert {end for end, _ in part} == {5 + (b + 1) * block_length}
+            assert sum(counts) == block_length
+            assert max(counts) - min(counts) <= 1
+            assert counts == sorted(counts, reverse=True)
 
     @pytest.mark.parametrize(("arguments", "message"), [
         ({"steps": 0, "gen_length": 8}, "at least 1"), ({"steps": 4, "gen_length": 0}, "at least 1"),
@@ -285,14 +287,14 @@ class TestDenoise:
         with pytest.raises(ValueError, match=message):
             generate(llada, self.PROMPT, **arguments)
 
-    def test_end_of_text_can_be_suppressed(self, llada):
-        eos = llada.config.eos_id
+    def test_end_of_text_can_be_suppressed(self):
         biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
+        eos = biased.config.eos_id
         with torch.no_grad():  # a head that answers end-of-text whenever it may
             hidden = biased.hidden(torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1))
             biased.head.weight[eos] = hidden[:, 5:].mean((0, 1)) * 10
         assert bool((generate(biased, self.PROMPT, 4, 4) == eos).any())
-        assert not bool((generate(biased, self.PROMPT, 4, 4, suppress_eos=True) == eos).any())
+        assert not bool((generate(biased, self.PROMPT, 4, 4, logits_eos_inf=True) == eos).any())
 
     def test_temperature_is_seeded(self, llada):
         def sample(seed, temperature):
