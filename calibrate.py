@@ -30,6 +30,7 @@ from tqdm import tqdm
 import baselines
 import data
 import metrics
+from balance import fit_starquant_plus
 from checkpoint import Checkpoint, CheckpointError, resolve
 from families import ConfigError
 from hadamard import exists, rotation
@@ -61,6 +62,9 @@ class QuantConfig:
     smoothing: float = 0.15  # η, of singular values (App. C)
     shrinkage: float = 0.55  # α, towards the identity (App. C)
     tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
+    balance: str = "block"  # starquant+, beyond the paper: form of its transform, "block", "kronecker" or "dense"
+    balance_block: int = 32  # starquant+: size of the blocks
+    mask_weight: float = 3.0  # starquant+: weight of a masked token against an unmasked one
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
     softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
     head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
@@ -70,12 +74,12 @@ class QuantConfig:
 
     CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
-                         "inputs": ("quantized", "fp")}
+                         "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp")}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
-                        "kv_bits": (2, 16), "softmax_bits": (2, 16), "head_bits": (4, 16),
-                        "embed_bits": (0, 16), "seed": (0, 2**31)}
+                        "balance_block": (1, 10**5), "mask_weight": (0, 10**6), "kv_bits": (2, 16),
+                        "softmax_bits": (2, 16), "head_bits": (4, 16), "embed_bits": (0, 16), "seed": (0, 2**31)}
 
     def __post_init__(self):
         for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
@@ -107,8 +111,8 @@ def _cast(P, like):
     return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)
 
 
-METHODS = {**baselines.METHODS, "starquant": fit_starquant}
-COMPENSATED = ("starquant",)  # methods with TAC behind softmax·V
+METHODS = {**baselines.METHODS, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
+COMPENSATED = ("starquant", "starquant+")  # methods with TAC behind softmax·V
 
 
 # ---- one block -------------------------------------------------------------------------------------------------------

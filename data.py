@@ -199,6 +199,22 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     return ids, region
 
 
+def chain_tokens(tokenizer, n: int, seed: int, mask_id: int):
+    """`math` sequences of the training split as left-to-right decoding meets them: all behind an '=' is masked.
+
+    Returns clean ids, masked ids and the result's digits (n, L) bool. Under independent masks a result can mostly be
+    copied from a later line, so that the arithmetic itself is hardly trained.
+    """
+    ids, _ = problem_tokens(tokenizer, "math", "train", n, seed)
+    equals = ids == tokenizer.token_to_id("=")
+    which = torch.randint(1, 3, (n, 1), generator=torch.Generator().manual_seed(seed))  # the first or the second line
+    behind = (equals.cumsum(1) - equals.long()) >= which
+    digit = torch.isin(ids, torch.tensor([tokenizer.token_to_id(d) for d in "0123456789"]))
+    start = equals & (equals.cumsum(1) == which)
+    first = digit & start.roll(1, 1)
+    return ids, ids.masked_fill(behind, mask_id), first | (digit & first.roll(1, 1))
+
+
 def sum_tokens(tokenizer, n: int, length: int, seed: int):
     """Drill for training only: lines of sums like those in `math`, where only the results are maskable.
 

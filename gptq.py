@@ -9,11 +9,16 @@ import torch
 from starquant import quant_params
 
 
-def hessian(x, token_weights=None):
-    """H = 2/N Σ_j w_j x_j x_jᵀ of rows x (N, d), (d, d) float64; token_weights (N,), 1 by default."""
-    x = x.double()
-    weighted = x if token_weights is None else x * token_weights.double()[:, None]
-    return 2 / len(x) * weighted.mT @ x
+def hessian(x, token_weights=None, rows: int = 8192):
+    """H = 2/N Σ_j w_j x_j x_jᵀ of rows x (N, d), (d, d) float64; token_weights (N,), 1 by default.
+
+    Products in x's precision, `rows` at a time, their sum in float64.
+    """
+    H = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    weights = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
+    for part, w in zip(x.split(rows), weights.split(rows), strict=True):
+        H += (w[:, None] * part).mT @ part
+    return 2 / len(x) * H
 
 
 def output_error(error, H):

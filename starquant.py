@@ -471,7 +471,7 @@ class QuantLinear(nn.Module):
         return x
 
     def clipped(self, rows):
-        return rows if self.clip is None else clip_range(rows, self.clip)
+        return rows if self.clip is None else clip_range(rows, self.clip.to(rows.dtype))
 
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
@@ -479,8 +479,9 @@ class QuantLinear(nn.Module):
         The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
         """
         C = self.weight_packed.shape[0]
-        if self.clip is None and cuda_kernels.usable(x, C):
-            rows = apply_basis(x, self.basis(x)).reshape(-1, self.in_features)
+        gated = self.d_m or self.d_u  # the kernels gate rows after this point, and clipping follows the gate
+        if (self.clip is None or not gated) and cuda_kernels.usable(x, C):
+            rows = self.clipped(apply_basis(x, self.basis(x))).reshape(-1, self.in_features)
             y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
                                         self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
                                         self.bias, self.weight_zero)

@@ -27,7 +27,7 @@ RTN, NO_TAC, NO_GATES = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0
 TABLES = {
     "1": {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": {"method": "quarot"},
           "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
-          "FreeAct": {"method": "freeact"}, "STaR-Quant": {}},
+          "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "starquant+ (ours)": {"method": "starquant+"}},
     "2": {"RTN (neither)": RTN, "SGAT only": NO_TAC, "SGAT + TAC (STaR-Quant)": {},
           "no gates, no TAC": NO_GATES | NO_TAC,
           "no gates + TAC": NO_GATES, "random start, untrained, no TAC": NO_TAC | {"epochs": 0},

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
+from checkpoint import write_json
 from families import read_config
 from model import DiffusionLM, load_model
 from tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("sums", "english", "math", "sums", "english", "sums", "math", "code")  # domains of consecutive batches
+MIX = ("chain", "math", "chain", "sums", "chain", "english", "chain", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -52,8 +53,11 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 
 def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
-    """Clean ids, masked ids and per-row weights 1/t of one batch of about `tokens` tokens of one domain."""
+    """One batch of about `tokens` tokens of one domain: clean ids, masked ids, weights (n, L), size of the region."""
     domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
+    if domain == "chain":
+        ids, noisy, results = data.chain_tokens(tokenizer, tokens // 56, key, mask_id)
+        return ids, noisy, results.float(), results.sum()
     if domain == "english":
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
     elif domain == "sums":
@@ -62,15 +66,15 @@ def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
         ids, region = data.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
     t = data.stratified_ratios(len(ids), g, T_MIN)
-    return ids, data.mask_tokens(ids, region, t, mask_id, g), 1 / t, region.sum()
+    return ids, data.mask_tokens(ids, region, t, mask_id, g), (1 / t)[:, None].expand(ids.shape), region.sum()
 
 
 def diffusion_loss(model, clean, noisy, weight, region_size):
-    """1/|region| · Σ over masked tokens of CE / t (the negative evidence bound per token, in nats)."""
+    """1/|region| · Σ over masked tokens of weight · CE; with weight 1/t the negative evidence bound per token, nats."""
     where = noisy == model.mask_id
     logits = model.logits(model.hidden(noisy)[where]).float()
     ce = F.cross_entropy(logits, clean[where], reduction="none")
-    return (ce * weight[:, None].expand_as(clean)[where]).sum() / region_size
+    return (ce * weight[where]).sum() / region_size
 
 
 def main(argv=None):
@@ -126,12 +130,12 @@ def main(argv=None):
         if step % 1000 == 999:
             model.save(args.out, dtype=torch.bfloat16)
     model.save(args.out, dtype=torch.bfloat16)
-    earlier = json.loads(Path(args.init, "training.json").read_text()) if args.init else None
-    record = {"earlier": earlier, "mix": MIX, "steps": step + 1, "seconds": round(time.time() - start),
-              "torch": torch.__version__,
-              "args": vars(args) | {"minutes": str(args.minutes)}, "curve": curve}
-    Path(args.out, "training.json").write_text(json.dumps(record, indent=1))
-    print(json.dumps({"out": args.out, "steps": step + 1, "seconds": record["seconds"], **mean}))
+    phases = json.loads(Path(args.init, "training.json").read_text())["phases"] if args.init else []
+    phases.append({"mix": MIX, "steps": step + 1, "seconds": round(time.time() - start), "torch": torch.__version__,
+                   "args": {k: str(v) for k, v in vars(args).items() if k not in ("init", "out")}, "curve": curve})
+    totals = {k: sum(p[k] for p in phases) for k in ("steps", "seconds")}
+    write_json(Path(args.out, "training.json"), {**totals, "phases": phases})
+    print(json.dumps({"out": args.out, "steps": step + 1, "seconds": phases[-1]["seconds"], **mean}))
 
 
 if __name__ == "__main__":

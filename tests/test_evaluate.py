@@ -58,17 +58,10 @@ class TestTasks:
         body = tiny.tokenizer.encode("1+1=2").ids
         assert metrics.answers(tiny.tokenizer, torch.tensor([[*body, eos, *body]])) == ["1+1=2"]
 
-    def test_cloze_prefers_the_repeated_passage(self, tiny):
-        """A 'true' option among noise tokens is found almost always; among four equal options, at chance."""
-        g = torch.Generator().manual_seed(0)
-        problems = data.cloze_problems(tiny.tokenizer, "eval", 16, 2)
-        easy = []
-        for p in problems:
-            options = torch.randint(1000, p.options.shape, generator=g)
-            options[p.answer] = p.options[p.answer]
-            easy.append(data.Cloze(p.context, options, p.answer))
-        equal = [data.Cloze(p.context, p.options[:1].expand(4, -1), 3) for p in problems]
-        assert metrics.cloze(tiny, easy).mean() > 0.5
+    def test_cloze_is_far_above_chance_and_a_tie_is_no_hit(self, tiny):
+        problems = data.cloze_problems(tiny.tokenizer, "eval", 48, 2)
+        equal = [data.Cloze(p.context, p.options[:1].expand(4, -1), 3) for p in problems[:8]]
+        assert metrics.cloze(tiny, problems).mean() > 0.4
         assert metrics.cloze(tiny, equal).sum() == 0  # argmax of a four-way tie is the first option
 
 

@@ -1,0 +1,154 @@
+"""starquant+: the balanced transform by its two defining properties, its cost, and what its parts minimize."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import balance as module
+import calibrate
+from balance import CLIPS, balance, balanced_basis, best_clip, diagonal_blocks
+from baselines import Inputs
+from calibrate import QuantConfig
+from hadamard import rotation
+from starquant import Kronecker, apply_basis, fake_quantize, fold_weight
+
+KINDS = ["dense", "block", "kronecker"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def layer(d=64, C=48, n=512, seed=0, dtype=torch.float64):
+    """Correlated inputs x (n, d) with uneven channels, and a weight (C, d)."""
+    g = generator(seed)
+    x = torch.randn(n, d, generator=g) @ torch.randn(d, d, generator=g) * torch.rand(d, generator=g).mul(3).exp()
+    return x.to(dtype), (torch.randn(C, d, generator=g) / d**0.5).to(dtype)
+
+
+def moment(t):
+    return t.mT @ t
+
+
+class TestBalance:
+    @given(st.integers(0, 10**6), st.sampled_from([2, 5, 16]))
+    def test_both_sides_get_the_same_diagonal_second_moment(self, seed, d):
+        g = generator(seed)
+        X, W = (torch.randn(3 * d, d, generator=g, dtype=torch.float64) for _ in range(2))
+        T = balance(moment(X), moment(W), damping=0.0)
+        both = T @ moment(X) @ T.mT, torch.linalg.inv(T).mT @ moment(W) @ torch.linalg.inv(T)
+        S = torch.linalg.svdvals(X @ W.mT)[:d]  # the singular values of L_wᵀ L_x are those of X Wᵀ
+        for got in both:
+            assert torch.allclose(got, torch.diag(S), rtol=1e-6, atol=1e-6 * float(S[0]))
+
+    def test_minimizes_the_product_of_the_energies(self):
+        x, weight = layer(d=16)
+        T = balance(moment(x), moment(weight), damping=0.0)
+
+        def product(T):
+            return float((x @ T.mT).square().sum() * (weight @ torch.linalg.inv(T)).square().sum())
+
+        # its lower bound is the square of the nuclear norm of X Wᵀ
+        least = float(torch.linalg.svdvals(x @ weight.mT).sum() ** 2)
+        assert product(T) == pytest.approx(least, rel=1e-6)
+        for seed in range(20):
+            other = T + 0.05 * T.norm() / 16 * torch.randn(16, 16, generator=generator(seed), dtype=T.dtype)
+            assert product(other) > least
+
+    @pytest.mark.parametrize("kind", ["dense", "block"])
+    def test_blind_to_the_scales_of_the_channels(self, kind, monkeypatch):
+        """x · c and W / c are the same linear: the transformed activations and weights are the same too."""
+        x, weight = layer(d=64, C=96)
+        c = torch.rand(64, generator=generator(3), dtype=torch.float64).mul(4).exp()
+        # damping by a share of the mean diagonal is what sees the scales: take it away
+        monkeypatch.setattr(module, "balance", lambda a, b: balance(a, b, damping=0.0))
+        H = rotation(64, generator()).dense()
+        for apply, tensor, change in ((apply_basis, x, c), (fold_weight, weight, 1 / c)):
+            moments = []
+            for cx, cw, t in ((1, 1, tensor), (c, 1 / c, tensor * change)):
+                P = balanced_basis(x * cx, weight * cw, kind, generator(), block=16)
+                # singular vectors are unique up to their sign, so compare second moments before the rotation
+                moments.append(moment(apply(t, P) @ H.mT).diagonal())
+            assert torch.allclose(*moments, rtol=1e-6)
+
+    def test_diagonal_blocks(self):
+        A = torch.arange(36.0).view(6, 6)
+        assert torch.equal(diagonal_blocks(A, 2), torch.stack([A[i : i + 2, i : i + 2] for i in (0, 2, 4)]))
+        assert torch.equal(diagonal_blocks(A, 6)[0], A)
+
+
+class TestBasis:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_exact_before_quantization_and_even_after_it(self, kind, weighted):
+        x, weight = layer(dtype=torch.float32)
+        weights = torch.rand(len(x), generator=generator(1)) if weighted else None
+        P = balanced_basis(x, weight, kind, generator(), weights)
+        phi, folded = apply_basis(x, P), fold_weight(weight, P)
+        y = x @ weight.mT
+        assert float((phi @ folded.mT - y).norm() / y.norm()) < 1e-5
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_quantizes_better_than_the_rotation_alone(self, kind):
+        x, weight = layer(dtype=torch.float32)
+
+        def error(P):
+            phi, folded = fake_quantize(apply_basis(x, P), 4), fake_quantize(fold_weight(weight, P), 4, symmetric=True)
+            return float((phi @ folded.mT - x @ weight.mT).norm())
+
+        H = Kronecker(*(f.float() for f in rotation(64, generator())))
+        assert error(balanced_basis(x, weight, kind, generator())) < 0.9 * error([H])
+
+    def test_weights_count_tokens(self):
+        """Weight 2 on some tokens is having them twice."""
+        x, weight = layer(d=32)
+        twice = torch.arange(len(x)) % 3 == 0
+        for kind in KINDS:
+            a = balanced_basis(x, weight, kind, generator(), torch.where(twice, 2.0, 1.0))
+            b = balanced_basis(torch.cat((x, x[twice])), weight, kind, generator())
+            ya, yb = (apply_basis(x, P).square().sum() for P in (a, b))
+            za, zb = (fold_weight(weight, P).square().sum() for P in (a, b))
+            assert float(ya * za) == pytest.approx(float(yb * zb), rel=1e-6)
+
+    @pytest.mark.parametrize(("d", "ffn", "kv"), [(4096, 12288, 4096), (3584, 18944, 512)])
+    def test_costs_at_most_four_percent_of_the_linears(self, d, ffn, kv):
+        """Multiplications a token of LLaDA-8B's and Dream-7B's blocks: 32-blocks and the Kronecker Hadamard."""
+        from hadamard import hadamard_sizes
+
+        transforms = sum(width * (32 + sum(hadamard_sizes(width))) for width in (d, d, d, ffn))
+        linears = d * (d + 2 * kv) + d * d + 3 * d * ffn
+        assert transforms / linears < 0.04
+
+
+class TestFit:
+    def test_clip_minimizes_the_output_error_over_its_grid(self):
+        x, weight = layer(dtype=torch.float32)
+        weights = torch.rand(len(x), generator=generator(2))
+        c = float(best_clip(x, weight, 3, weights)[0])
+
+        def error(c):
+            # the range of every token times c
+            low, high = x.amin(-1, keepdim=True).clamp(max=0) * c, x.amax(-1, keepdim=True).clamp(min=0) * c
+            x_hat = fake_quantize(torch.minimum(torch.maximum(x, low), high), 3)
+            return float((((x_hat - x) @ weight.mT).double().square().sum(-1) * weights).sum())
+
+        errors = [error(k) for k in CLIPS]
+        assert error(c) == pytest.approx(min(errors), rel=1e-5)
+        assert min(errors) < errors[0]
+
+    @pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75, 1])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_fits_at_every_mask_ratio_and_beats_quarot_on_correlated_inputs(self, kind, ratio):
+        x, weight = layer(dtype=torch.float32)
+        x = x.view(8, 64, 64)
+        state = torch.rand(8, 64, generator=generator(4)) < ratio
+        inputs = Inputs(x, x @ weight.mT, state)
+        errors = {}
+        for method in ("starquant+", "quarot"):
+            config = QuantConfig(method=method, balance=kind)
+            fitted, _ = calibrate.METHODS[method](weight, None, inputs, config, generator(), None)
+            exact = fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT
+            assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
+            errors[method] = float((fitted(x, state) - inputs.y).norm())
+        assert errors["starquant+"] < 0.95 * errors["quarot"]
