@@ -22,7 +22,7 @@ from interpreter import Refused, run_function
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "calib", "eval")
-GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the longest answer takes all of them)
+GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the longest answer takes 22)
 
 
 def split_of(key: str) -> str:

@@ -24,6 +24,8 @@ TRUSTED = [  # (parameters, body, arguments): written here, so Python itself may
     ("xs", "return list(reversed(sorted(xs)))", (XS,)),
     ("xs", "return 4 in xs and 7 not in xs", (XS,)),
     ("xs", "return xs and 0 or 5", (XS,)),
+    ("xs", "return xs[0] > 5 and xs[99]", (XS,)),
+    ("xs", "return [xs[0] or xs[99], 1 and 7 and 2, 0 or 0 or 4, 3 and 0 and 5]", (XS,)),
     ("xs", "return xs[99] if len(xs) > 99 else len(xs)", (XS,)),
     ("xs", "return 1 < xs[0] <= 3 < 2", (XS,)),
     ("xs", "return xs.count(1)", (XS,)),
@@ -127,8 +129,8 @@ HOSTILE = {
     "bitwise": function("return ~5"),
     "is": function("return xs is xs"),
     "default argument": "def f(xs=[1]):\n return xs\n",
-    "varargs": "def f(*xs):\n return xs\n",
-    "keyword only": "def f(*, xs):\n return xs\n",
+    "varargs": "def f(xs, *ys):\n return xs\n",
+    "keyword only": "def f(xs, *, y=1):\n return xs\n",
     "decorator": "@print\n" + function("return 1"),
     "two functions": function("return 1") + function("return 2"),
     "no function": "1 + 1",
@@ -140,7 +142,7 @@ HOSTILE = {
     "indentation": "def f(xs):\nreturn 1",
     "null byte": "def f(xs):\n return 1\0",
     "surrogate": "def f(xs):\n return '\ud800' + \ud800",
-    "long source": function("return " + "1 + " * 600 + "1"),
+    "long source": function("return 1  # " + "one " * 600),
     "undefined": function("return y"),
     "division by zero": function("return 1 // 0"),
     "index": function("return xs[99]"),
@@ -153,6 +155,9 @@ HOSTILE = {
     "big exponent": function("return 2 ** 1000000000"),
     "negative power of zero": function("return 0 ** -1"),
     "huge range": function("return range(10 ** 11)"),
+    "large range": function("return len(range(9 * 10 ** 6))"),
+    "large repetition": function("return len([0] * 10 ** 8)"),
+    "large repetition of text": function("return len(10 ** 8 * 'a')"),
     "huge sum": function("return sum(range(10 ** 11))"),
     "huge range in a comprehension": function("return [x for x in range(10 ** 9)]"),
     "repetition": function("return [0] * 10 ** 10"),
@@ -182,11 +187,11 @@ HOSTILE = {
 def test_hostile_programs_are_refused_quickly_and_in_little_memory(source):
     assert len(source) < interpreter.MAX_SOURCE or source == HOSTILE["long source"]
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(Refused):
             run_function(source, (XS,))
-        seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+        seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert seconds < 5
@@ -201,9 +206,9 @@ def test_hostile_programs_are_refused_quickly_and_in_little_memory(source):
     "s = 'ab' * 1000\n t = 'a' * 1000\n return sum([s.count(t) for y in range(2000)])",
 ])
 def test_the_most_expensive_programs_within_the_budget_end_quickly(body):
-    start = time.perf_counter()
+    start = time.process_time()
     assert isinstance(run_function(function(body), (XS,)), int)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_arguments_are_not_changed():
@@ -213,10 +218,10 @@ def test_arguments_are_not_changed():
 
 
 def value_or_refused(source, arguments):
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(Refused):
         run_function(source, arguments)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.text(max_size=300))

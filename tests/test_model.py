@@ -286,9 +286,9 @@ class TestDenoise:
         with pytest.raises(ValueError, match=message):
             generate(llada, self.PROMPT, **arguments)
 
-    def test_end_of_text_can_be_suppressed(self, llada):
-        eos = llada.config.eos_id
+    def test_end_of_text_can_be_suppressed(self):
         biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
+        eos = biased.config.eos_id
         with torch.no_grad():  # a head that answers end-of-text whenever it may
             hidden = biased.hidden(torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1))
             biased.head.weight[eos] = hidden[:, 5:].mean((0, 1)) * 10
