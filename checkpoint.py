@@ -106,9 +106,12 @@ def write_json(path: Path, value) -> None:
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    """One safetensors shard. Tensors are copied to contiguous CPU memory first."""
+    """One safetensors shard. Tensors are copied to contiguous CPU memory first.
+
+    `metadata` holds a single key: the library writes several in random order, and equal runs must give equal bytes.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_file(path, lambda p: save_file(tensors, p, {"format": "pt", **(metadata or {})}))
+    write_file(path, lambda p: save_file(tensors, p, metadata or {"format": "pt"}))
 
 
 def sha256(path: Path) -> str:

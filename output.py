@@ -81,7 +81,7 @@ class Output:
         for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
-        metadata = {"run": self.run["hash"], "record": json.dumps(timeless), "gates": json.dumps(_gates(block))}
+        metadata = {"starquant": json.dumps({"run": self.run["hash"], "record": timeless, "gates": _gates(block)})}
         write_tensors(self.folder / self.shard(i), tensors, metadata)
         self.records[i] = record
 
@@ -90,11 +90,11 @@ class Output:
         if not (self.folder / self.shard(i)).exists():
             return None
         view = self._shard_view(i)
-        metadata = view.metadata(self.shard(i))
+        metadata = json.loads(view.metadata(self.shard(i)).get("starquant", "{}"))
         if metadata.get("run") != self.run["hash"]:
             raise CheckpointError(f"{self.folder / self.shard(i)} belongs to another run; use --overwrite.")
-        view.quantization = self._quantization(json.loads(metadata["gates"]))
-        self.records[i] = json.loads(metadata["record"])
+        view.quantization = self._quantization(metadata["gates"])
+        self.records[i] = metadata["record"]
         return load_block(view, i, device, dtype), self.records[i]
 
     def _shard_view(self, i: int) -> Checkpoint:

@@ -81,7 +81,7 @@ class TestResult:
         state = json.loads((quantized_folder / "starquant.json").read_text())
         assert state["complete"]
         assert [b["block"] for b in state["blocks"]] == [0, 1]
-        assert all(0 < b["linears"][n]["error"] < 0.2 for b in state["blocks"] for n in FUSED)
+        assert all(0 < b["linears"][n]["error"] < 1 for b in state["blocks"] for n in FUSED)
         assert (quantized_folder / "README.md").exists()
         assert (quantized_folder / "tokenizer.json").exists()
 
