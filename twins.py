@@ -14,7 +14,9 @@ from sgat import initial_basis
 from starquant import TAC, QuantLinear, tac_block_size
 
 # shapes of the published configurations, for --random-weights
-_LLADA = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32,
+_LLADA = {"rope": True, "layer_norm_type": "rms", "activation_type": "silu", "block_type": "llama",
+          "rope_full_precision": True, "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32,
+          "n_kv_heads": 32,
           "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
           "eos_token_id": 126081, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False}
 _DREAM = {"model_type": "Dream", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
