@@ -63,8 +63,8 @@ class QuantConfig:
     shrinkage: float = 0.55  # α, towards the identity (App. C)
     tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
     balance: str = "block"  # starquant+, beyond the paper: form of its transform, "block", "kronecker" or "dense"
-    balance_block: int = 32  # starquant+: size of the blocks
-    mask_weight: float = 3.0  # starquant+: weight of a masked token against an unmasked one
+    balance_block: int = 64  # starquant+: size of the blocks
+    mask_weight: float = 2.0  # starquant+: weight of a masked token against an unmasked one
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
     softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
     head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
@@ -112,7 +112,8 @@ def _cast(P, like):
 
 
 METHODS = {**baselines.METHODS, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
-COMPENSATED = ("starquant", "starquant+")  # methods with TAC behind softmax·V
+# methods with TAC, and the kinds they take: on top of starquant+ the paper's statistics lose and ridge is on request
+COMPENSATED = {"starquant": ("statistics", "ridge"), "starquant+": ("ridge",)}
 
 
 # ---- one block -------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
         if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
             attention = fit_attention(quantized, x_q, state, table, config, generator)
             quantized = with_linears(quantized, softmax_value=attention)
-        if name == "qkv" and config.method in COMPENSATED and config.tac != "none":
+        if name == "qkv" and config.tac in COMPENSATED.get(config.method, ()):
             quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
     record["seconds"] = round(time.time() - start, 2)
     return quantized, record
