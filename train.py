@@ -34,7 +34,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("chain", "math", "chain", "sums", "chain", "english", "chain", "code")  # domains of consecutive batches
+MIX = ("chain", "english", "sums", "math", "chain", "english", "code", "math")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -81,7 +81,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(data.ASSETS / "tiny"), help="folder of the trained model")
     parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
     parser.add_argument("--tokens", type=int, default=3072, help="tokens per batch")
     parser.add_argument("--lr", type=float, default=2e-3)

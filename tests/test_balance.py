@@ -144,7 +144,7 @@ class TestFit:
         inputs = Inputs(x, x @ weight.mT, state)
         errors = {}
         for method in ("starquant+", "quarot"):
-            config = QuantConfig(method=method, balance=kind)
+            config = QuantConfig(method=method, balance=kind, balance_block=32)
             fitted, _ = calibrate.METHODS[method](weight, None, inputs, config, generator(), None)
             exact = fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT
             assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
