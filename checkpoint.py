@@ -115,8 +115,11 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class Checkpoint:
