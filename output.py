@@ -4,13 +4,15 @@
                                         `quantization_config`; tokenizer files; README.md (model card)
     starquant.json                      arguments, seed, versions, checksums, per-block losses and seconds
 
-A shard is written atomically and carries its run's hash, so the shards that exist are the finished blocks.
+A shard is written atomically and carries its run's hash, so the shards that exist are the finished blocks; their
+checksums stand in starquant.json while a run goes on and in the index when it is complete.
 """
 
 import copy
 import hashlib
 import json
 import platform
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,41 @@ from families import NAMES, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
 VERSION = "0.1.0"
+STATE = "starquant.json"
+OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
+                            *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
+
+
+def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | None:
+    """The state of the interrupted run that `resume` continues in `folder`, None to begin anew; changes nothing.
+
+    Raises CheckpointError for a folder that holds anything else, a finished run, or one that differs in a file, an
+    argument or a version, naming the difference.
+    """
+    if folder.is_symlink() and not folder.exists() or folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder; choose another --out.")
+    # a run killed before its first file was whole leaves temporary files at most
+    if not folder.exists() or all(is_leftover(p) for p in folder.iterdir()):
+        return None
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder} exists and is not a folder of this program; choose another --out.")
+    if overwrite:
+        return None
+    if not resume:
+        raise CheckpointError(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
+    before = read_json(folder / STATE)
+    if before.get("complete"):
+        raise CheckpointError(f"{folder} is complete; there is nothing to resume.")
+    for key, value in run.items():
+        old = before["run"].get(key) if isinstance(before.get("run"), dict) else None
+        if old != value:
+            raise CheckpointError(f"cannot resume {folder}: {_difference(key, old, value)}.")
+    return before
+
+
+def is_leftover(path: Path) -> bool:
+    """A temporary file that a killed run of this program left (see `write_file`)."""
+    return path.name[:1] == "." and path.name[-4:] == ".tmp" and OURS.fullmatch(path.name[1:-4]) is not None
 
 
 class Output:
@@ -45,30 +82,14 @@ class Output:
         self.folder, self.source, self.run = folder, source, run
         self.records: dict[int, dict] = {}
         self.shards = source.config.n_layers + 1
-        old = self._existing(resume, overwrite)
+        before = survey(folder, run, resume, overwrite)
+        self.sums: dict[str, str] = before.get("sha256", {}) if before else {}
         folder.mkdir(parents=True, exist_ok=True)
-        if not old:
+        for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
+            if is_leftover(path) or not before and path.name != STATE and OURS.fullmatch(path.name):
+                path.unlink()
+        if not before:
             self._write_state(complete=False)
-
-    def _existing(self, resume: bool, overwrite: bool) -> bool:
-        state = self.folder / "starquant.json"
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return False
-        if overwrite and state.exists():
-            shutil.rmtree(self.folder)
-            return False
-        if not state.exists():
-            raise CheckpointError(f"{self.folder} exists and is not a folder of this program; choose another --out.")
-        if not resume:
-            raise CheckpointError(f"{self.folder} exists; add --resume to continue it or --overwrite to replace it.")
-        before = read_json(state)
-        if before.get("complete"):
-            raise CheckpointError(f"{self.folder} is complete; there is nothing to resume.")
-        for key, value in self.run.items():
-            if before["run"].get(key) != value:
-                change = _difference(key, before["run"].get(key), value)
-                raise CheckpointError(f"cannot resume {self.folder}: {change}.")
-        return True
 
     def shard(self, i: int) -> str:
         return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -83,18 +104,27 @@ class Output:
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
         metadata = {"starquant": json.dumps({"run": self.run["hash"], "record": timeless, "gates": _gates(block)})}
         write_tensors(self.folder / self.shard(i), tensors, metadata)
-        self.records[i] = record
+        self.records[i], self.sums[self.shard(i)] = record, sha256(self.folder / self.shard(i))
+        self._write_state(complete=False)
 
     def finished(self, i: int, device, dtype):
         """(block, record) of an earlier run, or None."""
-        if not (self.folder / self.shard(i)).exists():
+        path = self.folder / self.shard(i)
+        if not path.exists():
             return None
+        digest = sha256(path)
+        # a run killed between shard and state leaves a shard without a checksum
+        if self.sums.setdefault(path.name, digest) != digest:
+            raise CheckpointError(f"{path} differs from its checksum in {STATE}; delete it and --resume makes it again.")
         view = self._shard_view(i)
-        metadata = json.loads(view.metadata(self.shard(i)).get("starquant", "{}"))
-        if metadata.get("run") != self.run["hash"]:
-            raise CheckpointError(f"{self.folder / self.shard(i)} belongs to another run; use --overwrite.")
-        view.quantization = self._quantization(metadata["gates"])
-        self.records[i] = metadata["record"]
+        try:
+            metadata = json.loads(view.metadata(path.name)["starquant"])
+            run, gates, self.records[i] = metadata["run"], metadata["gates"], metadata["record"]
+        except (KeyError, TypeError, ValueError):
+            run = None
+        if run != self.run["hash"]:
+            raise CheckpointError(f"{path} belongs to another run; use --overwrite.")
+        view.quantization = self._quantization(gates)
         return load_block(view, i, device, dtype), self.records[i]
 
     def _shard_view(self, i: int) -> Checkpoint:
@@ -123,11 +153,13 @@ class Output:
             embed_bits = self.run["config"]["embed_bits"] or None
             outer = outer_tensors(quantize_outer(load_outer(self.source, dtype=torch.bfloat16), bits, embed_bits))
         write_tensors(self.folder / self.shard(c.n_layers), outer)
+        self.sums[self.shard(c.n_layers)] = sha256(self.folder / self.shard(c.n_layers))
         weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
         size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
-        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        sums = {self.shard(i): self.sums[self.shard(i)] for i in range(self.shards)}
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size, "sha256": sums}, "weight_map": weight_map})
         for name in TOKENIZER_FILES:
             if (self.source.folder / name).exists():
                 write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
@@ -136,8 +168,8 @@ class Output:
         self._write_state(complete=True)
 
     def _write_state(self, complete: bool) -> None:
-        write_json(self.folder / "starquant.json", {"complete": complete, "run": self.run,
-                                                    "blocks": [self.records[i] for i in sorted(self.records)]})
+        write_json(self.folder / STATE, {"complete": complete, "run": self.run, "sha256": self.sums,
+                                         "blocks": [self.records[i] for i in sorted(self.records)]})
 
 
 def _gates(block) -> dict:
