@@ -9,7 +9,6 @@ likelihood) with 95 % bootstrap intervals; with --against also the paired differ
 the two denoising trajectories agree. Tables go to standard output, its last line is JSON; progress to standard error.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -21,7 +20,8 @@ from tqdm import tqdm
 import data
 import metrics
 import tables
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, write_json
+from cli import Parser
 from families import ConfigError
 from model import load_model
 from sampling import denoise
@@ -105,7 +105,7 @@ def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=s
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
     parser.add_argument("--against", help="a second model to compare with")
     parser.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
@@ -125,6 +125,8 @@ def parse(argv):
 def run(args) -> dict:
     if args.problems < 1 or args.gen_length < 1 or (args.steps is not None and args.steps < 1):
         raise CheckpointError("--problems, --steps and --gen-length must be at least 1.")
+    if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
+        raise CheckpointError(f"--out {args.out} cannot be a file there.")
     if args.table:
         return tables.make(args.table, args.model, args.seeds, args.problems, args.quick, args.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
@@ -159,7 +161,7 @@ def main(argv=None) -> int:
         return 130
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out, record)
     print(json.dumps(record))
     return 0
 

@@ -11,6 +11,7 @@ checksums stand in starquant.json while a run goes on and in the index when it i
 import copy
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -45,7 +46,7 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | Non
     Raises CheckpointError for a folder that holds anything else, a finished run, or one that differs in a file, an
     argument or a version, naming the difference.
     """
-    if folder.is_symlink() and not folder.exists() or folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(f"{folder} exists and is not a folder; choose another --out.")
     # a run killed before its first file was whole leaves temporary files at most
     if not folder.exists() or all(is_leftover(p) for p in folder.iterdir()):
@@ -86,7 +87,7 @@ class Output:
         self.sums: dict[str, str] = before.get("sha256", {}) if before else {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
-            if is_leftover(path) or not before and path.name != STATE and OURS.fullmatch(path.name):
+            if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
                 path.unlink()
         if not before:
             self._write_state(complete=False)
@@ -115,7 +116,7 @@ class Output:
         digest = sha256(path)
         # a run killed between shard and state leaves a shard without a checksum
         if self.sums.setdefault(path.name, digest) != digest:
-            raise CheckpointError(f"{path} differs from its checksum in {STATE}; delete it and --resume makes it again.")
+            raise CheckpointError(f"{path} differs from its checksum in {STATE}; delete it, --resume makes it anew.")
         view = self._shard_view(i)
         try:
             metadata = json.loads(view.metadata(path.name)["starquant"])
