@@ -222,9 +222,9 @@ def report_divergence(record: dict) -> None:
     """One line on standard error for each linear whose training ended above its start; its best iterate is kept."""
     for name, fit in record["linears"].items():
         if fit.get("diverged"):
-            tqdm.write(f"calibrate.py: block {record['block']}, {name}: the loss diverged; the best of "
-                       f"{fit['epochs'] + 1} iterates is kept (held-out loss {fit['best']:.4g}, at the start "
-                       f"{fit['start']:.4g}).", file=sys.stderr)
+            how = "became infinite or NaN" if fit["last"] is None else f"ended at {fit['last']:.4g}"
+            tqdm.write(f"calibrate.py: block {record['block']}, {name}: the held-out loss began at {fit['start']:.4g} "
+                       f"and {how}; the best iterate, {fit['best']:.4g}, is kept.", file=sys.stderr)
 
 
 def check_finite(x, what: str) -> None:

@@ -38,6 +38,7 @@ VERSION = "0.1.0"
 STATE = "starquant.json"
 OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
                             *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
+LEFTOVER = re.compile(rf"\.({OURS.pattern})\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
 
 def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | None:
@@ -49,7 +50,7 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | Non
     if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(f"{folder} exists and is not a folder; choose another --out.")
     # a run killed before its first file was whole leaves temporary files at most
-    if not folder.exists() or all(is_leftover(p) for p in folder.iterdir()):
+    if not folder.exists() or all(p.name == f".{STATE}.tmp" for p in folder.iterdir()):
         return None
     if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder} exists and is not a folder of this program; choose another --out.")
@@ -68,8 +69,8 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | Non
 
 
 def is_leftover(path: Path) -> bool:
-    """A temporary file that a killed run of this program left (see `write_file`)."""
-    return path.name[:1] == "." and path.name[-4:] == ".tmp" and OURS.fullmatch(path.name[1:-4]) is not None
+    """A temporary file that a killed run left: `write_file`'s, or the safetensors library's for it (.tmpAb12Cd)."""
+    return LEFTOVER.fullmatch(path.name) is not None
 
 
 class Output:

@@ -190,7 +190,7 @@ def rehearse(fit, outer, block, noisy, config) -> dict:
     total = c.n_layers * (forwards + linear_seconds * sum(sizes.values()) / sizes["qkv"])
     return {"linear": "block 0: qkv", "loss_before": record.get("start"), "loss_after": record.get("last"),
             "error": record["error"], "steps_per_linear": steps, "step_seconds": step,
-            "estimated_seconds": round(total, 1)}
+            "estimated_seconds": float(f"{total:.3g}")}
 
 
 def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
