@@ -173,6 +173,10 @@ class Checkpoint:
             if missing:
                 raise CheckpointError(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
                                       f"{INDEX} lists: {', '.join(missing)}.")
+            stray = sorted(p.name for p in self.folder.glob("model-*-of-*.safetensors") if p.name not in files.values())
+            if stray:
+                raise CheckpointError(f"{self.folder} holds {stray[0]}, which {INDEX} does not list; it belongs to "
+                                      f"another model.")
             self._verify(metadata.get("sha256") if isinstance(metadata, dict) else None)
             return files
         if (self.folder / SINGLE).is_file():

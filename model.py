@@ -288,6 +288,9 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
     with torch.device("meta"):
         model = DiffusionLM(replace(c, n_layers=1))
     model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
+    if model.tokenizer is not None and model.tokenizer.get_vocab_size() > c.vocab_size:
+        raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
+                              f"embedding only {c.vocab_size}.")
     parts = [("embed", names.embed), ("norm", names.final_norm)] + ([] if c.tied else [("head", names.head)])
     if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
         parts = [("norm", names.final_norm)]
