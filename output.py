@@ -31,7 +31,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
-from families import NAMES, norm_names
+from families import NAMES, linear_shapes, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
 VERSION = "0.1.0"
@@ -85,7 +85,8 @@ class Output:
         self.records: dict[int, dict] = {}
         self.shards = source.config.n_layers + 1
         before = survey(folder, run, resume, overwrite)
-        self.sums: dict[str, str] = before.get("sha256", {}) if before else {}
+        sums = before.get("sha256") if before else None
+        self.sums: dict[str, str] = sums if isinstance(sums, dict) else {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
             if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
@@ -121,11 +122,15 @@ class Output:
         view = self._shard_view(i)
         try:
             metadata = json.loads(view.metadata(path.name)["starquant"])
-            run, gates, self.records[i] = metadata["run"], metadata["gates"], metadata["record"]
+            run, self.records[i] = metadata["run"], metadata["record"]
+            gates = {n: {k: metadata["gates"][n][k] for k in ("d_m", "d_u")} for n in FUSED}
+            for name, (_, d) in linear_shapes(self.source.config).items():
+                if not all(type(n) is int and 0 <= n <= d // 2 for n in gates[name].values()):
+                    raise ValueError(name)
         except (KeyError, TypeError, ValueError):
             run = None
         if run != self.run["hash"]:
-            raise CheckpointError(f"{path} belongs to another run; use --overwrite.")
+            raise CheckpointError(f"{path} is no block of this run; delete it, --resume makes it anew.")
         view.quantization = self._quantization(gates)
         return load_block(view, i, device, dtype), self.records[i]
 
