@@ -92,6 +92,8 @@ class QuantConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:
             raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
+        if self.state_fraction == 1:
+            raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
 
     @property
     def compensated(self) -> bool:
@@ -205,9 +207,15 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
         check_finite(y, f"block {index}: the 16-bit output of {name}")
         generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
         inputs = baselines.Inputs(x, y, state, confidence, gains.get(name))
-        fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
+        try:
+            fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
+        except torch.linalg.LinAlgError:
+            raise CheckpointError(f"block {index}: {config.method} has no finite solution for {name}: inputs reach "
+                                  f"{float(x.abs().max()):.3g}, weights {float(weight.abs().max()):.3g}.") from None
         quantized = with_linears(quantized, **{name: fitted})
-        error = (fitted(x[:16], state[:16]) - y[:16]).square().sum() / y[:16].square().sum().clamp_min(1e-30)
+        y_hat = fitted(x[:16], state[:16])
+        check_finite(y_hat, f"block {index}: the quantized output of {name}")
+        error = (y_hat - y[:16]).double().square().sum() / y[:16].double().square().sum().clamp_min(1e-300)
         record["linears"][name] = {"error": float(error), **losses}
         if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
             attention = fit_attention(quantized, x_q, state, table, config, generator)
