@@ -4,8 +4,8 @@
                                         `quantization_config`; tokenizer files; README.md (model card)
     starquant.json                      arguments, seed, versions, checksums, per-block losses and seconds
 
-A shard is written atomically and carries its run's hash, so the shards that exist are the finished blocks; their
-checksums stand in starquant.json while a run goes on and in the index when it is complete.
+A shard is written atomically and carries its run's hash and a checksum of its tensors, so the shards that exist are the
+finished blocks; the index of a complete folder holds the checksums of its files.
 """
 
 import copy
@@ -31,7 +31,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
-from families import NAMES, linear_shapes, norm_names
+from families import NAMES, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
 VERSION = "0.1.0"
@@ -85,8 +85,6 @@ class Output:
         self.records: dict[int, dict] = {}
         self.shards = source.config.n_layers + 1
         before = survey(folder, run, resume, overwrite)
-        sums = before.get("sha256") if before else None
-        self.sums: dict[str, str] = sums if isinstance(sums, dict) else {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
             if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
@@ -105,33 +103,27 @@ class Output:
         for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
-        metadata = {"starquant": json.dumps({"run": self.run["hash"], "record": timeless, "gates": _gates(block)})}
-        write_tensors(self.folder / self.shard(i), tensors, metadata)
-        self.records[i], self.sums[self.shard(i)] = record, sha256(self.folder / self.shard(i))
-        self._write_state(complete=False)
+        about = {"run": self.run["hash"], "record": timeless, "gates": _gates(block)}
+        about["sha256"] = checksum(tensors, about)
+        write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
+        self.records[i] = record
 
     def finished(self, i: int, device, dtype):
         """(block, record) of an earlier run, or None."""
         path = self.folder / self.shard(i)
         if not path.exists():
             return None
-        digest = sha256(path)
-        # a run killed between shard and state leaves a shard without a checksum
-        if self.sums.setdefault(path.name, digest) != digest:
-            raise CheckpointError(f"{path} differs from its checksum in {STATE}; delete it, --resume makes it anew.")
         view = self._shard_view(i)
         try:
-            metadata = json.loads(view.metadata(path.name)["starquant"])
-            run, self.records[i] = metadata["run"], metadata["record"]
-            gates = {n: {k: metadata["gates"][n][k] for k in ("d_m", "d_u")} for n in FUSED}
-            for name, (_, d) in linear_shapes(self.source.config).items():
-                if not all(type(n) is int and 0 <= n <= d // 2 for n in gates[name].values()):
-                    raise ValueError(name)
-        except (KeyError, TypeError, ValueError):
-            run = None
-        if run != self.run["hash"]:
-            raise CheckpointError(f"{path} is no block of this run; delete it, --resume makes it anew.")
-        view.quantization = self._quantization(gates)
+            about = json.loads(view.metadata(path.name)["starquant"])
+            found = about.pop("sha256")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            about = found = None
+        if found != checksum({n: view.get(n) for n in view.shapes}, about):
+            raise CheckpointError(f"{path} differs from the checksum in it; delete it, --resume makes it anew.")
+        if about["run"] != self.run["hash"]:
+            raise CheckpointError(f"{path} belongs to another run; delete it, --resume makes it anew.")
+        view.quantization, self.records[i] = self._quantization(about["gates"]), about["record"]
         return load_block(view, i, device, dtype), self.records[i]
 
     def _shard_view(self, i: int) -> Checkpoint:
@@ -160,12 +152,11 @@ class Output:
             embed_bits = self.run["config"]["embed_bits"] or None
             outer = outer_tensors(quantize_outer(load_outer(self.source, dtype=torch.bfloat16), bits, embed_bits))
         write_tensors(self.folder / self.shard(c.n_layers), outer)
-        self.sums[self.shard(c.n_layers)] = sha256(self.folder / self.shard(c.n_layers))
         weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
         size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
-        sums = {self.shard(i): self.sums[self.shard(i)] for i in range(self.shards)}
+        sums = {self.shard(i): sha256(self.folder / self.shard(i)) for i in range(self.shards)}
         write_json(self.folder / INDEX, {"metadata": {"total_size": size, "sha256": sums}, "weight_map": weight_map})
         for name in TOKENIZER_FILES:
             if (self.source.folder / name).exists():
@@ -175,8 +166,17 @@ class Output:
         self._write_state(complete=True)
 
     def _write_state(self, complete: bool) -> None:
-        write_json(self.folder / STATE, {"complete": complete, "run": self.run, "sha256": self.sums,
+        write_json(self.folder / STATE, {"complete": complete, "run": self.run,
                                          "blocks": [self.records[i] for i in sorted(self.records)]})
+
+
+def checksum(tensors: dict, about) -> str:
+    """SHA-256 of a block's tensors, their names, types and shapes, and of what is said about them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _gates(block) -> dict:

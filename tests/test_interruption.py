@@ -114,9 +114,9 @@ def test_ctrl_c_says_how_to_go_on(calibration, whole, tmp_path):
     assert checksums(out) == whole[0]
 
 
-@pytest.mark.parametrize("size", [100, 100_000, 300_000])
+@pytest.mark.parametrize("size", [100_000, 300_000])
 def test_a_full_disk_loses_no_finished_block(size, calibration, whole, tmp_path):
-    """No room for the next state file, for the next block, for the last shard."""
+    """No room for the next block, for the last shard."""
     out = tmp_path / "q"
     result = calibration(out, full=size)
     assert result["code"] == 2, result["error"]
@@ -149,7 +149,7 @@ def stopped(calibration, tmp_path_factory):
     (base / "model").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "training.json"):
         (base / "model" / name).write_bytes((resolve("tiny") / name).read_bytes())
-    assert calibration(base / "q", model=base / "model", event=("os.rename", 5))["code"] == -9
+    assert calibration(base / "q", model=base / "model", event=("os.rename", 3))["code"] == -9
     assert len(shards(visible(base / "q"))) == 2
     return base / "model", base / "q"
 
@@ -204,7 +204,7 @@ def test_a_damaged_finished_block_is_named_and_made_again(stopped, calibration, 
     shard.write_bytes(content)
     result = calibration(out, "--resume", model=model)
     assert result["code"] == 2
-    assert f"{shard} differs from its checksum" in result["error"]
+    assert f"{shard} differs from the checksum in it; delete it" in result["error"]
     shard.unlink()
     assert calibration(out, "--resume", model=model)["code"] == 0
     # the card and the metadata name the model by its folder
