@@ -49,7 +49,7 @@ class QuantConfig:
     method: str = "starquant"  # one of METHODS
     wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
     abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
-    transform: str = "kronecker"  # P = P1 ⊗ P2, or "dense" (App. B to the letter)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, "dense" (App. B to the letter), or "none": no SGAT (Table 2)
     allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
     state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
     lr: float = 1e-3  # AdamW (App. B)
@@ -72,7 +72,7 @@ class QuantConfig:
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     seed: int = 0
 
-    CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp")}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
@@ -95,6 +95,8 @@ class QuantConfig:
 
 def fit_starquant(weight, bias, inputs: baselines.Inputs, config: QuantConfig, generator, progress):
     """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    if config.transform == "none":
+        return baselines.fit_rtn(weight, bias, inputs, config, generator, progress)
     (x, y, state), d = inputs[:3], weight.shape[1]
     d_s = d // config.state_fraction if config.state_fraction else 0
     if config.allocation == "random":
