@@ -239,6 +239,7 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
     x_fp, state, table, _ = outer.prepare(noisy)
     x_fp = x_fp.detach()
     x_q = x_fp
+    del outer  # an 8B model's embedding and head take as much as ten blocks
     for i, block in enumerate(blocks()):
         old = finished(i)
         if old is None:
@@ -357,13 +358,16 @@ def run(args) -> dict:
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
+    stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
+                              lambda loss: progress(loss))
+    del outer
+
     with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
 
-        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                                                 progress):
+        for i, block, record in stream:
             if i not in out.records:
                 out.write_block(i, block, record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
