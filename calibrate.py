@@ -50,7 +50,7 @@ class QuantConfig:
     method: str = "starquant"  # one of METHODS
     wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
     abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
-    transform: str = "kronecker"  # P = P1 ⊗ P2, or "dense" (App. B to the letter)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, "dense" (App. B to the letter), or "none": no SGAT (Table 2)
     allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
     state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
     lr: float = 1e-3  # AdamW (App. B)
@@ -73,7 +73,7 @@ class QuantConfig:
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     seed: int = 0
 
-    CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
                          "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
@@ -106,6 +106,8 @@ class QuantConfig:
 
 def fit_starquant(weight, bias, inputs: baselines.Inputs, config: QuantConfig, generator, progress):
     """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    if config.transform == "none":
+        return baselines.fit_rtn(weight, bias, inputs, config, generator, progress)
     (x, y, state), d = inputs[:3], weight.shape[1]
     d_s = d // config.state_fraction if config.state_fraction else 0
     if config.allocation == "random":
@@ -264,6 +266,7 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
     x_fp, state, table, _ = outer.prepare(noisy)
     x_fp = x_fp.detach()
     x_q = x_fp
+    del outer  # an 8B model's embedding and head take as much as ten blocks
     for i, block in enumerate(blocks()):
         old = finished(i)
         if old is None:
@@ -392,13 +395,16 @@ def run(args) -> dict:
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
+    stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
+                              lambda loss: progress(loss))
+    del outer
+
     with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
 
-        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                                                 progress):
+        for i, block, record in stream:
             if i not in out.records:
                 out.write_block(i, block, record)
                 report_divergence(record)

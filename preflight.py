@@ -48,7 +48,7 @@ def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
         case "freeact":
             return square(kronecker_sizes(d))
         case "starquant":
-            return [(d, d)] if config.transform == "dense" else square(kronecker_sizes(d))
+            return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
         case "starquant+":
             rotation, b = square(hadamard_sizes(d)), tac_block_size(d, config.balance_block)
             return {"dense": [(d, d)], "kronecker": rotation, "block": [(d // b, b, b), *rotation]}[config.balance]
@@ -90,9 +90,10 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 
 
 def memory_bytes(c: ModelConfig, tokens: int, itemsize: int) -> dict[str, int]:
-    """Bytes that calibrating on `tokens` tokens holds at once at its peak, by part; `total` is a lower bound.
+    """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
 
-    Scratch of the optimizer, attention and integer products comes on top and depends on the device.
+    Embedding and head are gone when the blocks come. Scratch of the optimizer, attention and integer products is on top
+    and depends on the device.
     """
     shapes = linear_shapes(c)
     parts = {
@@ -102,7 +103,8 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int) -> dict[str, int]:
         "inputs of its linears": tokens * sum(d for _, d in shapes.values()) * itemsize,
         "fitting the largest linear": max(4 * (tokens * (rows + d) + rows * d) for rows, d in shapes.values()),
     }
-    return parts | {"total": sum(parts.values())}
+    outer = parts["embedding and head"]
+    return parts | {"total": max(outer + parts["both streams"] // 2, sum(parts.values()) - outer)}
 
 
 def free_memory(device: torch.device) -> int | None:

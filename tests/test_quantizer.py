@@ -157,6 +157,16 @@ class TestStraightThrough:
                     sides.append(math.fsum(w * v for w, v in zip(weights, values, strict=True)))
                 assert float(grad[i, j]) == pytest.approx((sides[0] - sides[1]) / (2 * h), abs=1e-6)
 
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_rows_without_a_scale_have_a_finite_gradient(self, symmetric):
+        """Zero and denormal rows, where s is held at its least value, beside a row of huge numbers."""
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        x[1], x[2], x[3] = 0, 1e-40, x[3] * 1e36
+        x.requires_grad_()
+        starquant.fake_quantize(x, 4, symmetric).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        assert torch.equal(x.grad[1], torch.ones(8))
+
     def test_clamped_values_pass_no_gradient_of_their_own(self):
         x = torch.tensor([[20.0, 3.0, -9.0]], requires_grad=True)
         codes = starquant.quantize(x, torch.ones(1, 1), torch.full((1, 1), 5.0), 4)
@@ -168,3 +178,23 @@ class TestStraightThrough:
         y = starquant.ste_round(x)
         assert y.tolist() == [0, 1, -2, 2]
         assert torch.autograd.grad((y * torch.arange(4.0)).sum(), x)[0].tolist() == [0, 1, 2, 3]
+
+
+class TestWrittenOutGradient:
+    """`FakeQuantize` against autograd through the equations themselves."""
+
+    @given(rows=st.integers(1, 5), columns=st.integers(1, 9), bits=st.integers(2, 8), symmetric=st.booleans(),
+           kind=st.sampled_from(["both", "positive", "negative", "zero row", "ties", "few values"]), seed=seeds)
+    def test_equal(self, rows, columns, bits, symmetric, kind, seed):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+        c = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+        x = {"both": x, "positive": x.abs(), "negative": -x.abs(), "zero row": x * (torch.arange(rows) > 0)[:, None],
+             "ties": x.sign() * 3, "few values": x.round()}[kind].requires_grad_()
+        scale, zero_point = starquant.quant_params(x, bits, symmetric)
+        plain = starquant.dequantize(starquant.quantize(x, scale, zero_point, bits), scale, zero_point)
+        (want,) = torch.autograd.grad((plain * c).sum(), x)
+        fast = starquant.FakeQuantize.apply(x, bits, symmetric)
+        (got,) = torch.autograd.grad((fast * c).sum(), x)
+        assert torch.equal(fast, plain)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
