@@ -96,6 +96,8 @@ def write_file(path: Path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # the safetensors library makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -202,6 +202,15 @@ def test_nothing_reaches_the_network_without_a_hub_id(small_folder, tmp_path, mo
     assert calibrate.main(["--model", "no-such-model", "--out", str(tmp_path / "r")]) == 2
 
 
+def test_every_file_may_be_read_by_whom_the_umask_allows(small_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert calibrate.main(arguments(small_folder, tmp_path / "q", "--method", "rtn")) == 0
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "q").iterdir()} == {0o640}
+
+
 def test_the_index_lists_the_checksum_of_every_shard(small_folder, tmp_path, monkeypatch):
     assert calibrate.main(arguments(small_folder, tmp_path / "q", "--method", "rtn")) == 0
     index = json.loads((tmp_path / "q" / INDEX).read_text())
