@@ -48,9 +48,9 @@ def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] |
     return "\n".join(lines), numbers
 
 
-def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=sys.stdout) -> dict[str, str]:
-    """Write every denoising step of each model; on a terminal in place, otherwise one line a step."""
-    tokenizer = next(iter(models.values())).tokenizer
+def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=None) -> dict[str, str]:
+    """Write every denoising step of each model to `out`, standard output by default; on a terminal in place."""
+    tokenizer, out = next(iter(models.values())).tokenizer, sys.stdout if out is None else out
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     if ids.shape[1] == 0:
         raise CheckpointError("--prompt holds no text.")

@@ -237,6 +237,7 @@ QUANTIZED = [  # evaluate.py --model QUANTIZED
     ("a scale NaN", tensors(lambda t: t[f"{QKV}.weight_scale"].fill_(math.nan), FIRST), "weight_scale' holds 192 NaN"),
     ("TAC of another size", tensors(lambda t: t.update({"model.transformer.blocks.0.tac.M": torch.ones(3, 16, 16)}),
                                     FIRST), "tac.M' has shape [3, 16, 16]"),
+    ("no tokenizer", remove("tokenizer.json"), "has no tokenizer.json, which text needs"),
     ("a tensor nobody asked for", tensors(lambda t: t.update({f"{QKV}.zero": torch.ones(1)}), FIRST), f"'{QKV}.zero'"),
 ]
 ASK = ["--prompt", "x", "--steps", "1", "--gen-length", "1", "--device", "cpu"]
