@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import baselines
 import data
+import distributed
 import metrics
 from balance import fit_starquant_plus
 from checkpoint import Checkpoint, CheckpointError, resolve
@@ -232,23 +233,23 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
+    With inputs "fp" a block depends on the 16-bit stream alone, and processes share the blocks by their index.
     """
     confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
     x_fp, state, table, _ = outer.prepare(noisy)
     x_fp = x_fp.detach()
     x_q = x_fp
     for i, block in enumerate(blocks()):
-        old = finished(i)
-        if old is None:
-            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
-                                               progress or (lambda _: None), confidence)
-        else:
-            quantized, record = old
-        yield i, quantized, record
-        x_q, _ = run_block(quantized, x_q, state, table)
+        if i % distributed.world() == distributed.rank():
+            old = finished(i)
+            if old is None:
+                quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
+                                                   progress or (lambda _: None), confidence)
+            else:
+                quantized, record = old
+            yield i, quantized, record
         x_fp, _ = run_block(block, x_fp, state, table)
-        if config.inputs == "fp":
-            x_q = x_fp
+        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table)[0]
 
 
 def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
@@ -290,6 +291,8 @@ def parse(argv):
     parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
+    parser.add_argument("--inputs", choices=QuantConfig.CHOICES["inputs"],
+                        help="inputs of the next block (quantized); fp lets torchrun share the blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
@@ -305,6 +308,7 @@ def parse(argv):
 
 def config_from(args) -> QuantConfig:
     values = {"method": args.method, "wbits": args.wbits, "abits": args.abits, "seed": args.seed}
+    values |= {"inputs": args.inputs} if args.inputs else {}
     kinds = {f.name: type(f.default) for f in fields(QuantConfig)}
     for item in args.set:
         name, equals, value = item.partition("=")
@@ -331,7 +335,10 @@ def calibration_tokens(args, tokenizer, embedded: bool):
 
 def run(args) -> dict:
     config = config_from(args)
-    device = pick_device(args.device)
+    device = distributed.start(pick_device(args.device))
+    if distributed.world() > 1 and config.inputs != "fp":
+        raise ConfigError("several processes share the blocks only if these do not wait for one another: add --inputs "
+                          "fp.")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
              else torch.float32}[args.dtype]
     for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
@@ -340,7 +347,7 @@ def run(args) -> dict:
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
     if args.stress != 1:
         stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
-        write_stressed(args.model, args.stress, stressed)
+        distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
         args.model = str(stressed)
     source = Checkpoint(resolve(args.model))
     if source.quantization:
@@ -348,14 +355,17 @@ def run(args) -> dict:
     check_tensors(source)
     outer = load_outer(source, device, dtype)
     tokens, region = calibration_tokens(args, outer.tokenizer, judged)
-    out = Output(args.out, source, run_key(args.model, source, tokens, config), args.resume, args.overwrite)
+    key = run_key(args.model, source, tokens, config)
+    distributed.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
+    out = Output(args.out, source, key, resume=True, overwrite=False)  # on every process, once the first made it
     noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
     n, start = source.config.n_layers, time.time()
 
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
-    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
+    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr,
+              disable=distributed.rank() > 0) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
@@ -366,6 +376,10 @@ def run(args) -> dict:
                 out.write_block(i, block, record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
             bar.set_description(f"block {min(i + 2, n)}/{n}")
+    for records in distributed.gather(out.records):
+        out.records |= records
+    if distributed.rank():
+        return {}
     out.finish(block)
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
     if args.problems and judged:
@@ -383,7 +397,7 @@ def run(args) -> dict:
 def main(argv=None) -> int:
     args = parse(argv)
     try:
-        print(json.dumps(run(args)))
+        result = run(args)
     except (CheckpointError, ConfigError, data.DataError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
         return 2
@@ -395,6 +409,8 @@ def main(argv=None) -> int:
         print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "
               f"--resume.", file=sys.stderr)
         return 130
+    if distributed.rank() == 0:
+        print(json.dumps(result))
     return 0
 
 

@@ -11,6 +11,7 @@ the two denoising trajectories agree. Tables go to standard output, its last lin
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -120,7 +121,8 @@ def benchmarks(args, dtype) -> dict:
     folder = resolve(args.model)
     name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
     name = args.protocol or protocol.protocol_of(name, family)
-    settings = {task: protocol.setting(name, task) for task in args.tasks.split(",")}
+    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
+                for task in args.tasks.split(",")}
     for task, setting in settings.items():
         if setting.runs_code and not args.confirm_run_unsafe_code:
             raise CheckpointError(f"{task} executes code that the model wrote; where that can do no harm (a container "
@@ -132,9 +134,9 @@ def benchmarks(args, dtype) -> dict:
         lm = harness.HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
                                cache=args.cache, identity=identity, **s.generation)
         results[task] = harness.run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
-        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "source": s.source}
-        print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s, the others were in the cache or on other processes "
-              f"(settings: {name}, source {s.source})", file=sys.stderr)
+        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": dataclasses.asdict(s)}
+        print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
+              file=sys.stderr)
     if distributed.rank() == 0:
         print(protocol.table(name, results))
     return {"model": args.model, "protocol": name, "limit": args.limit, "processes": distributed.world(),
@@ -150,13 +152,14 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="a table by NELBO alone")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
-    parser.add_argument("--steps", type=int, help="denoising steps with --prompt (--gen-length)")
-    parser.add_argument("--gen-length", type=int, default=data.GEN_LENGTH, help="tokens to write with --prompt (24)")
+    parser.add_argument("--steps", type=int, help="denoising steps with --prompt or --tasks (--gen-length)")
+    parser.add_argument("--gen-length", type=int, help="tokens to write with --prompt (24) or --tasks (protocol)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
     parser.add_argument("--tasks", help="benchmarks by lm-evaluation-harness instead: " + ",".join(protocol.TASKS))
     parser.add_argument("--protocol", choices=protocol.PROTOCOLS, help="settings of --tasks, by the model unless given")
+    parser.add_argument("--mc-num", type=int, help="masks per likelihood with --tasks, at most (protocol, mostly 128)")
     parser.add_argument("--limit", type=int, help="documents per task of --tasks (all)")
     parser.add_argument("--cache", type=Path, help="folder for finished answers of --tasks: run again to continue")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences at once with --tasks (32)")
@@ -168,7 +171,7 @@ def parse(argv):
 
 def run(args) -> dict:
     given = {"problems": args.problems, "gen-length": args.gen_length, "steps": args.steps, "limit": args.limit,
-             "batch-size": args.batch_size}
+             "batch-size": args.batch_size, "mc-num": args.mc_num}
     for name in (name for name, value in given.items() if value is not None and value < 1):
         raise CheckpointError(f"--{name} must be at least 1.")
     if args.table:
@@ -182,7 +185,8 @@ def run(args) -> dict:
         if model.tokenizer is None:
             raise CheckpointError(f"{name} has no tokenizer.json, which text needs.")
     if args.prompt is not None:
-        written = show_denoising(models, args.prompt + "\n", args.steps or args.gen_length, args.gen_length)
+        length = args.gen_length or data.GEN_LENGTH
+        written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
         return {"prompt": args.prompt, "text": written}
     results = {name: scores(model, args.problems, args.seed) for name, model in models.items()}
     record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}

@@ -36,7 +36,7 @@ DREAM_BOS = "<|beginoftext|>"  # Dream's evaluation puts it before every context
 
 def fingerprint(name: str) -> str:
     """What tells the weights of two folders apart without reading them: names, sizes and times of the files."""
-    files = sorted(resolve(name).glob("*.safetensors")) + [resolve(name) / "config.json"]
+    files = [*sorted(resolve(name).glob("*.safetensors")), resolve(name) / "config.json"]
     facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -46,15 +46,16 @@ class HarnessLM(LM):
     """A masked-diffusion model as the harness sees it.
 
     model: what `load_model` takes, or a loaded model, whose weights `identity` then tells apart in the cache.
-    mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size sequences go through the model at once, an eighth of it when generating (all their logits are kept).
-    gen_length None takes the task's max_gen_toks; steps and block_length None are gen_length; `sampling` are further
-    options of `generate`. check_greedy: also say whether greedy denoising gives the answer (one pass per token; no
-    task of the paper asks). chat: the prompts hold a chat template. cache: a folder for finished answers.
+    mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size sequences go through the model at once, an
+    eighth of it when generating (all their logits are kept). gen_length None takes the task's max_gen_toks; steps and
+    block_length None are gen_length; `sampling` are further options of `generate`. check_greedy: also say whether
+    greedy denoising gives the answer (a pass per token; no task of the paper asks). chat: the prompts hold a chat
+    template. cache: a folder for finished answers.
     """
 
     def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, gen_length=None,
-                 steps=None, block_length=None, check_greedy=False, chat=False, max_length=None, cache=None, identity="",
-                 device="auto", dtype=None, max_batch_size=None, **sampling):
+                 steps=None, block_length=None, check_greedy=False, chat=False, max_length=None, cache=None,
+                 identity="", device="auto", dtype=None, max_batch_size=None, **sampling):
         super().__init__()
         if isinstance(model, str):
             device = distributed.start(pick_device(device or "auto"))
@@ -149,14 +150,15 @@ class HarnessLM(LM):
         return [self._text(row, args[1].get("until") or []) for row, args in zip(out.tolist(), batch, strict=True)]
 
     def _text(self, ids, until) -> str:
-        """Generated tokens as text up to a stop string; LLaDA's evaluation does not stop at end of text, Dream's does."""
+        """Generated tokens as text up to a stop string; only LLaDA's evaluation does not stop at end of text."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         ends = [until] if isinstance(until, str) else list(until)
         if self.family != "llada":
             ends += [self.tokenizer.id_to_token(self.model.config.eos_id), END_OF_TURN[self.family]]
         for end in filter(None, ends):
             text = text.split(end)[0]
-        return self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=True)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     # ---- batches, processes, resume ------------------------------------------------------------------------------
 
@@ -207,7 +209,7 @@ class HarnessLM(LM):
 
 @contextmanager
 def library_evaluate():
-    """`import evaluate` means Hugging Face's library, which tasks of the harness use, and not our command of that name."""
+    """`import evaluate` finds Hugging Face's library, which the harness uses, and not our command of that name."""
     ours, here = sys.modules.pop("evaluate", None), Path(__file__).parent.resolve()
     path = list(sys.path)
     try:
@@ -224,9 +226,13 @@ def library_evaluate():
 
 
 def find_tasks(names, include=None):
-    """The harness' TaskManager, after a look whether it has the tasks; `include` is a folder of further task YAMLs."""
+    """The harness' TaskManager, after a look whether it has the tasks; those of the folder `include` come first."""
     from lm_eval.tasks import TaskManager
 
+    if include:  # alone first, because indexing the harness' own tasks takes seconds
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
     manager = TaskManager(include_path=str(include) if include else None)
     for name in names:
         if name not in manager.all_tasks:

@@ -1,7 +1,7 @@
 """How each model is evaluated on the paper's nine benchmarks, and what the paper reports (Tables 1 and 5).
 
 One row per model and task: the harness' task, shots, Monte-Carlo samples, guidance, generation lengths. Sources:
-[L] ML-GSAI/LLaDA, `EVAL.md` and `eval_llada_lm_eval.sh` (lm-evaluation-harness; its batch size is the stratum mc_batch);
+[L] ML-GSAI/LLaDA, `EVAL.md` and `eval_llada_lm_eval.sh` (lm-evaluation-harness; the batch size there is mc_batch here);
 [O] the same repository's OpenCompass settings (steps = gen_length, chat template), run here through the harness' task;
 [D] DreamLM/Dream, `eval/eval_dream_mc.sh`, `eval_dream_gen.sh` and `eval_instruct/eval.sh`;
 [-] not published for this model: taken from LLaDA-8B-Base, so compare it with your own 16-bit run only.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from families import ALIASES
 
-TASKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval", "gsm8k")
+TASKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
+         "gsm8k")
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,21 @@ def protocol_of(name: str, family: str) -> str:
     return known.get(name) or known.get(Path(name).name) or ("dream-7b" if family == "dream" else "llada-8b")
 
 
-def setting(protocol: str, task: str) -> Setting:
-    """The protocol's setting; any other task of the harness runs as it is defined there."""
-    return PROTOCOLS[protocol].get(task) or Setting(task, source="the task's own")
+def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) -> Setting:
+    """The protocol's setting; any other task of the harness runs as it is defined there. What is given replaces it."""
+    s = PROTOCOLS[protocol].get(task) or Setting(task, source="the task's own")
+    if mc_num:
+        s = replace(s, mc_num=min(mc_num, s.mc_num), mc_batch=min(mc_num, s.mc_batch))
+    if gen_length:
+        lengths = {"gen_length": gen_length, "steps": gen_length, "block_length": gen_length}
+        s = replace(s, generation=s.generation | {k: min(n, s.generation.get(k, n)) for k, n in lengths.items()})
+    return replace(s, generation=s.generation | {"steps": steps}) if steps else s
 
 
 def table(protocol: str, results: dict[str, dict]) -> str:
     """Our numbers beside the paper's, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
     paper = PAPER.get(PAPER_MODEL.get(protocol), {})
-    head = ["task", "measure", "here", *(f"{PAPER_MODEL[protocol]} {row} (paper)" for row in paper)]
+    head = ["task", "measure", "here", *(f"paper: {row}" for row in paper)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for task, values in results.items():
         for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
@@ -146,4 +153,5 @@ def table(protocol: str, results: dict[str, dict]) -> str:
         mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in TASKS) / len(TASKS)
         beside = [f"{sum(row) / len(row):.2f}" for row in paper.values()]
         lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *beside]) + " |")
-    return "\n".join(lines)
+    note = f"\n\nThe paper's columns are for {PAPER_MODEL[protocol]} (its Tables 1 and 5)." if paper else ""
+    return "\n".join(lines) + note
