@@ -40,6 +40,7 @@ from output import Output, run_key
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from states import rollout
 from stress import write_stressed
 
 
@@ -71,11 +72,13 @@ class QuantConfig:
     head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
     embed_bits: int = 0  # embedding alone, 0: as head_bits
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
+    states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
     seed: int = 0
 
     CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
-                         "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp")}
+                         "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
+                         "states": ("masked", "rollout")}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
@@ -252,12 +255,23 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
         x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table)[0]
 
 
+def masking_ratios(n: int, config: QuantConfig, generator):
+    """t of each segment, stratified over (0, 1] so that the whole trajectory is there; or TMAS."""
+    return (baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios)(n, generator)
+
+
 def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
-    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1], or TMAS."""
+    """Calibration segments with a share t of `region` masked: the forward process."""
     g = torch.Generator().manual_seed(config.seed)
     region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
-    ratios = baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios
-    return data.mask_tokens(tokens, region, ratios(len(tokens), g), mask_id, g)
+    return data.mask_tokens(tokens, region, masking_ratios(len(tokens), config, g), mask_id, g)
+
+
+def token_states(model, tokens, region, mask_id: int, config: QuantConfig):
+    """Masked copies, or states of the model's own trajectory, for which model() gives the 16-bit model."""
+    if config.states == "masked":
+        return masked_copies(tokens, region, mask_id, config)
+    return rollout(model(), tokens, masking_ratios(len(tokens), config, torch.Generator().manual_seed(config.seed)))
 
 
 def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
@@ -265,7 +279,7 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
 
     tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
     """
-    noisy = masked_copies(tokens, region, model.mask_id, config).to(model.device)
+    noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
     quantized = copy.copy(model)
     quantized._modules = dict(model._modules)
     if config.head_bits < 16:
@@ -288,11 +302,14 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C",
                         help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
-    parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (the embedded model has its own)")
+    parser.add_argument("--data", help="calibration text: winogrande (downloaded, as the paper), or a .txt, .jsonl or "
+                        ".parquet file (the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
     parser.add_argument("--inputs", choices=QuantConfig.CHOICES["inputs"],
                         help="inputs of the next block (quantized); fp lets torchrun share the blocks")
+    parser.add_argument("--states", choices=QuantConfig.CHOICES["states"],
+                        help="token states: masked copies of the segments (masked), or rollout, of the own trajectory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
@@ -308,7 +325,7 @@ def parse(argv):
 
 def config_from(args) -> QuantConfig:
     values = {"method": args.method, "wbits": args.wbits, "abits": args.abits, "seed": args.seed}
-    values |= {"inputs": args.inputs} if args.inputs else {}
+    values |= {name: getattr(args, name) for name in ("inputs", "states") if getattr(args, name)}
     kinds = {f.name: type(f.default) for f in fields(QuantConfig)}
     for item in args.set:
         name, equals, value = item.partition("=")
@@ -326,10 +343,10 @@ def calibration_tokens(args, tokenizer, embedded: bool):
     if tokenizer is None:
         raise CheckpointError(f"{args.model} has no tokenizer, which calibration text needs.")
     if args.data:
-        return data.text_segments(tokenizer, args.data, args.segments, args.length, args.seed)
+        return data.text_segments(tokenizer, data.find_texts(args.data), args.segments, args.length, args.seed)
     if not embedded:
-        raise data.DataError(f"{args.model} needs calibration text: give --data FILE, a .txt or .jsonl (the paper uses "
-                             f"128 segments of WinoGrande).")
+        raise data.DataError(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
+                             f"or --data FILE, a .txt, .jsonl or .parquet.")
     return data.calibration_set(tokenizer, args.segments, args.length, args.seed)
 
 
@@ -358,7 +375,8 @@ def run(args) -> dict:
     key = run_key(args.model, source, tokens, config)
     distributed.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
     out = Output(args.out, source, key, resume=True, overwrite=False)  # on every process, once the first made it
-    noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
+    noisy = token_states(lambda: load_model(args.model, device, dtype), tokens, region, outer.mask_id, config)
+    noisy = noisy.to(device)
     n, start = source.config.n_layers, time.time()
 
     def blocks():

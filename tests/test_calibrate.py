@@ -230,8 +230,9 @@ class TestCalibrationText:
     @pytest.mark.parametrize(("name", "content", "words"), [
         ("a.txt", b"", "holds no text"), ("a.txt", b"  \n", "holds no text"), ("a.txt", b"\0" * 99, "holds no text"),
         ("a.txt", b"\xff\xfe\x00a", "not UTF-8"), ("a.txt", b"too short", "too few"),
-        ("a.csv", b"a,b", "neither .txt nor .jsonl"), ("a.jsonl", b"{not json", "row 1"),
+        ("a.csv", b"a,b", "none of .txt, .jsonl and .parquet"), ("a.jsonl", b"{not json", "row 1"),
         ("a.jsonl", b'{"text": 5}', "row 1"), ("a.jsonl", b"[1]", "row 1"), ("b.txt", None, "cannot be read"),
+        ("a.parquet", b"PAR1", "cannot be read as parquet"),
     ])
     def test_bad_text(self, name, content, words, small_folder, tmp_path, capsys):
         if content is not None:

@@ -59,8 +59,9 @@ class TestCalibrate:
 class TestEvaluate:
     def test_two_processes_give_the_scores_of_one_and_share_the_requests(self, tmp_path, one_thread, capsys):
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-        import evaluate
         from test_harness import write_tasks
+
+        import evaluate
 
         write_tasks(tmp_path / "tasks")
         arguments = ["--tasks", "winogrande,gsm8k", "--include", str(tmp_path / "tasks"), "--device", "cpu", "--mc-num",
