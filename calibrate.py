@@ -51,7 +51,7 @@ class QuantConfig:
     method: str = "starquant"  # one of METHODS
     wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
     abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
-    transform: str = "kronecker"  # P = P1 ⊗ P2, or "dense" (App. B to the letter)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, "dense" (App. B to the letter), or "none": no SGAT (Table 2)
     allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
     state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
     lr: float = 1e-3  # AdamW (App. B)
@@ -75,7 +75,7 @@ class QuantConfig:
     states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
     seed: int = 0
 
-    CHOICES: ClassVar = {"transform": ("kronecker", "dense"), "allocation": ("random", "closed_form"),
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
                          "states": ("masked", "rollout")}
@@ -99,6 +99,8 @@ class QuantConfig:
 
 def fit_starquant(weight, bias, inputs: baselines.Inputs, config: QuantConfig, generator, progress):
     """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    if config.transform == "none":
+        return baselines.fit_rtn(weight, bias, inputs, config, generator, progress)
     (x, y, state), d = inputs[:3], weight.shape[1]
     d_s = d // config.state_fraction if config.state_fraction else 0
     if config.allocation == "random":
@@ -232,18 +234,20 @@ def prediction_confidence(outer: DiffusionLM, blocks, noisy):
     return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
 
 
-def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None):
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None,
+                     share=(0, 1)):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
-    With inputs "fp" a block depends on the 16-bit stream alone, and processes share the blocks by their index.
+    With inputs "fp" a block depends on the 16-bit stream alone; share (rank, world) yields every world-th block.
     """
     confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
     x_fp, state, table, _ = outer.prepare(noisy)
     x_fp = x_fp.detach()
     x_q = x_fp
+    del outer  # an 8B model's embedding and head take as much as ten blocks
     for i, block in enumerate(blocks()):
-        if i % distributed.world() == distributed.rank():
+        if i % share[1] == share[0]:
             old = finished(i)
             if old is None:
                 quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
@@ -382,14 +386,17 @@ def run(args) -> dict:
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
+    stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
+                              lambda loss: progress(loss), (distributed.rank(), distributed.world()))
+    del outer
+
     with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr,
               disable=distributed.rank() > 0) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
 
-        for i, block, record in calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                                                 progress):
+        for i, block, record in stream:
             if i not in out.records:
                 out.write_block(i, block, record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)

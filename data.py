@@ -13,7 +13,8 @@ import json
 import lzma
 import random
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -94,24 +95,28 @@ GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
 LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
 
 
-def _math(rng: random.Random) -> tuple[str, Problem]:
+def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     if rng.random() < 0.3:  # boxes of things
         boxes, each = rng.randint(2, 5), rng.randint(2, 9)
-        total, line = boxes * each, f"{boxes}*{each}={boxes * each}"
-        first = f"{name} has {boxes} boxes of {each} {item}."
+        total, lines = boxes * each, [f"{boxes}*{each}={boxes * each}"]
+        story = f"{name} has {boxes} boxes of {each} {item}."
     else:
         a, b = rng.randint(3, 30), rng.randint(2, 9)
         up = rng.random() < 0.5 or b > a
-        total, line = (a + b, f"{a}+{b}={a + b}") if up else (a - b, f"{a}-{b}={a - b}")
-        first = f"{name} has {a} {item} and " + rng.choice(GAIN if up else LOSS).format(b=b, n2=other) + "."
-    c = rng.randint(2, 9)
-    up = rng.random() < 0.5 or c > total
-    result, line2 = (total + c, f"{total}+{c}={total + c}") if up else (total - c, f"{total}-{c}={total - c}")
-    second = f"Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(NAMES)) + "."
-    # the key leaves out names and wording: the same numbers never appear in two splits
-    return f"{line} {line2}", Problem(f"{first} {second} How many {item}?\n", f"{line}\n{line2}\n#### {result}")
+        total, lines = (a + b, [f"{a}+{b}={a + b}"]) if up else (a - b, [f"{a}-{b}={a - b}"])
+        story = f"{name} has {a} {item} and " + rng.choice(GAIN if up else LOSS).format(b=b, n2=other) + "."
+    for _ in range(steps - 1):
+        c = rng.randint(2, 9)
+        up = rng.random() < 0.5 or c > total
+        result = total + c if up else total - c
+        lines.append(f"{total}{'+' if up else '-'}{c}={result}")
+        story += f" Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(NAMES)) + "."
+        total = result
+    # the keys leave out names and wording: the same two lines never appear in two splits
+    keys = [f"math/{first} {second}" for first, second in pairwise(lines)]
+    return keys, Problem(f"{story} How many {item}?\n", "\n".join([*lines, f"#### {total}"]))
 
 
 FILTERS = {"even": ("even", "x % 2 == 0"), "odd": ("odd", "x % 2 == 1"), "over": ("greater than {k}", "x > {k}"),
@@ -122,7 +127,7 @@ REDUCE = {"sum": "the sum of", "max": "the largest of", "min": "the smallest of"
           "sorted": "in order"}
 
 
-def _code(rng: random.Random) -> tuple[str, Problem]:
+def _code(rng: random.Random) -> tuple[list[str], Problem]:
     if rng.random() < 0.25:  # arithmetic on two numbers
         a, b = rng.randint(2, 9), rng.randint(2, 20)
         op, word = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times")))
@@ -141,15 +146,15 @@ def _code(rng: random.Random) -> tuple[str, Problem]:
         expr = f"[{expr}]" if agg == "list" else f"len([{expr}])" if agg == "len" else f"{agg}({expr})"
         params = "xs"  # the first list holds all of 0..40, so that no filter leaves it empty
         inputs = [(rng.sample(range(41), 41),), *(([rng.randint(0, 40) for _ in range(8)],) for _ in range(4))]
-    return doc, Problem(f'def f({params}):\n """Return {doc}."""\n', f" return {expr}", tuple(inputs))
+    return [f"code/{doc}"], Problem(f'def f({params}):\n """Return {doc}."""\n', f" return {expr}", tuple(inputs))
 
 
 def problem(task: str, split: str, rng: random.Random) -> Problem:
-    """One `math` or `code` problem of a split (drawn until the hash of its content falls into the split)."""
-    make = {"math": _math, "code": _code}[task]
+    """One `math`, `code` or `chain` (three-step math) problem whose contents all hash into the split."""
+    make = {"math": _math, "code": _code, "chain": partial(_math, steps=3)}[task]
     while True:
-        key, p = make(rng)
-        if split_of(f"{task}/{key}") == split:
+        keys, p = make(rng)
+        if all(split_of(key) == split for key in keys):
             return p
 
 
@@ -200,14 +205,15 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
 
 
 def chain_tokens(tokenizer, n: int, seed: int, mask_id: int):
-    """`math` sequences of the training split as left-to-right decoding meets them: all behind an '=' is masked.
+    """Drill for training only: three-step `math` as left-to-right decoding meets it, all behind an '=' masked.
 
     Returns clean ids, masked ids and the result's digits (n, L) bool. Under independent masks a result can mostly be
-    copied from a later line, so that the arithmetic itself is hardly trained.
+    copied from a later line, so that the arithmetic itself is hardly trained; of two-step problems there are so few
+    that a model learns them by heart.
     """
-    ids, _ = problem_tokens(tokenizer, "math", "train", n, seed)
+    ids, _ = problem_tokens(tokenizer, "chain", "train", n, seed, gen_length=34)
     equals = ids == tokenizer.token_to_id("=")
-    which = torch.randint(1, 3, (n, 1), generator=torch.Generator().manual_seed(seed))  # the first or the second line
+    which = torch.randint(1, 4, (n, 1), generator=torch.Generator().manual_seed(seed))  # the line
     behind = (equals.cumsum(1) - equals.long()) >= which
     digit = torch.isin(ids, torch.tensor([tokenizer.token_to_id(d) for d in "0123456789"]))
     start = equals & (equals.cumsum(1) == which)

@@ -11,14 +11,12 @@ the two denoising trajectories agree. Tables go to standard output, its last lin
 """
 
 import argparse
-import dataclasses
-import itertools
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import distributed
@@ -29,37 +27,6 @@ from checkpoint import Checkpoint, CheckpointError, resolve
 from families import ConfigError
 from model import load_model, pick_device
 from sampling import denoise
-
-
-def scores(model, problems: int, seed: int) -> dict[str, torch.Tensor]:
-    """One value per example for every measure on the held-out split."""
-    tokenizer = model.tokenizer
-    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
-    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
-    with tqdm(total=4 * problems, unit="problem", file=sys.stderr, leave=False, bar_format="{l_bar}{bar}| {n:.0f}/"
-              "{total} [{elapsed}<{remaining}]") as bar:
-        bar.set_description("nelbo")
-        sets = metrics.nelbo_set(tokenizer, problems, seed)
-        out = {"nelbo": torch.cat([metrics.nelbo(model, ids, region, 2, seed) for ids, region in sets])}
-        bar.update(problems)
-        for task, batch in tasks.items():
-            bar.set_description(task)
-            out[task] = metrics.solve(model, batch, progress=bar.update)
-        bar.set_description("cloze")
-        out["cloze"] = metrics.cloze(model, passages, seed=seed, progress=bar.update)
-    return out
-
-
-def agreement(model, other, problems: int, seed: int) -> dict[str, torch.Tensor]:
-    """Trajectory fidelity of two models on the prompts of both generation tasks."""
-    steps, parts = data.GEN_LENGTH, []
-    for task in ("math", "code"):
-        ids, mask = metrics.encode_prompts(model.tokenizer, data.problems(task, "eval", problems, seed))
-        for rows in metrics.batches(len(ids)):
-            both = [metrics.trajectory(m, ids[rows], mask[rows], steps, steps) for m in (model, other)]
-            parts.append(metrics.fidelity(*both, steps))
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
 
 MEASURES = {"nelbo": "NELBO, nats/token", "math": "math, accuracy", "code": "code, accuracy",
             "cloze": "cloze, accuracy", "tokens": "same final token", "positions": "committed at the same step",
@@ -134,7 +101,7 @@ def benchmarks(args, dtype) -> dict:
         lm = harness.HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
                                cache=args.cache, identity=identity, **s.generation)
         results[task] = harness.run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
-        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": dataclasses.asdict(s)}
+        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
         print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
               file=sys.stderr)
     if distributed.rank() == 0:
@@ -149,7 +116,10 @@ def parse(argv):
     parser.add_argument("--against", help="a second model to compare with")
     parser.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of a table (3)")
-    parser.add_argument("--quick", action="store_true", help="a table by NELBO alone")
+    parser.add_argument("--stress", type=float, default=1.0, metavar="C", help="a table of the model with outlier "
+                        "channels of scale C (1: off)")
+    parser.add_argument("--nelbo", action="store_true", help="a table by NELBO alone")
+    parser.add_argument("--quick", action="store_true", help="a table in minutes: one seed, two epochs, few examples")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
     parser.add_argument("--steps", type=int, help="denoising steps with --prompt or --tasks (--gen-length)")
@@ -175,7 +145,10 @@ def run(args) -> dict:
     for name in (name for name, value in given.items() if value is not None and value < 1):
         raise CheckpointError(f"--{name} must be at least 1.")
     if args.table:
-        return tables.make(args.table, args.model, args.seeds, args.problems, args.quick, args.device)
+        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, args.device), args.seeds
+        if args.quick:
+            run, seeds = replace(run, problems=64, nelbo=True), 1
+        return tables.make(args.table, run, seeds, args.quick)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     if args.tasks:
         return benchmarks(args, dtype)
@@ -188,12 +161,13 @@ def run(args) -> dict:
         length = args.gen_length or data.GEN_LENGTH
         written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
         return {"prompt": args.prompt, "text": written}
-    results = {name: scores(model, args.problems, args.seed) for name, model in models.items()}
+    results = {name: metrics.scores(model, args.problems, args.seed, label=name) for name, model in models.items()}
     record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
-    for name, reference in itertools.zip_longest(reversed(names), (None, results.get(args.against))[: len(names)]):
-        values = dict(results[name])
-        if reference is not None:
-            values |= agreement(*(models[n] for n in names), args.problems, args.seed)
+    for name in reversed(names):
+        values, reference = dict(results[name][0]), None
+        if name == args.model and args.against:
+            reference, paths = results[args.against]
+            values |= metrics.agreement(results[name][1], paths)
         text, record[name] = report(values, reference)
         print(f"\n**{name}**" + (f" against {args.against}" if reference is not None else "") + f"\n\n{text}")
     return record

@@ -5,6 +5,7 @@ over examples. The masks of a Monte-Carlo estimate depend only on the seed: two 
 """
 
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,17 +67,10 @@ def answers(tokenizer, ids) -> list[str]:
     return tokenizer.decode_batch(rows)
 
 
-def solve(model, problems, steps: int = data.GEN_LENGTH, gen_length: int = data.GEN_LENGTH, progress=lambda n: None):
-    """Free-running generation judged by each problem: 0/1 per problem, (n,)."""
-    correct = []
-    for rows in batches(len(problems)):
-        ids, mask = encode_prompts(model.tokenizer, problems[rows])
-        for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
-            final = step.ids
-            progress(len(ids) / steps)
-        texts = answers(model.tokenizer, final[:, -gen_length:].cpu())
-        correct += [p.correct(text) for p, text in zip(problems[rows], texts, strict=True)]
-    return torch.tensor(correct, dtype=torch.float32)
+def grade(tokenizer, problems, tokens):
+    """Generated tokens (n, G) judged by each problem: 0/1 per problem, (n,)."""
+    texts = answers(tokenizer, tokens)
+    return torch.tensor([p.correct(text) for p, text in zip(problems, texts, strict=True)], dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -112,25 +106,68 @@ def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: N
     return torch.tensor(correct, dtype=torch.float32)
 
 
-def trajectory(model, ids, mask, steps: int, gen_length: int):
-    """Committed tokens of a greedy denoising run: tokens (n, G) and the step at which each was committed (n, G)."""
-    when = torch.zeros(len(ids), gen_length, dtype=torch.long)
-    for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
-        when[step.committed[:, -gen_length:].cpu()] = step.index
-    return step.ids[:, -gen_length:].cpu(), when
+class Trajectory(NamedTuple):
+    """Greedy denoising of n prompts: the final tokens (n, G) and the step at which each was committed (n, G)."""
+
+    tokens: torch.Tensor
+    when: torch.Tensor
 
 
-def fidelity(first, second, steps: int) -> dict[str, torch.Tensor]:
-    """Two trajectories of the same prompts: per example, how far they agree.
+def trajectory(model, problems, steps: int = data.GEN_LENGTH, gen_length: int = data.GEN_LENGTH,
+               progress=lambda n: None) -> Trajectory:
+    """Free-running answers to problems, and the order in which they came about."""
+    parts = []
+    for rows in batches(len(problems)):
+        ids, mask = encode_prompts(model.tokenizer, problems[rows])
+        when = torch.zeros(len(ids), gen_length, dtype=torch.long)
+        for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
+            when[step.committed[:, -gen_length:].cpu()] = step.index
+            progress(len(ids) / steps)
+        parts.append(Trajectory(step.ids[:, -gen_length:].cpu(), when))
+    return Trajectory(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
+    """Two trajectories of the same prompts, a token a step: per example, how far they agree.
 
     tokens: share of positions with the same final token; positions: share of positions committed at the same step;
     divergence: first step at which a committed position or token differs, as a share of the steps (1 = never).
     """
-    (tokens_a, when_a), (tokens_b, when_b) = first, second
-    same_token, same_step = tokens_a == tokens_b, when_a == when_b
-    earliest = torch.minimum(when_a, when_b).masked_fill(same_token & same_step, steps).amin(-1)
+    same_token, same_step = first.tokens == second.tokens, first.when == second.when
+    steps = int(torch.maximum(first.when, second.when).max()) + 1
+    earliest = torch.minimum(first.when, second.when).masked_fill(same_token & same_step, steps).amin(-1)
     return {"tokens": same_token.float().mean(-1), "positions": same_step.float().mean(-1),
             "divergence": earliest.float() / steps}
+
+
+TASKS = ("math", "code")  # free-running generation; beside them `cloze`
+
+
+def scores(model, problems: int, seed: int, quick: bool = False, label: str = "") -> tuple[dict, dict]:
+    """Every measure on the held-out split, one value per example, and the trajectories of the generation tasks.
+
+    `problems` per task, and as many sequences of each of NELBO's three domains. quick: NELBO alone.
+    """
+    values, paths = {}, {}
+    with tqdm(total=(1 if quick else 4) * problems, desc=label, unit="problem", file=sys.stderr, leave=False,
+              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
+        sets = nelbo_set(model.tokenizer, problems, seed)
+        values["nelbo"] = torch.cat([nelbo(model, ids, region, 2, seed) for ids, region in sets])
+        bar.update(problems)
+        for task in () if quick else TASKS:
+            asked = data.problems(task, "eval", problems, seed)
+            paths[task] = trajectory(model, asked, progress=bar.update)
+            values[task] = grade(model.tokenizer, asked, paths[task].tokens)
+        if not quick:
+            passages = data.cloze_problems(model.tokenizer, "eval", problems, seed)
+            values["cloze"] = cloze(model, passages, seed=seed, progress=bar.update)
+    return values, paths
+
+
+def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
+    """Trajectory fidelity over both generation tasks, one value per prompt."""
+    parts = [fidelity(paths[task], reference[task]) for task in TASKS]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
@@ -147,17 +184,10 @@ def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> 
 
 def judge(models: dict, problems: int, seed: int) -> list[dict]:
     """NELBO, accuracies and size of each model on the held-out split, with 95 % intervals."""
-    tokenizer = next(iter(models.values())).tokenizer
-    sets = nelbo_set(tokenizer, problems, seed)
-    tasks = {t: data.problems(t, "eval", problems, seed) for t in ("math", "code")}
-    passages = data.cloze_problems(tokenizer, "eval", problems, seed)
     rows = []
-    for name, model in tqdm(models.items(), desc="evaluate", unit="model", file=sys.stderr, leave=False):
-        bound = torch.cat([nelbo(model, ids, region, 1, seed) for ids, region in sets])
-        rows.append({"model": name, "nelbo": bootstrap(bound),
-                     **{t: bootstrap(solve(model, p)) for t, p in tasks.items()},
-                     "cloze": bootstrap(cloze(model, passages, 4, seed)),
-                     "bytes": stored_bytes(model)})
+    for name, model in models.items():
+        values, _ = scores(model, problems, seed, label=f"evaluate {name}")
+        rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
     return rows
 
 

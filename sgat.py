@@ -10,7 +10,7 @@ import torch
 from einops import einsum, rearrange
 from torch import nn
 
-from starquant import Kronecker, sgat_loss
+from starquant import Kronecker, sgat_loss, subspace_gates
 
 
 def random_orthogonal(n: int, generator: torch.Generator):
@@ -64,43 +64,59 @@ def _least(moment, n: int):
     return Q[:, :n], Q[:, n:]
 
 
+def least_energy(moments, counts, n: int, generator: torch.Generator):
+    """Orthogonal (n, n): its last counts[0] columns have least energy under moments[0], those before them under
+    moments[1] within what is left, and so on; the remainder is rotated at random, which spreads outliers."""
+    rest, columns = torch.eye(n, dtype=torch.float64), []
+    for moment, count in zip(moments, counts, strict=True):
+        if count == rest.shape[1]:  # nothing to choose from
+            break
+        rest = rest.to(moment)
+        least, others = _least(rest.mT @ moment @ rest, count)
+        columns.insert(0, rest @ least)
+        rest = rest @ others
+    return torch.cat((rest @ random_orthogonal(rest.shape[1], generator).to(rest), *columns), 1)
+
+
 def allocate(moment_m, moment_u, d_m: int, d_u: int, generator: torch.Generator):
     """P = [U_sh, U_m, U_u] in closed form from the states' second moments (d, d).
 
     U_u: the d_u directions with least masked energy (masked tokens lose little when they are gated off); U_m: within
-    the rest, the d_m directions with least unmasked energy; U_sh: what remains, randomly rotated to spread outliers.
+    the rest, the d_m directions with least unmasked energy; U_sh: what remains.
     """
-    U_u, rest = _least(moment_m, d_u)
-    U_m, shared = _least(rest.mT @ moment_u @ rest, d_m)
-    U_m, U_sh = rest @ U_m, rest @ shared
-    return torch.cat((U_sh @ random_orthogonal(U_sh.shape[1], generator).to(U_sh), U_m, U_u), 1)
+    return least_energy((moment_m, moment_u), (d_u, d_m), len(moment_m), generator)
 
 
 def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
     """Closed-form start from calibration inputs x (N, d) and their states (N,); float64.
 
-    Kronecker: rows of the (n1, n2) layout are allocated by P1, whole rows first; where a subspace ends inside a row,
-    P2 is allocated from the energy left in those rows, so that the gated columns of P2 are the least-energy ones.
+    Kronecker: coordinate (i, j) of the (n1, n2) layout is column i of P1 times column j of P2. The rows that hold gated
+    coordinates go to the columns of P1 with least energy of the states they lose, last row first; then, within those
+    rows, the columns of P2 likewise.
     """
     x = x.double()
     if kind == "dense":
         moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
         return allocate(*moments, d_m, d_u, generator)
+    if d_m + d_u == 0:
+        return initial_basis(x.shape[1], kind, generator)
     n1, n2 = kronecker_sizes(x.shape[1])
     X = rearrange(x, "n (i j) -> n i j", i=n1)
     Xs = [X[s] for s in (state, ~state)]
-    # E[X Xᵀ]: energy of each direction of P1
-    rows_m, rows_u = (einsum(S, S, "n i k, n j k -> i j") / max(len(S), 1) for S in Xs)
-    if d_m % n2 == 0 and d_u % n2 == 0:
-        P1 = allocate(rows_m, rows_u, d_m // n2, d_u // n2, generator)
-        return Kronecker(P1, random_orthogonal(n2, generator))
-    # the state-specific coordinates share rows: P1's last rows hold little of either state, P2 tells the states apart
-    P1 = allocate(rows_m + rows_u, rows_m + rows_u, 0, -(-(d_m + d_u) // n2), generator)
-    last = P1[:, n1 - -(-(d_m + d_u) // n2) :]
-    inner = [einsum(S, last, "n i j, i r -> n r j") for S in Xs]
-    columns = [einsum(S, S, "n r j, n r k -> j k") / max(len(S), 1) for S in inner]
-    u = d_u % n2
-    return Kronecker(P1, allocate(*columns, min(d_m % n2, n2 - u), u, generator))
+    # loses[s, i, j] = 1 where state s (masked, unmasked) is gated off
+    loses = torch.stack([1 - gate for gate in subspace_gates(n1 * n2, d_m, d_u, dtype=x.dtype)]).view(2, n1, n2).to(x)
+    gated = loses.sum((0, 2)).nonzero()[:, 0].flip(0)  # rows, from the last
+    # E[X Xᵀ] of each state: energy of each direction of P1
+    rows = torch.stack([einsum(S, S, "n i k, n j k -> i j") / max(len(S), 1) for S in Xs])
+    P1 = least_energy([einsum(loses[:, i].sum(1), rows, "s, s i j -> i j") for i in gated], [1] * len(gated), n1,
+                      generator)
+    # E[x xᵀ] of each state within each gated row: energy of each direction of P2
+    inner = [einsum(S, P1[:, gated], "n i j, i r -> n r j") for S in Xs]
+    columns = torch.stack([einsum(S, S, "n r j, n r k -> r j k") / max(len(S), 1) for S in inner])
+    patterns, counts = loses[:, gated].flip(2).unique_consecutive(dim=2, return_counts=True)
+    used = patterns.sum((0, 1)) > 0
+    moments = einsum(patterns[:, :, used], columns, "s r g, s r j k -> g j k")
+    return Kronecker(P1, least_energy(moments, counts[used].tolist(), n2, generator))
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

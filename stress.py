@@ -34,6 +34,8 @@ def stress(model: DiffusionLM, c: float, noisy=None) -> DiffusionLM:
 
     noisy (S, L): token ids with [MASK] in place to measure the states on; 64 calibration segments by default.
     """
+    if not 0 < c < float("inf"):
+        raise ConfigError(f"stress {c:g} is not a positive number.")
     if noisy is None:
         tokens, region = data.calibration_set(model.tokenizer, 64, 64, 0)
         g = torch.Generator().manual_seed(0)
@@ -87,8 +89,6 @@ def scale_channels(block, name: str, where, c: float) -> None:
 
 def write_stressed(name: str, c: float, folder: Path) -> None:
     """The stressed model as a checkpoint of its own, in fp32, so that any c keeps the function."""
-    if not 0 < c < float("inf"):
-        raise ConfigError(f"stress {c:g} is not a positive number.")
     if Checkpoint(resolve(name)).quantization:
         raise CheckpointError(f"{name} is quantized already; give the 16-bit model.")
     stress(load_model(name, "cpu", torch.float32), c).save(folder)

@@ -1,16 +1,21 @@
-"""The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--seeds 3] [--problems 200]
+"""The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 8] [--seeds 3]
 
-A cell is one setting with one calibration seed, judged on the held-out split; it is kept in `results/cells` under a
-key of everything that determines it, so that a long run resumes. A table gives each setting's mean over seeds and
-examples with a 95 % bootstrap interval, and the paired difference of its NELBO to 16 bit. `--quick` is one seed and
-NELBO only.
+A cell is one setting with one calibration seed, judged on held-out examples of that seed's own; `results/cells.jsonl`
+keeps it under a key of everything that determines it, so that a long run resumes and tables share their cells. Rows
+pool the examples of all seeds; ± is half a 95 % bootstrap interval over examples. Every row is compared with the row
+above it, example by example. `--stress c` gives the model outlier channels first; `--nelbo` leaves the tasks out;
+`--quick` is for a first look: NELBO of few examples, one seed, two epochs.
+
+Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,97 +26,198 @@ import metrics
 from calibrate import QuantConfig, quantize_model
 from checkpoint import resolve, sha256
 from model import load_model
+from starquant import QuantLinear
+from stress import stress
 
 RESULTS = Path(__file__).parent / "results"
-RTN, NO_TAC, NO_GATES = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}
+CELLS = RESULTS / "cells.jsonl"
+FIRST_SEED = 10
+RTN, NO_TAC, NO_GATES, UNTRAINED = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}
+CLOSED, PLUS, QUAROT = {"allocation": "closed_form"}, {"method": "starquant+"}, {"method": "quarot"}
+METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": QUAROT,
+           "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
+           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "starquant+ (ours)": PLUS}
 TABLES = {
-    "1": {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": {"method": "quarot"},
-          "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
-          "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "starquant+ (ours)": {"method": "starquant+"}},
-    "2": {"RTN (neither)": RTN, "SGAT only": NO_TAC, "SGAT + TAC (STaR-Quant)": {},
+    "1": METHODS,
+    "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
+          "SGAT only, its gates switched off": NO_TAC | {"gates": "off"},
+          "SGAT + TAC (STaR-Quant)": {},
+          "the same, P dense": {"transform": "dense"},
+          "the same, no gates": NO_GATES,
           "no gates, no TAC": NO_GATES | NO_TAC,
-          "no gates + TAC": NO_GATES, "random start, untrained, no TAC": NO_TAC | {"epochs": 0},
-          "no gates, untrained, no TAC": NO_GATES | NO_TAC | {"epochs": 0},
-          "closed-form start, untrained, no TAC": NO_TAC | {"epochs": 0, "allocation": "closed_form"},
-          "closed-form start, no TAC": NO_TAC | {"allocation": "closed_form"},
-          "closed-form start + TAC": {"allocation": "closed_form"},
-          "closed-form start + paired TAC": {"allocation": "closed_form", "tac": "ridge"},
-          "SGAT + paired TAC": {"tac": "ridge"},
-          "dense P (App. B to the letter) + TAC": {"transform": "dense"}},
-    "3": {f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)},
-    "5": {"RTN W8A8": RTN | {"wbits": 8, "abits": 8}, "STaR-Quant W8A8": {"wbits": 8, "abits": 8}},
+          "no gates, no TAC, random P, untrained": NO_GATES | NO_TAC | UNTRAINED,
+          "gates, no TAC, random P, untrained": NO_TAC | UNTRAINED,
+          "gates, no TAC, closed-form P, untrained": NO_TAC | UNTRAINED | CLOSED,
+          "gates, no TAC, closed-form P, trained": NO_TAC | CLOSED,
+          "gates, TAC, closed-form P, trained": CLOSED,
+          "the same with paired TAC": CLOSED | {"tac": "ridge"},
+          "QuaRot": QUAROT,
+          "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
+          "starquant+ (blocks of 64)": PLUS,
+          "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
+          "starquant+ with paired TAC": PLUS | {"tac": "ridge"},
+          "starquant+, dense balance": PLUS | {"balance": "dense"}},
+    "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
+    "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
+          for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
+    "low-bit": {f"{name} W{w}A{a}": METHODS[name] | {"wbits": w, "abits": a}
+                for w, a in ((4, 3), (3, 4), (3, 3), (2, 4))
+                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)")},
 }
 
 
-def measure(model, problems: int, seed: int, quick: bool) -> dict[str, list[float]]:
-    """Per-example values on the held-out split."""
-    sets = metrics.nelbo_set(model.tokenizer, problems, seed)
-    out = {"nelbo": torch.cat([metrics.nelbo(model, ids, region, 2, seed) for ids, region in sets])}
-    if not quick:
-        out |= {t: metrics.solve(model, data.problems(t, "eval", problems, seed)) for t in ("math", "code")}
-        out["cloze"] = metrics.cloze(model, data.cloze_problems(model.tokenizer, "eval", problems, seed), seed=seed)
-    return {k: [round(x, 6) for x in v.tolist()] for k, v in out.items()}
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all cells of a table share."""
+
+    name: str  # model
+    c: float  # stress
+    problems: int  # per task and seed
+    nelbo: bool  # NELBO only
+    device: str
+
+    @cache  # noqa: B019 (one run a process)
+    def model(self):
+        model = load_model(self.name, self.device)
+        return model if self.c == 1 else stress(model, self.c)
+
+    @cache  # noqa: B019
+    def reference(self, seed: int):
+        """16 bit on one seed's examples: (values, trajectories)."""
+        return metrics.scores(self.model(), self.problems, seed, self.nelbo, f"16-bit, examples {seed}")
+
+    def key(self, setting: dict | None, seed: int) -> dict:
+        return {"weights": sha256(resolve(self.name) / "model.safetensors")[:16], "stress": self.c,
+                "problems": self.problems, "nelbo": self.nelbo, "seed": seed,
+                "setting": None if setting is None else {**dataclasses.asdict(config_of(setting, seed)), **setting}}
+
+    def measure(self, setting: dict | None, seed: int) -> dict[str, list[float]]:
+        """Values per example of one setting (None: 16 bit) calibrated with and judged on a seed."""
+        values, paths = self.reference(seed)
+        if setting is not None:
+            model, config = self.model(), config_of(setting, seed)
+            tokens, region = data.calibration_set(model.tokenizer, 128, 64, seed)
+            judged = quantize_model(model, tokens, config, region)
+            if setting.get("gates") == "off":
+                switch_gates_off(judged)
+            values, other = metrics.scores(judged, self.problems, seed, self.nelbo, config.method)
+            values = values if self.nelbo else values | metrics.agreement(other, paths)
+        return {k: [round(x, 5) for x in v.tolist()] for k, v in values.items()}
 
 
-def cell(name: str, model, config: QuantConfig | None, problems: int, quick: bool) -> dict[str, list[float]]:
-    """One setting and seed, from `results/cells` or measured now. config None is the 16-bit model."""
-    what = {"model": sha256(resolve(name) / "model.safetensors"), "problems": problems, "quick": quick,
-            "config": dataclasses.asdict(config) if config else None}
-    file = RESULTS / "cells" / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if file.exists():
-        return json.loads(file.read_text())["values"]
-    judged = model
-    if config:
-        tokens, region = data.calibration_set(model.tokenizer, 128, 64, config.seed)
-        judged = quantize_model(model, tokens, config, region)
-    values = measure(judged, problems, 1, quick)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**what, "values": values}))
-    return values
+def config_of(setting: dict, seed: int) -> QuantConfig:
+    return QuantConfig(**{k: v for k, v in setting.items() if k != "gates"}, seed=seed)
 
 
-def make(number: str, name: str, seeds: int, problems: int, quick: bool, device: str) -> dict:
-    """Measure one table and write `results/table-N.json` and `.md`."""
-    model = load_model(name, device)
-    base = cell(name, model, None, problems, quick)
-    rows = [{"setting": "16-bit", **{k: metrics.bootstrap(v) for k, v in base.items()}}]
-    todo = [(label, QuantConfig(**{**setting, "seed": s})) for label, setting in TABLES[number].items()
-            for s in range(seeds)]
-    got = {}
-    for label, config in tqdm(todo, desc=f"table {number}", unit="cell", file=sys.stderr):
-        got.setdefault(label, []).append(cell(name, model, config, problems, quick))
-    for label, cells in got.items():
-        mean = {k: torch.tensor([c[k] for c in cells]).mean(0) for k in base}
-        row = {"setting": label, **{k: metrics.bootstrap(v) for k, v in mean.items()}}
-        row["penalty"] = metrics.bootstrap(mean["nelbo"] - torch.tensor(base["nelbo"]))
-        row["penalty_by_seed"] = [float((torch.tensor(c["nelbo"]) - torch.tensor(base["nelbo"])).mean()) for c in cells]
-        rows.append(row)
+def switch_gates_off(model) -> None:
+    """Every token uses all of P from now on: what the gates themselves are worth, on the same learned rotation."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.d_m = module.d_u = 0
+
+
+def digest(key: dict) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stored_cells() -> dict[str, dict]:
+    """Finished cells by digest; a line that an interruption cut short is left out."""
+    cells = {}
+    for line in CELLS.read_text().splitlines() if CELLS.exists() else ():
+        try:
+            cell = json.loads(line)
+            cells[cell["digest"]] = cell
+        except ValueError:
+            continue
+    return cells
+
+
+def store(cell: dict) -> None:
+    CELLS.parent.mkdir(exist_ok=True)
+    handle = os.open(CELLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:  # one write, so that processes may append side by side
+        os.write(handle, (json.dumps(cell) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
+    """Measure what is missing of one table and write `results/table-N.json` and `.md`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                             cwd=RESULTS.parent).stdout.strip()
-    command = (f"python evaluate.py --table {number} --model {name} --seeds {seeds} --problems {problems}"
-               + (" --quick" if quick else ""))
-    record = {"command": command, "commit": commit, "torch": torch.__version__, "device": str(model.device),
-              "seeds": seeds, "problems": problems, "rows": rows}
-    text = markdown(record, list(base))
-    stem = RESULTS / f"table-{number}{'-quick' if quick else ''}"
+    table = {"16-bit": None, **{label: setting | ({"epochs": min(2, setting.get("epochs", 2))} if quick else {})
+                                for label, setting in TABLES[number].items()}}
+    todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
+    cells, rows = stored_cells(), {}
+    for label, setting, seed in tqdm(todo, desc=f"table {number}", unit="cell", file=sys.stderr):
+        key = run.key(setting, seed)
+        if digest(key) not in cells:
+            values = run.measure(setting, seed)
+            cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
+                                  "values": values}
+            store(cells[digest(key)])
+        rows.setdefault(label, []).append(cells[digest(key)])
+    command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
+    kind = "quick" if quick else "nelbo" if run.nelbo else ""
+    command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")
+    used = [c for r in rows.values() for c in r]
+    record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
+              "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.device, "seeds": seeds,
+              "first_seed": FIRST_SEED, "problems": run.problems, "stress": run.c, "rows": summarize(rows)}
+    stem = f"table-{number}" + (f"-stress{run.c:g}" if run.c != 1 else "") + (f"-{kind}" if kind else "")
     RESULTS.mkdir(exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{stem}.md").write_text(markdown(record) + "\n")
+    print(markdown(record))
     return record
 
 
-def markdown(record: dict, measures: list[str]) -> str:
-    tasks = [m for m in measures if m != "nelbo"]
-    lines = ["| setting | NELBO penalty, 10⁻³ nats/token | " + "".join(f"{t} % | " for t in tasks),
-             "|---|---|" + "---|" * len(tasks)]
+def summarize(rows: dict[str, list[dict]]) -> list[dict]:
+    """Each setting over the pooled examples of its seeds: means with intervals, and paired differences."""
+    base = {k: pooled(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
+    out, above = [], None
+    rtn = next((pooled(cells, "nelbo") - base["nelbo"] for label, cells in rows.items() if "RTN" in label), None)
+    for label, cells in rows.items():
+        values = {k: pooled(cells, k) for k in cells[0]["values"]}
+        row = {"setting": label, **{k: metrics.bootstrap(v) for k, v in values.items()}}
+        if label != "16-bit":
+            penalty = values["nelbo"] - base["nelbo"]
+            row["penalty"] = metrics.bootstrap(penalty)
+            row["penalty_by_seed"] = [float(p.mean()) for p in penalty.split(len(penalty) // len(cells))]
+            if rtn is not None:
+                # share of RTN's penalty that is gone
+                row["recovered"] = float(1 - penalty.mean() / rtn.mean())
+            if above is not None:
+                row["against_row_above"] = {k: metrics.bootstrap(values[k] - above[k])
+                                            for k in ("nelbo", "math", "code", "cloze") if k in values}
+            above = values
+        out.append(row)
+    return out
+
+
+def pooled(cells: list[dict], measure: str):
+    return torch.tensor([x for c in cells for x in c["values"][measure]], dtype=torch.float64)
+
+
+def interval(triple, scale: float = 100) -> str:
+    mean, low, high = triple
+    return f"{scale * mean:.1f} ± {scale * (high - low) / 2:.1f}"
+
+
+def markdown(record: dict) -> str:
+    measures = [m for m in ("math", "code", "cloze", "tokens") if m in record["rows"][-1]]
+    names = {"tokens": "same tokens %"}
+    lines = ["| setting | NELBO penalty, 10⁻³ nats/token | against the row above | recovered % |"
+             + "".join(f" {names.get(m, m + ' %')} |" for m in measures), "|---|---|---|---|" + "---|" * len(measures)]
     for row in record["rows"]:
-        penalty = ""
-        if "penalty" in row:
-            mean, low, high = (1e3 * v for v in row["penalty"])
-            penalty = f"{mean:.1f} ± {(high - low) / 2:.1f}"
-        accuracy = "".join(f"{100 * m:.1f} ± {50 * (high - low):.1f} | " for m, low, high in (row[t] for t in tasks))
-        lines.append(f"| {row['setting']} | {penalty} | {accuracy}".rstrip())
-    return "\n".join([*lines, "", f"`{record['command']}`, {record['seeds']} calibration seed(s), {record['problems']} "
-                      f"problems per task, ± half a 95 % bootstrap interval over examples, torch {record['torch']} on "
-                      f"{record['device']}, commit {record['commit']}."])
+        shown = [row["setting"], interval(row["penalty"], 1000) if "penalty" in row else "", "",
+                 f"{100 * row['recovered']:.0f}" if "recovered" in row else ""]
+        if "against_row_above" in row:
+            mean, low, high = (1000 * v for v in row["against_row_above"]["nelbo"])
+            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        shown += [interval(row[m]) if m in row else "" for m in measures]
+        lines.append(f"| {' | '.join(shown)} |")
+    note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "
+            f"each; ± half a 95 % bootstrap interval over examples, paired differences with their 95 % interval; torch "
+            f"{record['torch']} on {record['device']}, commit {record['commit']}.")
+    return "\n".join([*lines, "", note])

@@ -1,15 +1,24 @@
-"""The models that the benchmark compares: 16-bit, its quantized twin in both residencies, and other people's ways.
+"""Models of published shape without their weights: what the benchmark compares, and checkpoints to rehearse on.
 
-Twins share every tensor that they do not replace, so that comparing does not need twice the memory.
+    python twins.py --model llada-8b --blocks 2 --out FOLDER       # a true-shape checkpoint, random weights, outliers
+
+In memory: the 16-bit model, its quantized twin in both residencies, and other people's ways. Twins share every tensor
+that they do not replace, so that comparing does not need twice the memory.
 """
 
+import argparse
 import copy
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from families import ConfigError, read_config
-from model import FUSED, DiffusionLM, Linear, RMSNorm, quantize_outer
+from checkpoint import INDEX, CheckpointError, resolve, write_json, write_tensors
+from families import NAMES, ConfigError, read_config
+from model import FUSED, DiffusionLM, Linear, RMSNorm, expected_tensors, quantize_outer
 from sgat import initial_basis
 from starquant import TAC, QuantLinear, tac_block_size
 
@@ -124,3 +133,69 @@ def peers(model, log=print) -> dict:
         except Exception as error:  # a peer may fail in any way; it is left out, and said
             log(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     return out
+
+
+# ---- a checkpoint on disk --------------------------------------------------------------------------------------------
+
+OUTLIERS = 16  # channels of every norm whose gain is planted at `gain` times the others'
+
+
+def write_checkpoint(name: str, folder: Path, blocks: int | None = None, gain: float = 30.0, seed: int = 0) -> int:
+    """A bf16 checkpoint of published shape in its family's own layout, one shard a block; returns its bytes.
+
+    Weights are normal with standard deviation 0.02; OUTLIERS channels of each norm are `gain` times as loud as the
+    others, as crest factors of 8B models are. Text is encoded by the embedded model's tokenizer.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"--model {name!r}: shapes are known of {', '.join(SHAPES)}.")
+    key = "n_layers" if "n_layers" in SHAPES[name] else "num_hidden_layers"
+    if blocks is not None and not 1 <= blocks <= SHAPES[name][key]:
+        raise ConfigError(f"--blocks {blocks} is not between 1 and {SHAPES[name][key]}.")
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = SHAPES[name] | ({key: blocks} if blocks else {})
+    config, generator = read_config(raw), torch.Generator().manual_seed(seed)
+    prefixes = [NAMES[config.family].block.format(i) + "." for i in range(config.n_layers)]
+    shards: dict[str, dict] = {p: {} for p in (*prefixes, "")}
+    for tensor, shape in expected_tensors(config).items():
+        shards[next(p for p in shards if tensor.startswith(p))][tensor] = shape
+    weight_map, size = {}, 0
+    for i, shapes in enumerate(shards.values()):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for tensor, shape in shapes.items():
+            values = torch.empty(shape, dtype=torch.bfloat16)
+            if len(shape) == 1 and not tensor.endswith("bias"):  # the gain of a norm
+                values.fill_(1)[torch.randperm(shape[0], generator=generator)[:OUTLIERS]] = gain
+            else:
+                values.normal_(std=0.02, generator=generator)
+            tensors[tensor] = values
+            size += 2 * values.numel()
+        write_tensors(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / "config.json", raw)
+    shutil.copy(resolve("tiny") / "tokenizer.json", folder)
+    return size
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llada-8b", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--blocks", type=int, help="fewer blocks than the published model (all)")
+    parser.add_argument("--gain", type=float, default=30.0, help="size of the outlier channels (30)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        size = write_checkpoint(args.model, args.out, args.blocks, args.gain, args.seed)
+    except (CheckpointError, ConfigError) as error:
+        print(f"twins.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

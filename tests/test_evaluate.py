@@ -46,12 +46,13 @@ class TestTasks:
             alone = torch.tensor([tiny.tokenizer.encode(problem.prompt).ids])
             assert torch.equal(generate(tiny, alone, 12, 24)[0, -24:], row)
 
-    def test_solve_judges_the_text_that_generate_writes(self, tiny):
+    def test_grade_judges_the_text_that_generate_writes(self, tiny):
         problems = data.problems("code", "eval", 4, 12)
         ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
         texts = metrics.answers(tiny.tokenizer, generate(tiny, ids, 24, 24, attention_mask=mask)[:, -24:])
         want = [float(p.correct(t)) for p, t in zip(problems, texts, strict=True)]
-        assert metrics.solve(tiny, problems).tolist() == want
+        assert metrics.grade(tiny.tokenizer, problems, metrics.trajectory(tiny, problems).tokens).tolist() == want
+        assert sum(want) > 0
 
     def test_answers_stop_at_end_of_text(self, tiny):
         eos = tiny.tokenizer.token_to_id("<|endoftext|>")
@@ -71,14 +72,15 @@ class TestFidelity:
         other_tokens, other_when = tokens.clone(), when.clone()
         other_tokens[1, 2] = 9  # another token at step 2
         other_when[2] = torch.tensor([0, 3, 2, 1])  # two positions in another order
-        out = metrics.fidelity((tokens, when), (other_tokens, other_when), 4)
+        out = metrics.fidelity(metrics.Trajectory(tokens, when), metrics.Trajectory(other_tokens, other_when))
         assert out["tokens"].tolist() == [1.0, 0.75, 1.0]
         assert out["positions"].tolist() == [1.0, 1.0, 0.5]
         assert out["divergence"].tolist() == [1.0, 0.5, 0.25]
 
     def test_trajectory_records_every_commit(self, tiny):
-        ids, mask = metrics.encode_prompts(tiny.tokenizer, data.problems("math", "eval", 2, 1))
-        tokens, when = metrics.trajectory(tiny, ids, mask, 8, 24)
+        problems = data.problems("math", "eval", 2, 1)
+        ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
+        tokens, when = metrics.trajectory(tiny, problems, 8, 24)
         assert torch.equal(tokens, generate(tiny, ids, 8, 24, attention_mask=mask)[:, -24:])
         assert torch.equal(torch.bincount(when.flatten(), minlength=8), torch.full((8,), 6))
 

@@ -168,3 +168,23 @@ class TestStraightThrough:
         y = starquant.ste_round(x)
         assert y.tolist() == [0, 1, -2, 2]
         assert torch.autograd.grad((y * torch.arange(4.0)).sum(), x)[0].tolist() == [0, 1, 2, 3]
+
+
+class TestWrittenOutGradient:
+    """`FakeQuantize` against autograd through the equations themselves."""
+
+    @given(rows=st.integers(1, 5), columns=st.integers(1, 9), bits=st.integers(2, 8), symmetric=st.booleans(),
+           kind=st.sampled_from(["both", "positive", "negative", "zero row", "ties", "few values"]), seed=seeds)
+    def test_equal(self, rows, columns, bits, symmetric, kind, seed):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+        c = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+        x = {"both": x, "positive": x.abs(), "negative": -x.abs(), "zero row": x * (torch.arange(rows) > 0)[:, None],
+             "ties": x.sign() * 3, "few values": x.round()}[kind].requires_grad_()
+        scale, zero_point = starquant.quant_params(x, bits, symmetric)
+        plain = starquant.dequantize(starquant.quantize(x, scale, zero_point, bits), scale, zero_point)
+        (want,) = torch.autograd.grad((plain * c).sum(), x)
+        fast = starquant.FakeQuantize.apply(x, bits, symmetric)
+        (got,) = torch.autograd.grad((fast * c).sum(), x)
+        assert torch.equal(fast, plain)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,92 @@
+"""Tables: what a cell is, that it is measured once, and how rows are pooled and compared."""
+
+import json
+
+import pytest
+import torch
+
+import metrics
+import tables
+from model import load_model
+from starquant import QuantLinear
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "CELLS", tmp_path / "cells.jsonl")
+    return tmp_path
+
+
+def cell(nelbo, **tasks):
+    return {"values": {"nelbo": nelbo, **tasks}}
+
+
+class TestRows:
+    def test_penalties_are_paired_and_pooled_over_seeds(self):
+        rows = {"16-bit": [cell([1.0, 5.0]), cell([2.0, 6.0])], "RTN": [cell([2.0, 6.0]), cell([4.0, 8.0])],
+                "better": [cell([1.5, 5.5]), cell([2.5, 6.5])]}
+        base, rtn, better = tables.summarize(rows)
+        assert base["nelbo"][0] == 3.5
+        assert "penalty" not in base
+        assert rtn["penalty"][0] == 1.5  # 1, 1, 2, 2
+        assert rtn["penalty_by_seed"] == [1.0, 2.0]
+        assert rtn["recovered"] == 0
+        assert better["penalty"] == (0.5, 0.5, 0.5)
+        assert better["recovered"] == pytest.approx(2 / 3)
+        assert better["against_row_above"]["nelbo"][0] == -1.0
+        assert "against_row_above" not in rtn
+
+    def test_markdown_has_a_cell_for_every_heading(self):
+        ones = [1.0, 0.0]
+        rows = tables.summarize({"16-bit": [cell([1.0, 2.0], math=ones)],
+                                 "RTN": [cell([2.0, 2.0], math=[0.0, 0.0], tokens=[0.5, 0.5])]})
+        record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
+                  "rows": rows}
+        lines = tables.markdown(record).splitlines()
+        assert {line.count("|") for line in lines[:4]} == {7}
+        assert "500.0 ± 500.0" in lines[3]
+        assert lines[2].startswith("| 16-bit |  |  |  | 50.0 ± 50.0 |")
+
+
+class TestSettings:
+    @pytest.mark.parametrize("number", tables.TABLES)
+    def test_every_setting_is_valid_and_differs_from_the_others(self, number):
+        configs = [str(tables.config_of(s, 10)) + str(s.get("gates")) for s in tables.TABLES[number].values()]
+        assert len(set(configs)) == len(configs) >= 2
+
+    def test_gates_off_is_all_of_the_same_basis(self):
+        codes = torch.ones(4, 8, dtype=torch.int8)
+        layer = QuantLinear(codes, torch.ones(4), [torch.eye(8)], 2, 2)
+        model = torch.nn.Sequential(layer)
+        x, state = torch.ones(3, 8), torch.tensor([True, False, True])
+        assert float(layer(x, state).amax()) == pytest.approx(6)
+        tables.switch_gates_off(model)
+        assert float(layer(x, state).amin()) == pytest.approx(8)
+
+
+class TestCells:
+    def test_a_cell_is_measured_once_and_a_cut_line_again(self, results, monkeypatch):
+        monkeypatch.setitem(tables.TABLES, "3", {"RTN": tables.RTN, "start": tables.UNTRAINED | tables.NO_TAC})
+        run = tables.Run("tiny", 1.0, 2, True, "cpu")
+        first = tables.make("3", run, 1)
+        assert [r["setting"] for r in first["rows"]] == ["16-bit", "RTN", "start"]
+        assert first["rows"][1]["penalty"][0] > 0
+        assert (results / "table-3-nelbo.md").read_text().startswith("| setting |")
+        lines = (results / "cells.jsonl").read_text().splitlines()
+        assert len(lines) == 3
+        # the same values as measured directly
+        want = metrics.scores(load_model("tiny", "cpu"), 2, tables.FIRST_SEED, quick=True)[0]["nelbo"]
+        assert json.loads(lines[0])["values"]["nelbo"] == [round(v, 5) for v in want.tolist()]
+
+        monkeypatch.setattr(tables.Run, "measure", lambda *_: pytest.fail("measured again"))
+        assert tables.make("3", run, 1)["rows"] == first["rows"]
+        (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
+        assert len(tables.stored_cells()) == 2
+
+    def test_what_determines_a_cell_is_in_its_key(self):
+        run = tables.Run("tiny", 1.0, 2, True, "cpu")
+        keys = {tables.digest(run.key(s, seed)) for s in ({}, tables.NO_TAC, {"gates": "off"}, None) for seed in (1, 2)}
+        others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
+                  tables.Run("tiny", 1.0, 2, False, "cpu"))
+        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 11
