@@ -94,7 +94,7 @@ def benchmarks(args, dtype) -> dict:
         if setting.runs_code and not args.confirm_run_unsafe_code:
             raise CheckpointError(f"{task} executes code that the model wrote; where that can do no harm (a container "
                                   f"without network), allow it with --confirm-run-unsafe-code.")
-    manager = harness.find_tasks([s.task for s in settings.values()], args.include)
+    manager = harness.find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
     device = distributed.start(pick_device(args.device))
     model, identity, results = load_model(args.model, device, dtype), harness.fingerprint(args.model), {}
     for task, s in settings.items():

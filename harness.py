@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -207,36 +208,48 @@ class HarnessLM(LM):
 # ---- running tasks ---------------------------------------------------------------------------------------------------
 
 
+class LibraryFinder:
+    """Finds `evaluate` everywhere but in this project's folder."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "evaluate":
+            here = Path(__file__).parent.resolve()
+            return PathFinder.find_spec(name, [p for p in sys.path if Path(p or ".").resolve() != here])
+
+
 @contextmanager
 def library_evaluate():
-    """`import evaluate` finds Hugging Face's library, which the harness uses, and not our command of that name."""
-    ours, here = sys.modules.pop("evaluate", None), Path(__file__).parent.resolve()
-    path = list(sys.path)
-    try:
-        sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
-        import evaluate  # noqa: F401
-    finally:
-        sys.path[:] = path
+    """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
+    ours = sys.modules.pop("evaluate", None)
+    sys.meta_path.insert(0, LibraryFinder)
     try:
         yield
     finally:
-        del sys.modules["evaluate"]
+        sys.meta_path.remove(LibraryFinder)
+        sys.modules.pop("evaluate", None)
         if ours is not None:
             sys.modules["evaluate"] = ours
 
 
-def find_tasks(names, include=None):
-    """The harness' TaskManager, after a look whether it has the tasks; those of the folder `include` come first."""
+def find_tasks(names, include=None, unsafe=False):
+    """The harness' TaskManager, once it has every task and its data; tasks of the folder `include` come first."""
     from lm_eval.tasks import TaskManager
 
-    if include:  # alone first, because indexing the harness' own tasks takes seconds
-        manager = TaskManager(include_path=str(include), include_defaults=False)
-        if set(names) <= set(manager.all_tasks):
-            return manager
-    manager = TaskManager(include_path=str(include) if include else None)
+    if unsafe:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the library that judges HumanEval
+    manager = TaskManager(include_path=include and str(include), include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # indexing the harness' own tasks takes seconds
+        manager = TaskManager(include_path=include and str(include))
     for name in names:
         if name not in manager.all_tasks:
             raise CheckpointError(f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists those it has.")
+        try:
+            with library_evaluate():
+                manager.load([name])
+        except Exception as error:  # no network, no such file, a broken task: many types, before any work
+            raise CheckpointError(f"lm-eval cannot load task {name!r} and its data ({type(error).__name__}: "
+                                  f"{' '.join(str(error).split())[:200]}).") from None
     return manager
 
 
@@ -244,8 +257,6 @@ def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
     """Results of one task, {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; under torchrun on the first process only."""
     from lm_eval import simple_evaluate
 
-    if unsafe:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the library that judges HumanEval
     with library_evaluate():
         out = simple_evaluate(lm, tasks=[setting.task], num_fewshot=setting.shots, limit=limit, task_manager=manager,
                               apply_chat_template=setting.chat, confirm_run_unsafe_code=unsafe, bootstrap_iters=1000,

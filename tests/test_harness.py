@@ -6,7 +6,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,6 @@ import harness  # noqa: E402
 
 LIBRARY = Path(lm_eval.__file__).parent / "tasks"
 WORDS = ("whale", "ship", "captain", "sea", "people", "Congress", "war", "peace", "work", "nation", "sail", "night")
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +127,6 @@ class TestRealHarness:
         """One run of the command on all task types, its JSON and every likelihood it asked for."""
         asked = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_HUB_OFFLINE", "1")
             original = harness.HarnessLM._likelihoods
             patch.setattr(harness.HarnessLM, "_likelihoods", lambda lm, batch: [
                 asked.setdefault(tuple(a), v) for a, v in zip(batch, original(lm, batch), strict=True)])
@@ -184,7 +176,9 @@ class TestRealHarness:
         results, table, _ = record
         for name, task, measure in (("gsm8k", "math", "exact_match,strict-match"),
                                     ("humaneval", "code", "pass@1,create_test")):
-            accuracy = float(metrics.solve(tiny, data.problems(task, "eval", 6, 3)).mean())
+            problems = data.problems(task, "eval", 6, 3)
+            tokens = metrics.trajectory(tiny, problems).tokens
+            accuracy = float(metrics.grade(tiny.tokenizer, problems, tokens).mean())
             assert accuracy > 0.5
             assert results[name][measure] == pytest.approx(accuracy)
             assert f"| {name} | " in table
@@ -198,10 +192,23 @@ class TestRealHarness:
         assert command(tasks, "piqua") == 2
         assert "no task 'piqua'" in capsys.readouterr().err
 
+    def test_missing_data_is_named_before_the_model_is_loaded(self, tasks, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(evaluate, "load_model", None)
+        text = (tasks / "winogrande.yaml").read_text().replace("task: winogrande", "task: lost")
+        (tmp_path / "lost.yaml").write_text(text.replace("winogrande.jsonl", "nowhere.jsonl"))
+        assert command(tmp_path, "lost") == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot load task 'lost'" in message
+        assert "nowhere.jsonl" in message
+
     def test_our_command_and_the_library_of_the_same_name(self):
         with harness.library_evaluate():
-            assert hasattr(sys.modules["evaluate"], "load")
-        assert sys.modules["evaluate"] is evaluate
+            import evaluate as library
+
+            assert hasattr(library, "load")
+        import evaluate as command
+
+        assert command is evaluate
 
 
 class TestRequests:
