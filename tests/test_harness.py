@@ -29,6 +29,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 import harness  # noqa: E402
 
 LIBRARY = Path(lm_eval.__file__).parent / "tasks"
+TYPES = "arc_challenge,winogrande,truthfulqa_mc2,mmlu,gsm8k,humaneval"
 WORDS = ("whale", "ship", "captain", "sea", "people", "Congress", "war", "peace", "work", "nation", "sail", "night")
 
 
@@ -56,7 +57,10 @@ def documents() -> dict[str, list[dict]]:
         tests = [f"    assert candidate(*{args!r}) == {value!r}\n" for args, value in values]
         code.append({"task_id": str(i), "prompt": p.prompt, "entry_point": "f",
                      "test": "def check(candidate):\n" + "".join(tests)})
-    return {"arc_challenge": arc, "winogrande": wino, "truthfulqa_mc2": truth, "gsm8k": math_, "humaneval": code}
+    subjects = {f"mmlu_{s}": [{"question": sentence(rng), "choices": [sentence(rng, 1) for _ in range(4)],
+                               "answer": rng.randrange(4)} for _ in range(n)] for s, n in (("sea", 6), ("war", 8))}
+    return {"arc_challenge": arc, "winogrande": wino, "truthfulqa_mc2": truth, "gsm8k": math_, "humaneval": code,
+            **subjects}
 
 
 SUBPROCESS = '''
@@ -70,7 +74,9 @@ def pass_at_1(references, predictions):
                          capture_output=True)
     return {"pass@1": float(run.returncode == 0)}
 '''
+MMLU = f"include: {LIBRARY}/mmlu/default/_default_template_yaml"
 YAML = {
+    "mmlu_sea": MMLU, "mmlu_war": MMLU,
     "arc_challenge": f"include: {LIBRARY}/arc/arc_challenge.yaml",
     "winogrande": f"include: {LIBRARY}/winogrande/default.yaml",
     "truthfulqa_mc2": f"include: {LIBRARY}/truthfulqa/truthfulqa_mc2.yaml",
@@ -95,9 +101,11 @@ def write_tasks(folder: Path) -> Path:
     for name, rows in documents().items():
         file = folder / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-        splits = "{" + ", ".join(f"{s}: {file}" for s in ("train", "validation", "test")) + "}"
+        splits = "{" + ", ".join(f"{s}: {file}" for s in ("train", "validation", "test", "dev")) + "}"
         (folder / f"{name}.yaml").write_text(f"{YAML[name]}\ntask: {name}\ntag: null\ndataset_path: json\n"
                                              f"dataset_name: null\ndataset_kwargs: {{data_files: {splits}}}\n")
+    (folder / "mmlu.yaml").write_text("group: mmlu\ntask: [mmlu_sea, mmlu_war]\n"
+                                      "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
     return folder
 
 
@@ -132,7 +140,7 @@ class TestRealHarness:
                 asked.setdefault(tuple(a), v) for a, v in zip(batch, original(lm, batch), strict=True)])
             out = io.StringIO()
             patch.setattr("sys.stdout", out)
-            assert command(tasks, ",".join(YAML), "--gen-length", "24", "--confirm-run-unsafe-code") == 0
+            assert command(tasks, TYPES, "--gen-length", "24", "--confirm-run-unsafe-code") == 0
         return json.loads(out.getvalue().splitlines()[-1])["tasks"], out.getvalue(), asked
 
     def test_multiple_choice_is_the_likeliest_answer(self, record, tiny):
@@ -171,6 +179,21 @@ class TestRealHarness:
             assert len(p) == 3
             shares.append((p[0] + p[2]) / sum(p))
         assert results["truthfulqa_mc2"]["acc,none"] == pytest.approx(sum(shares) / 2)
+
+    def test_mmlu_is_a_group_of_one_token_answers(self, record, tiny):
+        results, _, asked = record
+        hits = []
+        for doc in documents()["mmlu_sea"] + documents()["mmlu_war"]:
+            found = [(c, a) for c, a in asked if f"\n\n{doc['question']}\nA. {doc['choices'][0]}" in c and c.endswith(
+                f"D. {doc['choices'][3]}\nAnswer:")]
+            scores = {a.strip(): asked[c, a][0] for c, a in found}
+            assert sorted(scores) == list("ABCD")
+            context = torch.tensor([[*tiny.tokenizer.encode(found[0][0]).ids, tiny.mask_id]])
+            for letter, score in scores.items():  # the exact likelihood: one forward pass
+                (token,) = tiny.tokenizer.encode(" " + letter).ids
+                assert tiny(context)[0, -1].log_softmax(-1)[token].item() == pytest.approx(score, rel=1e-4)
+            hits.append(max(scores, key=scores.get) == "ABCD"[doc["answer"]])
+        assert results["mmlu"]["acc,none"] == pytest.approx(sum(hits) / 14)
 
     def test_generation_tasks_score_as_the_model_s_own_judge(self, record, tiny):
         results, table, _ = record
