@@ -184,8 +184,8 @@ class TestRealHarness:
         results, _, asked = record
         hits = []
         for doc in documents()["mmlu_sea"] + documents()["mmlu_war"]:
-            found = [(c, a) for c, a in asked if f"\n\n{doc['question']}\nA. {doc['choices'][0]}" in c and c.endswith(
-                f"D. {doc['choices'][3]}\nAnswer:")]
+            options = "\n".join(f"{a}. {c}" for a, c in zip("ABCD", doc["choices"], strict=True))
+            found = [(c, a) for c, a in asked if c.endswith(f"\n\n{doc['question']}\n{options}\nAnswer:")]
             scores = {a.strip(): asked[c, a][0] for c, a in found}
             assert sorted(scores) == list("ABCD")
             context = torch.tensor([[*tiny.tokenizer.encode(found[0][0]).ids, tiny.mask_id]])
