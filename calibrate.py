@@ -317,7 +317,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--problems", type=int, default=32, help="problems per task in the closing table (0: no table)")
+    parser.add_argument("--problems", type=int, default=24, help="problems per task in the closing table (0: no table)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
                                                                            fields(QuantConfig)[3:-1]))

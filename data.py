@@ -204,21 +204,21 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     return ids, region
 
 
-def chain_tokens(tokenizer, n: int, seed: int, mask_id: int):
-    """Drill for training only: three-step `math` as left-to-right decoding meets it, all behind an '=' masked.
+def chain_tokens(tokenizer, n: int, seed: int, mask_id: int, ahead: int = 4):
+    """Drill for training only: `math` of two or three steps as left-to-right decoding meets it.
 
-    Returns clean ids, masked ids and the result's digits (n, L) bool. Under independent masks a result can mostly be
-    copied from a later line, so that the arithmetic itself is hardly trained; of two-step problems there are so few
-    that a model learns them by heart.
+    All behind a cut is masked, half of the cuts right behind an '='. Returns clean ids, masked ids and the `ahead`
+    tokens behind the cut (n, L) bool, which are to be predicted. Under independent masks a result can mostly be copied
+    from a later line, so that the arithmetic itself is hardly trained; of two-step problems there are so few that a
+    model learns them by heart.
     """
-    ids, _ = problem_tokens(tokenizer, "chain", "train", n, seed, gen_length=34)
-    equals = ids == tokenizer.token_to_id("=")
-    which = torch.randint(1, 4, (n, 1), generator=torch.Generator().manual_seed(seed))  # the line
-    behind = (equals.cumsum(1) - equals.long()) >= which
-    digit = torch.isin(ids, torch.tensor([tokenizer.token_to_id(d) for d in "0123456789"]))
-    start = equals & (equals.cumsum(1) == which)
-    first = digit & start.roll(1, 1)
-    return ids, ids.masked_fill(behind, mask_id), first | (digit & first.roll(1, 1))
+    ids, region = problem_tokens(tokenizer, ("math", "chain")[seed % 2], "train", n, seed, gen_length=34)
+    g, equals = torch.Generator().manual_seed(seed), ids == tokenizer.token_to_id("=")
+    pick = torch.rand(ids.shape, generator=g)
+    text = region & (ids != tokenizer.token_to_id("<|endoftext|>"))
+    chosen = torch.where(torch.rand(n, 1, generator=g) < 0.5, pick * equals, pick * text).argmax(1, keepdim=True)
+    distance = torch.arange(ids.shape[1]) - chosen
+    return ids, ids.masked_fill(distance > 0, mask_id), (distance > 0) & (distance <= ahead)
 
 
 def sum_tokens(tokenizer, n: int, length: int, seed: int):

@@ -151,12 +151,14 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
     cells, rows = stored_cells(), {}
     for label, setting, seed in tqdm(todo, desc=f"table {number}", unit="cell", file=sys.stderr):
         key = run.key(setting, seed)
-        if digest(key) not in cells:
-            values = run.measure(setting, seed)
-            cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
-                                  "values": values}
-            store(cells[digest(key)])
-        rows.setdefault(label, []).append(cells[digest(key)])
+        cell = cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
+        if cell is None:
+            cell = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
+                    "values": run.measure(setting, seed)}
+            store(cell)
+        if run.nelbo:
+            cell = cell | {"values": {"nelbo": cell["values"]["nelbo"]}}
+        rows.setdefault(label, []).append(cell)
     command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
     kind = "quick" if quick else "nelbo" if run.nelbo else ""
     command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")

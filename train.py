@@ -34,7 +34,7 @@ CONFIG = {
     "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
     "weight_tying": False, "scale_logits": False,
 }
-MIX = ("chain", "english", "chain", "math", "chain", "english", "chain", "code")  # domains of consecutive batches
+MIX = ("chain", "math", "chain", "english", "chain", "math", "chain", "code")  # domains of consecutive batches
 T_MIN = 1e-3
 
 
@@ -56,8 +56,8 @@ def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
     """One batch of about `tokens` tokens of one domain: clean ids, masked ids, weights (n, L), size of the region."""
     domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
     if domain == "chain":
-        ids, noisy, results = data.chain_tokens(tokenizer, tokens // 72, key, mask_id)
-        return ids, noisy, results.float(), results.sum()
+        ids, noisy, ahead = data.chain_tokens(tokenizer, tokens // 72, key, mask_id)
+        return ids, noisy, ahead.float(), ahead.sum()
     if domain == "english":
         ids, region = data.english_segments(tokenizer, "train", tokens // 96, 96, key)
     elif domain == "sums":

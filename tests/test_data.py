@@ -1,5 +1,6 @@
 """Splits that never overlap, problems that are judged rightly, masking that is the forward process."""
 
+import itertools
 import lzma
 import random
 
@@ -81,6 +82,16 @@ class TestJudging:
     def test_references_are_right(self, task, split):
         for p in data.problems(task, split, 300, 3):
             assert p.correct(p.answer)
+
+    def test_three_step_problems_share_no_two_lines_with_another_split(self):
+        def pairs(task, split, seed):
+            lines = [p.answer.split("\n")[:-1] for p in data.problems(task, split, 2000, seed)]
+            return {tuple(two) for ls in lines for two in itertools.pairwise(ls)}
+
+        train = pairs("chain", "train", 0)
+        assert {len(p.answer.split("\n")) for p in data.problems("chain", "train", 50, 1)} == {4}
+        assert not train & (pairs("math", "eval", 0) | pairs("math", "calib", 0))
+        assert train & pairs("math", "train", 0)
 
     def test_math_answers_follow_from_the_text(self):
         """The chain is arithmetically right, chained, and its numbers stand in the prompt."""

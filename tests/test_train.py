@@ -29,9 +29,10 @@ def test_batches_are_determined_by_seed_and_step():
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         clean, noisy, weight, _ = one
         assert ((noisy == clean) | (noisy == 1023)).all()
-        if train.MIX[step] == "chain":  # only the result right behind the last visible '=' is trained
-            assert torch.equal((noisy == 1023) & (weight > 0), weight > 0)
-            assert set(weight.sum(1).tolist()) <= {1.0, 2.0}
+        if train.MIX[step] == "chain":  # everything behind a cut is masked, the next four tokens are trained
+            masked = noisy == 1023
+            assert torch.equal(masked, masked.cummax(1).values)
+            assert torch.equal(weight > 0, masked & (masked.cumsum(1) <= 4))
         else:
             assert (weight >= 1).all()
 
