@@ -31,7 +31,8 @@ def _cholesky(moment, damping: float):
     """Lower factor of a batch of second moments (..., n, n), damped by a share of the mean diagonal."""
     load = damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.linalg.cholesky(moment + load.clamp_min(torch.finfo(moment.dtype).tiny) * eye)
+    # of a linear that is never used the moments are zero: small enough to change nothing else, its root no denormal
+    return torch.linalg.cholesky(moment + load.clamp_min(1e-30) * eye)
 
 
 def balance(moment_x, moment_w, damping: float = 1e-2):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import cuda_kernels
 import kernels
 from checkpoint import CheckpointError, write_json
+from cli import Parser
 from families import ConfigError
 from graphs import GraphedModel
 from memory import linear_shapes, memory_table
@@ -353,7 +354,7 @@ def point(text: str) -> tuple[int, int, int]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder of a 16-bit model (default: tiny)")
     parser.add_argument("--random-weights", action="store_true", help="published shapes without a download")
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")

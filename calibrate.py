@@ -14,7 +14,6 @@ so a model never has to fit in memory. The default run quantizes the embedded mo
 and ends with one line of JSON on standard output; progress goes to standard error.
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -31,12 +30,14 @@ import baselines
 import data
 import distributed
 import metrics
+import preflight
 from balance import fit_starquant_plus
 from checkpoint import Checkpoint, CheckpointError, resolve
+from cli import Parser
 from families import ConfigError
 from hadamard import exists, rotation
 from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device, quantize_outer
-from output import Output, run_key
+from output import Output, run_key, survey
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
@@ -70,7 +71,7 @@ class QuantConfig:
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
     softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
     head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
-    embed_bits: int = 0  # embedding alone, 0: as head_bits
+    embed_bits: int = 0  # embedding alone, 8 or 4; 0: as head_bits
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
     states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
     seed: int = 0
@@ -78,20 +79,29 @@ class QuantConfig:
     CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
-                         "states": ("masked", "rollout")}
+                         "states": ("masked", "rollout"), "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
                         "balance_block": (1, 10**5), "mask_weight": (0, 10**6), "kv_bits": (2, 16),
-                        "softmax_bits": (2, 16), "head_bits": (4, 16), "embed_bits": (0, 16), "seed": (0, 2**31)}
+                        "softmax_bits": (2, 16), "seed": (0, 2**31)}
 
     def __post_init__(self):
         for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
             if getattr(self, name) not in values:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(values)}.")
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, values))}.")
         for name, (low, high) in self.RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
+        if self.embed_bits and self.head_bits == 16:
+            raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
+        if self.state_fraction == 1:
+            raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
+
+    @property
+    def compensated(self) -> bool:
+        """Whether this method stores TAC."""
+        return self.tac in COMPENSATED.get(self.method, ())
 
 
 # ---- one linear ------------------------------------------------------------------------------------------------------
@@ -199,19 +209,35 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
         check_finite(x, f"block {index}: the input of {name}")
         y = linear(targets[name].float(), weight)
         y = y if original.bias is None else y + original.bias.float()
+        check_finite(y, f"block {index}: the 16-bit output of {name}")
         generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
         inputs = baselines.Inputs(x, y, state, confidence, gains.get(name))
-        fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
+        try:
+            fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
+        except torch.linalg.LinAlgError:
+            raise CheckpointError(f"block {index}: {config.method} has no finite solution for {name}: inputs reach "
+                                  f"{float(x.abs().max()):.3g}, weights {float(weight.abs().max()):.3g}.") from None
         quantized = with_linears(quantized, **{name: fitted})
-        error = (fitted(x[:16], state[:16]) - y[:16]).square().sum() / y[:16].square().sum().clamp_min(1e-30)
+        y_hat = fitted(x[:16], state[:16])
+        check_finite(y_hat, f"block {index}: the quantized output of {name}")
+        error = (y_hat - y[:16]).double().square().sum() / y[:16].double().square().sum().clamp_min(1e-300)
         record["linears"][name] = {"error": float(error), **losses}
         if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
             attention = fit_attention(quantized, x_q, state, table, config, generator)
             quantized = with_linears(quantized, softmax_value=attention)
-        if name == "qkv" and config.tac in COMPENSATED.get(config.method, ()):
+        if name == "qkv" and config.compensated:
             quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
     record["seconds"] = round(time.time() - start, 2)
     return quantized, record
+
+
+def report_divergence(record: dict) -> None:
+    """One line on standard error for each linear whose training ended above its start; its best iterate is kept."""
+    for name, fit in record["linears"].items():
+        if fit.get("diverged"):
+            how = "became infinite or NaN" if fit["last"] is None else f"ended at {fit['last']:.4g}"
+            tqdm.write(f"calibrate.py: block {record['block']}, {name}: the held-out loss began at {fit['start']:.4g} "
+                       f"and {how}; the best iterate, {fit['best']:.4g}, is kept.", file=sys.stderr)
 
 
 def check_finite(x, what: str) -> None:
@@ -296,14 +322,17 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("calibrate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
     parser.add_argument("--method", default="starquant", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
     parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
     parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
+                        "write nothing (a model of the hub is downloaded)")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C",
                         help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
     parser.add_argument("--data", help="calibration text: winogrande (downloaded, as the paper), or a .txt, .jsonl or "
@@ -366,17 +395,24 @@ def run(args) -> dict:
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} {getattr(args, name)} is below {low}.")
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
-    if args.stress != 1:
-        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
-        distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
-        args.model = str(stressed)
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
+    plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype)
+    if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one
+        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+        distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
+        args.model, source = str(stressed), Checkpoint(stressed)
     outer = load_outer(source, device, dtype)
     tokens, region = calibration_tokens(args, outer.tokenizer, judged)
     key = run_key(args.model, source, tokens, config)
+    if args.dry_run:
+        survey(args.out, key, args.resume, args.overwrite)
+        noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
+        step = preflight.rehearse(METHODS[config.method], outer, load_block(source, 0, device, dtype), noisy, config)
+        print(preflight.describe(plan, step, source.config, config))
+        return {"dry_run": True, "plan": plan, "step": step, **asdict(config)}
     distributed.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
     out = Output(args.out, source, key, resume=True, overwrite=False)  # on every process, once the first made it
     noisy = token_states(lambda: load_model(args.model, device, dtype), tokens, region, outer.mask_id, config)
@@ -399,6 +435,7 @@ def run(args) -> dict:
         for i, block, record in stream:
             if i not in out.records:
                 out.write_block(i, block, record)
+                report_divergence(record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
             bar.set_description(f"block {min(i + 2, n)}/{n}")
     for records in distributed.gather(out.records):
@@ -425,6 +462,10 @@ def main(argv=None) -> int:
         result = run(args)
     except (CheckpointError, ConfigError, data.DataError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"calibrate.py: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower "
+              f"--segments, --length or --set batch=N and start anew with --overwrite.", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"calibrate.py: {error.strerror or error}; finished blocks in {args.out} are safe, continue with the "

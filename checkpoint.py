@@ -2,8 +2,9 @@
 
 A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`. Tensors are
 read one at a time through a memory map; names, shapes and dtypes come from the headers, so a wrong or truncated file
-is named before any work starts. Pickled weights are never opened. Files are written as temporary -> fsync -> replace,
-so no half-written file ever stands under a final name.
+is named before any work starts, and where the index holds checksums (ours do) so is a flipped bit. Pickled weights are
+never opened. Files are written as temporary -> fsync -> replace, so no half-written file ever stands under a final
+name.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from families import ALIASES, ConfigError, ModelConfig, read_config
+from families import ALIASES, NAMES, ConfigError, ModelConfig, linear_shapes, norm_names, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,6 +96,8 @@ def write_file(path: Path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # the safetensors library makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -111,12 +114,18 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
     `metadata` holds a single key: the library writes several in random order, and equal runs must give equal bytes.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_file(path, lambda p: save_file(tensors, p, metadata or {"format": "pt"}))
+    try:
+        write_file(path, lambda p: save_file(tensors, p, metadata or {"format": "pt"}))
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(f"{path} cannot be written ({error})") from None
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class Checkpoint:
@@ -154,10 +163,11 @@ class Checkpoint:
     def _shards(self) -> dict[str, str] | None:
         """weight_map of the index, or None for a single file; refuses paths that leave the folder."""
         if (self.folder / INDEX).exists():
-            files = read_json(self.folder / INDEX).get("weight_map")
+            index = read_json(self.folder / INDEX)
+            files, metadata = index.get("weight_map"), index.get("metadata")
             if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
                 raise CheckpointError(f"{self.folder / INDEX} has no usable weight_map.")
-            bad = [f for f in files.values() if Path(f).name != f or not f.endswith(".safetensors")]
+            bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
             if bad:
                 raise CheckpointError(f"{self.folder / INDEX} names {bad[0]!r}, which is not a safetensors file in "
                                       f"this folder.")
@@ -165,11 +175,23 @@ class Checkpoint:
             if missing:
                 raise CheckpointError(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
                                       f"{INDEX} lists: {', '.join(missing)}.")
+            stray = sorted(p.name for p in self.folder.glob("model-*-of-*.safetensors") if p.name not in files.values())
+            if stray:
+                raise CheckpointError(f"{self.folder} holds {stray[0]}, which {INDEX} does not list; it belongs to "
+                                      f"another model.")
+            self._verify(metadata.get("sha256") if isinstance(metadata, dict) else None)
             return files
         if (self.folder / SINGLE).is_file():
             return None
         hint = " (pickled weights are never loaded)" if any(self.folder.glob("*.bin")) else ""
         raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
+
+    def _verify(self, sums) -> None:
+        """Compare shards with the checksums that calibration leaves in the index's metadata."""
+        for file, digest in (sums if isinstance(sums, dict) else {}).items():
+            if file in os.listdir(self.folder) and sha256(self.folder / file) != digest:
+                raise CheckpointError(f"{self.folder / file} differs from its checksum in {INDEX}; copy or make it "
+                                      f"again.")
 
     def _handle(self, file: str):
         if file not in self._open:
@@ -201,3 +223,86 @@ class Checkpoint:
             if bad:
                 raise CheckpointError(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
         return tensor
+
+
+# ---- quantized folders -----------------------------------------------------------------------------------------------
+
+
+def check_quantized(checkpoint: Checkpoint) -> None:
+    """Every tensor of a quantized folder has the shape and type its config asks for, and there is no other.
+
+    From the headers alone: nothing is allocated. Raises CheckpointError with one sentence.
+    """
+    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
+    here, shapes, seen = f"{checkpoint.folder / 'config.json'}: quantization_config", checkpoint.shapes, set()
+
+    def integer(values, key, low, high, default=None):
+        value = values.get(key, default) if isinstance(values, dict) else None
+        if type(value) is not int or not low <= value <= high:
+            raise CheckpointError(f"{here}: {key} is {value!r}; it must be an integer between {low} and {high}.")
+        return value
+
+    def need(name, shape, *dtypes):
+        checkpoint.require(name, shape)
+        seen.add(name)
+        if checkpoint.dtypes[name] not in (dtypes or ("F32", "BF16", "F16")):
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has the wrong type {checkpoint.dtypes[name]}.")
+
+    def optional(name, shape, *dtypes):
+        if name in shapes:
+            need(name, shape, *dtypes)
+
+    def codes(start, rows, columns, bits):
+        packed = ((rows, -(-columns // 2)), "U8") if bits <= 4 else ((rows, columns), "I8")
+        need(f"{start}weight_packed", *packed)
+        need(f"{start}weight_scale", (rows,))
+
+    def factor(name, d):
+        """A diagonal (d,), a matrix (d, d) or blocks (n, b, b), n b = d."""
+        shape = shapes[name]
+        n = shape[0] if len(shape) == 3 and shape[0] and d % shape[0] == 0 else 1
+        need(name, {1: (d,), 3: (n, d // n, d // n)}.get(len(shape), (d, d)))
+
+    bits, head_bits = integer(q, "weight_bits", 2, 8), integer(q, "head_bits", 2, 16, 16)
+    integer(q, "activation_bits", 2, 8)
+    outer = [(names.embed, integer(q, "embed_bits", 2, 16, head_bits)), *([] if c.tied else [(names.head, head_bits)])]
+    for name, width in outer:
+        if head_bits == 16:
+            need(f"{name}.weight", (c.vocab_size, c.d_model))
+        else:
+            codes(f"{name}.", c.vocab_size, c.d_model, width)
+    need(f"{names.final_norm}.weight", (c.d_model,))
+    z = c.n_heads * c.head_dim
+    for prefix in map(names.block.format, range(c.n_layers)):
+        for ours, theirs in norm_names(c).items():
+            need(f"{prefix}.{theirs}.weight", (c.head_dim if ours in ("q_norm", "k_norm") else c.d_model,))
+        for fused, (rows, d) in linear_shapes(c).items():
+            gates, start = q["linears"].get(fused) if isinstance(q["linears"], dict) else None, f"{prefix}.{fused}."
+            integer(gates, "d_u", 0, d - integer(gates, "d_m", 0, d))
+            codes(start, rows, d, bits)
+            optional(f"{start}weight_zero", (rows,), "I32")
+            optional(f"{start}bias", (rows,))
+            optional(f"{start}clip", (2,))
+            for i in range(len(shapes)):
+                name = f"{start}transform_{i}"
+                if f"{name}P1" in shapes:
+                    n = next(iter(shapes[f"{name}P1"]), 1) or 1
+                    need(f"{name}P1", (n, n))
+                    need(f"{name}P2", (d // n, d // n) if d % n == 0 else (d, d))
+                elif name in shapes:
+                    factor(name, d)
+                else:
+                    break
+        if f"{prefix}.tac.M" in shapes:
+            g = (*shapes[f"{prefix}.tac.M"], 0)[-2] or 1
+            need(f"{prefix}.tac.M", (z // g, g, g))
+            need(f"{prefix}.tac.bias", (z // g, g))
+        start, h = f"{prefix}.softmax_value.", c.head_dim
+        optional(f"{start}bits", (2,), "I32")
+        optional(f"{start}rotation", (h, h))
+        optional(f"{start}value_scale", (c.n_kv_heads, 1, h))
+        optional(f"{start}value_zero", (c.n_kv_heads, 1, h))
+    extra = sorted(set(shapes) - seen)
+    if extra:
+        raise CheckpointError(f"{checkpoint.folder} holds {len(extra)} tensors that config.json does not explain, "
+                              f"first {extra[0]!r}.")

@@ -248,6 +248,8 @@ def sum_tokens(tokenizer, n: int, length: int, seed: int):
 def english_segments(tokenizer, split: str, n: int, length: int, seed: int):
     """Random windows of the split's english tokens: ids (n, length) and an all-True region."""
     tokens, g = english_tokens(tokenizer, split), torch.Generator().manual_seed(seed)
+    if len(tokens) <= length:
+        raise DataError(f"the {split} split holds {len(tokens)} tokens of English, too few for segments of {length}.")
     starts = torch.randint(len(tokens) - length, (n, 1), generator=g)
     ids = tokens[starts + torch.arange(length)]
     return ids, torch.ones_like(ids, dtype=torch.bool)
@@ -350,7 +352,7 @@ def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "cal
     A problem that is longer than `length` is cut, a shorter one is continued with end-of-text.
     """
     parts, eos = [], tokenizer.token_to_id("<|endoftext|>")
-    for i, domain in enumerate(("english", "math", "code")):
+    for i, domain in enumerate(("english", "math", "code")[:n]):
         count = len(range(i, n, 3))
         if domain == "english":
             parts.append(english_segments(tokenizer, split, count, length, seed))

@@ -10,7 +10,6 @@ likelihood) with 95 % bootstrap intervals; with --against also the paired differ
 the two denoising trajectories agree. Tables go to standard output, its last line is JSON; progress to standard error.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, replace
@@ -23,7 +22,8 @@ import distributed
 import metrics
 import protocol
 import tables
-from checkpoint import Checkpoint, CheckpointError, resolve
+from checkpoint import Checkpoint, CheckpointError, resolve, write_json
+from cli import Parser
 from families import ConfigError
 from model import load_model, pick_device
 from sampling import denoise
@@ -51,9 +51,9 @@ def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] |
     return "\n".join(lines), numbers
 
 
-def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=sys.stdout) -> dict[str, str]:
-    """Write every denoising step of each model; on a terminal in place, otherwise one line a step."""
-    tokenizer = next(iter(models.values())).tokenizer
+def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=None) -> dict[str, str]:
+    """Write every denoising step of each model to `out`, standard output by default; on a terminal in place."""
+    tokenizer, out = next(iter(models.values())).tokenizer, sys.stdout if out is None else out
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     if ids.shape[1] == 0:
         raise CheckpointError("--prompt holds no text.")
@@ -111,7 +111,7 @@ def benchmarks(args, dtype) -> dict:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
     parser.add_argument("--against", help="a second model to compare with")
     parser.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
@@ -144,6 +144,8 @@ def run(args) -> dict:
              "batch-size": args.batch_size, "mc-num": args.mc_num}
     for name in (name for name, value in given.items() if value is not None and value < 1):
         raise CheckpointError(f"--{name} must be at least 1.")
+    if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
+        raise CheckpointError(f"--out {args.out} cannot be a file there.")
     if args.table:
         run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, args.device), args.seeds
         if args.quick:
@@ -190,7 +192,7 @@ def main(argv=None) -> int:
         return 0
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out, record)
     print(json.dumps(record))
     return 0
 

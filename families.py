@@ -48,8 +48,10 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ffn", "vocab_size"):
-            if not 0 < getattr(self, name) < 10**7:
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)!r}; it must be a positive integer.")
+            # a bound on layers, so that listing the tensors of an absurd config takes no time either
+            if not 0 < getattr(self, name) < (10**4 if name == "n_layers" else 10**7):
+                raise ConfigError(f"config.json: {name} is {getattr(self, name)!r}; it must be a positive integer of "
+                                  f"a plausible size.")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < 1e30:
                 raise ConfigError(f"config.json: {name} is {getattr(self, name)!r}; it must be a positive number.")
@@ -263,6 +265,13 @@ NAMES = {
 
 
 END_OF_TURN = {"llada": "<|eot_id|>", "dream": "<|im_end|>", "a2d": "<|im_end|>"}
+
+
+def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the four fused linears of a block."""
+    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    return {"qkv": (heads + 2 * kv, c.d_model), "out": (c.d_model, heads), "gate_up": (2 * c.d_ffn, c.d_model),
+            "down": (c.d_model, c.d_ffn)}
 
 
 def norm_names(c: ModelConfig) -> dict[str, str]:

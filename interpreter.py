@@ -10,6 +10,7 @@ do not nest, so hostile text (comprehension bombs, huge powers or ranges) ends q
 
 import ast
 import operator
+import warnings
 
 MAX_SOURCE, MAX_STEPS, MAX_INT, MAX_LEN = 2000, 20_000, 10**12, 2000
 
@@ -49,9 +50,9 @@ def _range(*args):
 
 
 def _element(value):
-    """Lists of lists are refused: built by doubling, a few lines hold 2^40 elements for a single comparison."""
-    if isinstance(value, list):
-        raise Refused("nested list")
+    """Sequences in sequences are refused: built by doubling, a few lines hold 2^40 elements for one comparison."""
+    if isinstance(value, (list, tuple)):
+        raise Refused("nested sequence")
     return value
 
 
@@ -101,7 +102,8 @@ class _Machine:
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return self.eval(body if self.eval(test, env) else orelse, env)
             case ast.List(elts=items) | ast.Tuple(elts=items):
-                return [_element(self.eval(i, env)) for i in items]
+                kind = list if isinstance(node, ast.List) else tuple
+                return kind(_element(self.eval(i, env)) for i in items)
             case ast.Subscript(value=value, slice=index):
                 return self.eval(value, env)[self._index(index, env)]
             case ast.ListComp(elt=elt, generators=[gen]) | ast.GeneratorExp(elt=elt, generators=[gen]):
@@ -110,7 +112,7 @@ class _Machine:
                 return FUNCTIONS[name](*[self.eval(a, env) for a in args])
             case ast.Call(func=ast.Attribute(value=obj, attr=name), args=args, keywords=[]) if name in METHODS:
                 target = self.eval(obj, env)
-                if not isinstance(target, (str, list)):
+                if not isinstance(target, (str, list, tuple)):
                     raise Refused(f"method {name} of {type(target).__name__}")
                 return getattr(target, name)(*[self.eval(a, env) for a in args])
         raise Refused(f"not allowed: {type(node).__name__}")
@@ -147,7 +149,9 @@ def run_function(source: str, args: tuple):
     if len(source) > MAX_SOURCE:
         raise Refused("source too long")
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the program's own faults, such as an escape '\\d'
+            tree = ast.parse(source)
         match tree.body:
             case [ast.FunctionDef(args=ast.arguments(args=params, posonlyargs=[], kwonlyargs=[], defaults=[],
                                                      vararg=None, kwarg=None), decorator_list=[], body=body)]:

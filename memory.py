@@ -4,16 +4,9 @@ Weights only, as they lie on the device: every linear at its bits, with what its
 corrections add. Activations and scratch come on top and are measured (`bench.py`).
 """
 
-from families import ModelConfig
+from families import ModelConfig, linear_shapes
 from sgat import kronecker_sizes
 from starquant import tac_block_size
-
-
-def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the four fused linears of a block."""
-    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    return {"qkv": (heads + 2 * kv, c.d_model), "out": (c.d_model, heads), "gate_up": (2 * c.d_ffn, c.d_model),
-            "down": (c.d_model, c.d_ffn)}
 
 
 def code_bytes(rows: int, columns: int, bits: int) -> int:

@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from checkpoint import SINGLE, Checkpoint, CheckpointError, resolve, write_file, write_json, write_tensors
+from checkpoint import (
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
+    check_quantized,
+    resolve,
+    write_file,
+    write_json,
+    write_tensors,
+)
 from families import NAMES, ModelConfig, norm_names
 from sampling import denoise, generate
 from softmax_value import QuantAttention
@@ -279,6 +288,9 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
     with torch.device("meta"):
         model = DiffusionLM(replace(c, n_layers=1))
     model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
+    if model.tokenizer is not None and model.tokenizer.get_vocab_size() > c.vocab_size:
+        raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
+                              f"embedding only {c.vocab_size}.")
     parts = [("embed", names.embed), ("norm", names.final_norm)] + ([] if c.tied else [("head", names.head)])
     if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
         parts = [("norm", names.final_norm)]
@@ -330,10 +342,10 @@ def _load_quantized_outer(checkpoint: Checkpoint, model: DiffusionLM, device, dt
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape and a float type, and no other: before any is loaded."""
+    """Every tensor the config asks for is there in its shape and type, and no other: before any is loaded."""
     c, expected = checkpoint.config, expected_tensors(checkpoint.config)
     if checkpoint.quantization:
-        return  # block by block, in load_block
+        return check_quantized(checkpoint)
     for name, shape in expected.items():
         checkpoint.require(name, shape)
         if checkpoint.dtypes[name] not in ("BF16", "F16", "F32", "F64"):
@@ -353,7 +365,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a device such as "meta" exists but holds no number
     except (RuntimeError, AssertionError, ValueError):
         raise CheckpointError(f"device {device!r} is not available here; use --device cpu.") from None
     return torch.device(device)

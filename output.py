@@ -4,13 +4,16 @@
                                         `quantization_config`; tokenizer files; README.md (model card)
     starquant.json                      arguments, seed, versions, checksums, per-block losses and seconds
 
-A shard is written atomically and carries its run's hash, so the shards that exist are the finished blocks.
+A shard is written atomically and carries its run's hash and a checksum of its tensors, so the shards that exist are the
+finished blocks; the index of a complete folder holds the checksums of its files.
 """
 
 import copy
 import hashlib
 import json
+import os
 import platform
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +35,42 @@ from families import NAMES, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
 VERSION = "0.1.0"
+STATE = "starquant.json"
+OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
+                            *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
+LEFTOVER = re.compile(rf"\.({OURS.pattern})\.tmp|\.tmp[A-Za-z0-9]{{6}}")
+
+
+def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | None:
+    """The state of the interrupted run that `resume` continues in `folder`, None to begin anew; changes nothing.
+
+    Raises CheckpointError for a folder that holds anything else, a finished run, or one that differs in a file, an
+    argument or a version, naming the difference.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder; choose another --out.")
+    # a run killed before its first file was whole leaves temporary files at most
+    if not folder.exists() or all(p.name == f".{STATE}.tmp" for p in folder.iterdir()):
+        return None
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder} exists and is not a folder of this program; choose another --out.")
+    if overwrite:
+        return None
+    if not resume:
+        raise CheckpointError(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
+    before = read_json(folder / STATE)
+    if before.get("complete"):
+        raise CheckpointError(f"{folder} is complete; there is nothing to resume.")
+    for key, value in run.items():
+        old = before["run"].get(key) if isinstance(before.get("run"), dict) else None
+        if old != value:
+            raise CheckpointError(f"cannot resume {folder}: {_difference(key, old, value)}.")
+    return before
+
+
+def is_leftover(path: Path) -> bool:
+    """A temporary file that a killed run left: `write_file`'s, or the safetensors library's for it (.tmpAb12Cd)."""
+    return LEFTOVER.fullmatch(path.name) is not None
 
 
 class Output:
@@ -45,30 +84,13 @@ class Output:
         self.folder, self.source, self.run = folder, source, run
         self.records: dict[int, dict] = {}
         self.shards = source.config.n_layers + 1
-        old = self._existing(resume, overwrite)
+        before = survey(folder, run, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        if not old:
+        for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
+            if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
+                path.unlink()
+        if not before:
             self._write_state(complete=False)
-
-    def _existing(self, resume: bool, overwrite: bool) -> bool:
-        state = self.folder / "starquant.json"
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return False
-        if overwrite and state.exists():
-            shutil.rmtree(self.folder)
-            return False
-        if not state.exists():
-            raise CheckpointError(f"{self.folder} exists and is not a folder of this program; choose another --out.")
-        if not resume:
-            raise CheckpointError(f"{self.folder} exists; add --resume to continue it or --overwrite to replace it.")
-        before = read_json(state)
-        if before.get("complete"):
-            raise CheckpointError(f"{self.folder} is complete; there is nothing to resume.")
-        for key, value in self.run.items():
-            if before["run"].get(key) != value:
-                change = _difference(key, before["run"].get(key), value)
-                raise CheckpointError(f"cannot resume {self.folder}: {change}.")
-        return True
 
     def shard(self, i: int) -> str:
         return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -81,20 +103,27 @@ class Output:
         for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
             tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
-        metadata = {"starquant": json.dumps({"run": self.run["hash"], "record": timeless, "gates": _gates(block)})}
-        write_tensors(self.folder / self.shard(i), tensors, metadata)
+        about = {"run": self.run["hash"], "record": timeless, "gates": _gates(block)}
+        about["sha256"] = checksum(tensors, about)
+        write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
         self.records[i] = record
 
     def finished(self, i: int, device, dtype):
         """(block, record) of an earlier run, or None."""
-        if not (self.folder / self.shard(i)).exists():
+        path = self.folder / self.shard(i)
+        if not path.exists():
             return None
         view = self._shard_view(i)
-        metadata = json.loads(view.metadata(self.shard(i)).get("starquant", "{}"))
-        if metadata.get("run") != self.run["hash"]:
-            raise CheckpointError(f"{self.folder / self.shard(i)} belongs to another run; use --overwrite.")
-        view.quantization = self._quantization(metadata["gates"])
-        self.records[i] = metadata["record"]
+        try:
+            about = json.loads(view.metadata(path.name)["starquant"])
+            found = about.pop("sha256")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            about = found = None
+        if found != checksum({n: view.get(n) for n in view.shapes}, about):
+            raise CheckpointError(f"{path} differs from the checksum in it; delete it, --resume makes it anew.")
+        if about["run"] != self.run["hash"]:
+            raise CheckpointError(f"{path} belongs to another run; delete it, --resume makes it anew.")
+        view.quantization, self.records[i] = self._quantization(about["gates"]), about["record"]
         return load_block(view, i, device, dtype), self.records[i]
 
     def _shard_view(self, i: int) -> Checkpoint:
@@ -127,7 +156,8 @@ class Output:
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
         size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
-        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        sums = {self.shard(i): sha256(self.folder / self.shard(i)) for i in range(self.shards)}
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size, "sha256": sums}, "weight_map": weight_map})
         for name in TOKENIZER_FILES:
             if (self.source.folder / name).exists():
                 write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
@@ -136,8 +166,17 @@ class Output:
         self._write_state(complete=True)
 
     def _write_state(self, complete: bool) -> None:
-        write_json(self.folder / "starquant.json", {"complete": complete, "run": self.run,
-                                                    "blocks": [self.records[i] for i in sorted(self.records)]})
+        write_json(self.folder / STATE, {"complete": complete, "run": self.run,
+                                         "blocks": [self.records[i] for i in sorted(self.records)]})
+
+
+def checksum(tensors: dict, about) -> str:
+    """SHA-256 of a block's tensors, their names, types and shapes, and of what is said about them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _gates(block) -> dict:

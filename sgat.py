@@ -6,6 +6,8 @@ image. `kind="dense"` is one d x d matrix; `kind="kronecker"` is P1 ⊗ P2 (Flat
 `allocate_subspaces` starts instead from the directions that the other state does not use.
 """
 
+import math
+
 import torch
 from einops import einsum, rearrange
 from torch import nn
@@ -143,7 +145,8 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
 
     `rows` are segment numbers, the loss is a mean over them. One eighth of the segments is held out, at least one;
     with a single segment it is judged on itself. A held-out loss that is not finite ends the training; the best
-    iterate, at worst the start, is kept in every case. Parameters named `clip...` learn 10 times as fast (FlatQuant).
+    iterate, at worst the start, is kept in every case, and `diverged` says that the last is worse than the start.
+    Parameters named `clip...` learn 10 times as fast (FlatQuant).
     """
     held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
     train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
@@ -163,7 +166,7 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
 
     best = current()
     history = [held_out(best)]
-    least, diverged = history[0], False
+    least = history[0]
     for _ in range(epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for rows in order.split(batch):
@@ -176,10 +179,10 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
         value = current()
         history.append(held_out(value))
         progress(history[-1])
-        if not torch.isfinite(torch.tensor(history[-1])):
-            diverged = True
+        if not math.isfinite(history[-1]):
             break
         if history[-1] < least:
             best, least = value, history[-1]
-    return best, {"start": history[0], "best": least, "last": history[-1], "epochs": len(history) - 1,
-                  "diverged": diverged}
+    last = history[-1] if math.isfinite(history[-1]) else None  # JSON has no NaN
+    return best, {"start": history[0], "best": least, "last": last, "epochs": len(history) - 1,
+                  "diverged": last is None or last > history[0]}

@@ -137,12 +137,12 @@ class FakeQuantize(torch.autograd.Function):
             share = x.sign() * d_scale / (2 ** (ctx.bits - 1) - 1)
             return _add_at(out, size == size.amax(-1, keepdim=True), share), None, None
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        # ∂X̂/∂z = s ([inside] − 1),  z = −X_min / s
-        d_zero = (out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)) * scale
-        d_scale = d_scale + d_zero * low / scale**2
+        # ∂X̂/∂z = s ([inside] − 1),  z = −X_min / s; divided by s, whose square may be 0
+        d_zero = out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)
+        d_scale = d_scale + d_zero * (low / scale)
         # s = (X_max − X_min) / (2ᵇ − 1)
         share = d_scale / (2**ctx.bits - 1)
-        out = _add_at(out, x == low, -share - d_zero / scale)
+        out = _add_at(out, x == low, -share - d_zero)
         return _add_at(out, x == high, share), None, None
 
 

@@ -6,16 +6,17 @@ and divides the weight that consumes it by c. The 16-bit model computes the same
 a power of two); what a quantizer meets are channels c times larger.
 """
 
-import argparse
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 import data
-from checkpoint import Checkpoint, CheckpointError, resolve
+from checkpoint import Checkpoint, CheckpointError, read_json, resolve
+from cli import Parser
 from families import ConfigError
 from model import FUSED, DiffusionLM, load_model, part_rows
 
@@ -89,13 +90,19 @@ def scale_channels(block, name: str, where, c: float) -> None:
 
 def write_stressed(name: str, c: float, folder: Path) -> None:
     """The stressed model as a checkpoint of its own, in fp32, so that any c keeps the function."""
-    if Checkpoint(resolve(name)).quantization:
+    source = Checkpoint(resolve(name))
+    if source.quantization:
         raise CheckpointError(f"{name} is quantized already; give the 16-bit model.")
+    # the same model stressed before is written again, anything else is not ours to replace
+    empty = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    old = folder / "config.json"
+    if not empty and (not old.is_file() or read_json(old) != source.config.raw):
+        raise CheckpointError(f"{folder} exists and is not this model stressed; move it away first.")
     stress(load_model(name, "cpu", torch.float32), c).save(folder)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("stress.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, a hub id or a folder of a 16-bit model")
     parser.add_argument("--c", type=float, default=8.0, help="factor of the outlier channels (8)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the stressed model")
@@ -104,6 +111,9 @@ def main(argv=None) -> int:
         write_stressed(args.model, args.c, args.out)
     except (CheckpointError, ConfigError) as error:
         print(f"stress.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"stress.py: {error.strerror or error}: {error.filename or args.out}.", file=sys.stderr)
         return 2
     print(json.dumps({"model": args.model, "c": args.c, "out": str(args.out)}))
     return 0

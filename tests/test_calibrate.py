@@ -155,14 +155,6 @@ class TestResume:
         for shard in (tmp_path / "whole").glob("model-*"):
             assert sha256(shard) == sha256(tmp_path / "cut" / shard.name)
 
-    def test_resume_with_other_arguments_names_the_difference(self, small_folder, tmp_path, monkeypatch, capsys):
-        monkeypatch.setitem(calibrate.METHODS, "rtn", Stop(5))
-        assert command(small_folder, tmp_path / "q", "--method", "rtn") == 130
-        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--resume", "--wbits", "3") == 2
-        assert "config wbits was 4 and is 3" in capsys.readouterr().err
-        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--resume", "--segments", "10") == 2
-        assert "tokens was" in capsys.readouterr().err
-
     def test_no_half_written_file_stands_under_a_final_name(self, small_folder, tmp_path, monkeypatch):
         import checkpoint
 
@@ -176,46 +168,6 @@ class TestResume:
         assert not list((tmp_path / "q").glob(".*tmp"))
 
 
-class TestRefusals:
-    @pytest.mark.parametrize(("arguments", "words"), [
-        (["--model", "no-such-model"], "neither a folder, a hub id"),
-        (["--method", "magic"], "method 'magic' is not one of"),
-        (["--wbits", "1"], "wbits 1 is not between 2 and 8"),
-        (["--abits", "9"], "abits 9 is not between 2 and 8"),
-        (["--set", "epochs"], "expected FIELD=VALUE"),
-        (["--set", "colour=red"], "expected FIELD=VALUE"),
-        (["--set", "lr=fast"], "'fast' is not a float"),
-        (["--set", "tac=always"], "tac 'always' is not one of"),
-        (["--set", "tac_block=0"], "tac_block 0 is not between"),
-        (["--device", "abacus"], "device 'abacus' is not available"),
-        (["--segments", "0"], "--segments"),
-        (["--length", "0"], "--length"),
-    ])
-    def test_one_sentence_exit_code_2_and_nothing_written(self, arguments, words, small_folder, tmp_path, capsys):
-        base = {"--model": str(small_folder), "--out": str(tmp_path / "q"), "--problems": "0"}
-        base.pop(arguments[0], None)
-        argv = [x for pair in base.items() for x in pair] + arguments
-        assert calibrate.main(argv) == 2
-        error = capsys.readouterr().err
-        assert words in error
-        assert error.count("\n") == 1
-        assert not (tmp_path / "q").exists()
-
-    def test_an_output_folder_that_exists(self, small_folder, quantized_folder, tmp_path, capsys):
-        (tmp_path / "notes.txt").write_text("mine")
-        assert command(small_folder, tmp_path, "--overwrite") == 2
-        assert "not a folder of this program" in capsys.readouterr().err
-        assert (tmp_path / "notes.txt").read_text() == "mine"
-        assert command(small_folder, quantized_folder) == 2
-        assert "--resume" in capsys.readouterr().err
-        assert command(small_folder, quantized_folder, "--resume") == 2
-        assert "complete" in capsys.readouterr().err
-
-    def test_a_quantized_model_is_not_quantized_again(self, quantized_folder, tmp_path, capsys):
-        assert command(quantized_folder, tmp_path / "q") == 2
-        assert "quantized already" in capsys.readouterr().err
-
-
 class TestCalibrationText:
     def test_jsonl_with_winogrande_sentences(self, tmp_path):
         rows = [{"sentence": "The trophy beat the _ .", "option1": "case", "option2": "bag", "answer": "2"},
@@ -226,17 +178,3 @@ class TestCalibrationText:
     def test_text_file_calibrates(self, small_folder, tmp_path):
         (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
-
-    @pytest.mark.parametrize(("name", "content", "words"), [
-        ("a.txt", b"", "holds no text"), ("a.txt", b"  \n", "holds no text"), ("a.txt", b"\0" * 99, "holds no text"),
-        ("a.txt", b"\xff\xfe\x00a", "not UTF-8"), ("a.txt", b"too short", "too few"),
-        ("a.csv", b"a,b", "none of .txt, .jsonl and .parquet"), ("a.jsonl", b"{not json", "row 1"),
-        ("a.jsonl", b'{"text": 5}', "row 1"), ("a.jsonl", b"[1]", "row 1"), ("b.txt", None, "cannot be read"),
-        ("a.parquet", b"PAR1", "cannot be read as parquet"),
-    ])
-    def test_bad_text(self, name, content, words, small_folder, tmp_path, capsys):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        assert command(small_folder, tmp_path / "q", "--data", str(tmp_path / name)) == 2
-        assert words in capsys.readouterr().err
-        assert not (tmp_path / "q").exists()

@@ -750,3 +750,26 @@ class TestShrinkage:
         M, bias = starquant.tac_fit(z_fp, z_q, 4, shrinkage=1.0)
         torch.testing.assert_close(M, torch.eye(4, dtype=torch.float64).expand(2, 4, 4), rtol=0, atol=1e-12)
         torch.testing.assert_close(bias.flatten(), z_fp.mean(0) - z_q.mean(0), **TOLERANCE)
+
+
+class TestRidge:
+    """Not in the paper: the paired least-squares map."""
+
+    def test_equals_numpys_least_squares_per_block(self):
+        z_fp, z_q = paired(12)
+        z_fp = z_fp + torch.roll(z_q, 1, 1) @ orthogonal(12)  # correlated, by a map that is not symmetric
+        M, bias = starquant.tac_ridge(z_fp, z_q, 4, damping=0.0)
+        for b in range(3):
+            fp, q = (z[:, 4 * b : 4 * b + 4].numpy() for z in (z_fp, z_q))
+            want, *_ = np.linalg.lstsq(np.c_[q, np.ones(len(q))], fp, rcond=None)
+            np.testing.assert_allclose(M[b].numpy(), want[:4].T, rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(bias[b].numpy(), want[4], rtol=1e-8, atol=1e-9)
+
+    def test_damping_is_that_of_appendix_c(self):
+        """As many more rows √(N λ) I without a target: ridge regression as plain least squares."""
+        z_fp, z_q = paired(4)
+        M, _ = starquant.tac_ridge(z_fp, z_q, 4, damping=0.3)
+        fp, q = (z.numpy() - z.numpy().mean(0) for z in (z_fp, z_q))
+        lam = 0.3 * np.trace(np.cov(q.T, bias=True)) / 4
+        want, *_ = np.linalg.lstsq(np.r_[q, np.sqrt(len(q) * lam) * np.eye(4)], np.r_[fp, np.zeros((4, 4))], rcond=None)
+        np.testing.assert_allclose(M[0].numpy(), want.T, rtol=1e-8, atol=1e-10)

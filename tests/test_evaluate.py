@@ -106,16 +106,45 @@ class TestCommand:
         assert "░" not in lines[-1]
         assert text["a"] == text["b"]
 
+    def test_prompt_on_the_command_line(self, capsys, tmp_path):
+        out = tmp_path / "new" / "x.json"
+        assert evaluate.main(["--prompt", "Ann has 4 books.", "--gen-length", "4", "--device", "cpu", "--out",
+                              str(out)]) == 0
+        *steps, last = capsys.readouterr().out.splitlines()
+        assert len(steps) == 4
+        record = json.loads(last)
+        assert record["prompt"] == "Ann has 4 books."
+        assert json.loads(out.read_text()) == record
+
+    def test_on_a_terminal_the_lines_are_rewritten_in_place(self, tiny):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        out = Terminal()
+        evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 2, 4, out)
+        assert out.getvalue().count("\033[2A") == 1
+        assert out.getvalue().count("\033[2K") == 4
+
+    def test_a_table_is_asked_for_with_its_arguments(self, monkeypatch, capsys):
+        asked = []
+        monkeypatch.setattr(evaluate.tables, "make", lambda *a: asked.append(a) or {"rows": []})
+        assert evaluate.main(["--table", "2", "--problems", "9", "--seeds", "4", "--device", "cpu"]) == 0
+        assert evaluate.main(["--table", "2", "--quick", "--device", "cpu"]) == 0
+        (name, run, seeds, quick), (_, short, once, _) = asked
+        assert (name, run.problems, seeds, quick) == ("2", 9, 4, False)
+        assert (short.problems, short.nelbo, once) == (64, True, 1)
+
+    def test_an_interruption_ends_in_130(self, monkeypatch, capsys):
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(evaluate, "load_model", interrupt)
+        assert evaluate.main(["--device", "cpu"]) == 130
+        assert capsys.readouterr().err == "\nevaluate.py: interrupted.\n"
+
     def test_report_and_json(self, capsys):
         assert evaluate.main(["--problems", "2", "--against", "tiny", "--device", "cpu"]) == 0
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["tiny"]["tokens"] == [1.0, 1.0, 1.0]
         assert record["tiny"]["nelbo_difference"] == [0.0, 0.0, 0.0]
-
-    @pytest.mark.parametrize(("arguments", "words"), [
-        (["--model", "nowhere"], "neither a folder"), (["--problems", "0"], "at least 1"),
-        (["--prompt", "x", "--steps", "0"], "at least 1"), (["--device", "abacus"], "not available"),
-    ])
-    def test_refusals(self, arguments, words, capsys):
-        assert evaluate.main(arguments) == 2
-        assert words in capsys.readouterr().err

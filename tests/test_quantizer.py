@@ -157,6 +157,16 @@ class TestStraightThrough:
                     sides.append(math.fsum(w * v for w, v in zip(weights, values, strict=True)))
                 assert float(grad[i, j]) == pytest.approx((sides[0] - sides[1]) / (2 * h), abs=1e-6)
 
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_rows_without_a_scale_have_a_finite_gradient(self, symmetric):
+        """Zero and denormal rows, where s is held at its least value, beside a row of huge numbers."""
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        x[1], x[2], x[3] = 0, 1e-40, x[3] * 1e36
+        x.requires_grad_()
+        starquant.fake_quantize(x, 4, symmetric).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        assert torch.equal(x.grad[1:3], torch.ones(2, 8))
+
     def test_clamped_values_pass_no_gradient_of_their_own(self):
         x = torch.tensor([[20.0, 3.0, -9.0]], requires_grad=True)
         codes = starquant.quantize(x, torch.ones(1, 1), torch.full((1, 1), 5.0), 4)

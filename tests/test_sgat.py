@@ -172,17 +172,23 @@ class TestFit:
             assert sorted(n for batch in epoch for n in batch) == [i for i in range(16) if i not in (7, 15)]
         assert trained[:4] != trained[4:]
 
-    @pytest.mark.parametrize("lr", [3.0, 1e4])
+    @pytest.mark.parametrize("lr", [1.0, 1e4])
     def test_diverging_training_returns_its_best_iterate(self, lr):
         x, y, state, weight = states_apart(segments=8)
-        start, losses = cast(sgat.initial_basis(32, "dense", generator())), []
-        # a good start, so that absurd steps can only lose
+        start = cast(sgat.initial_basis(32, "dense", generator()))
+        # a good start, which absurd steps leave for anywhere: most seeds end worse, any is kept at its best
         start, _ = sgat.fit_sgat(x, y, state, weight, start, 1, 1, lr=1e-2, epochs=5, generator=generator())
-        P, record = sgat.fit_sgat(x, y, state, weight, start, 1, 1, lr=lr, epochs=3, generator=generator(),
-                                  progress=losses.append)
-        assert record["last"] == losses[-1] > record["start"]
-        assert record["best"] == min(record["start"], *losses)
-        assert held_out_loss(x, y, state, weight, P, (7,), 1, 1) == pytest.approx(record["best"], rel=1e-4)
+        diverged = []
+        for seed in range(6):
+            losses = []
+            P, record = sgat.fit_sgat(x, y, state, weight, start, 1, 1, lr=lr, epochs=3, generator=generator(seed),
+                                      progress=losses.append)
+            assert record["last"] == losses[-1]
+            assert record["diverged"] == (record["last"] > record["start"])
+            assert record["best"] == min(record["start"], *losses)
+            assert held_out_loss(x, y, state, weight, P, (7,), 1, 1) == pytest.approx(record["best"], rel=1e-4)
+            diverged.append(record["diverged"])
+        assert any(diverged)
 
     def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_start(self):
         x, y, state, weight = states_apart(segments=4)

@@ -1,0 +1,218 @@
+"""Before anything is written: can this run finish? And `--dry-run`, which also rehearses one optimization step.
+
+`check` runs at the start of every calibration: weights without NaN and Inf (the rest of the model files is checked when
+they are opened), the exact bytes of the output against the free disk, permission to write, and a lower bound of the
+memory against what is free. Every failure is one sentence. `rehearse` fits the first linear of the first block for one
+step and estimates the time of the whole run from it.
+"""
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from baselines import DLLMQUANT, ROTATED, Inputs
+from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
+from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
+from hadamard import exists, hadamard_sizes
+from memory import code_bytes
+from model import FUSED
+from output import OURS
+from sgat import kronecker_sizes
+from starquant import linear, tac_block_size
+
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
+FORWARDS = 9  # passes of a block's inputs through it: targets, four inputs, TAC's two, both streams onwards
+
+
+# ---- disk, exactly ---------------------------------------------------------------------------------------------------
+
+
+def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
+    """Shapes of the factors of P that a method stores for a linear of width d; `behind_norm`: qkv and gate_up."""
+    def square(sizes):
+        return [(n, n) for n in sizes]
+
+    match config.method:
+        case "awq" | "dllmquant+":
+            return [(d,)]
+        case "quarot" | "dllmquant++":
+            return [(d,)] * behind_norm + square(hadamard_sizes(d))
+        case "flatquant":
+            return [(d,), *square(kronecker_sizes(d))]
+        case "freeact":
+            return square(kronecker_sizes(d))
+        case "starquant":
+            return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
+        case "starquant+":
+            rotation, b = square(hadamard_sizes(d)), tac_block_size(d, config.balance_block)
+            return {"dense": [(d, d)], "kronecker": rotation, "block": [(d // b, b, b), *rotation]}[config.balance]
+    return []
+
+
+def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[int], int]:
+    """Bytes of the tensors in each block's shard and in the last shard (embedding, final norm, head).
+
+    `compensated`: the method stores TAC. Equal to what is written, to the byte (tested for every method).
+    """
+    c, names = source.config, NAMES[source.config.family]
+
+    def stored(name):
+        return prod(source.shapes[name]) * WIDTH[source.dtypes[name]]
+
+    linears, h = 0, c.head_dim
+    for fused, (rows, d) in linear_shapes(c).items():
+        numbers = sum(map(prod, factor_shapes(config, d, fused in ("qkv", "gate_up"))))
+        numbers += rows + rows * (fused == "qkv" and c.qkv_bias)  # scales and biases
+        numbers += 2 * (config.method in ("flatquant", "freeact", "starquant+"))  # clipping
+        linears += code_bytes(rows, d, config.wbits) + 4 * numbers
+    z = c.n_heads * h
+    linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated
+    if min(config.kv_bits, config.softmax_bits) < 16:
+        static = config.method in DLLMQUANT and config.kv_bits < 16
+        linears += 8 + 4 * h * h * (config.method in ROTATED and exists(h)) + 8 * c.n_kv_heads * h * static
+    blocks = [linears + sum(stored(f"{names.block.format(i)}.{n}.weight") for n in norm_names(c).values())
+              for i in range(c.n_layers)]
+    if config.head_bits == 16:
+        outer = [names.embed, names.final_norm, *([] if c.tied else [names.head])]
+        return blocks, sum(stored(f"{n}.weight") for n in outer)
+    V, D, bits = c.vocab_size, c.d_model, config.head_bits if c.tied else config.embed_bits or config.head_bits
+    head = 0 if c.tied else code_bytes(V, D, config.head_bits) + 4 * V
+    return blocks, code_bytes(V, D, bits) + 4 * V + head + 2 * D
+
+
+# ---- memory, from below ----------------------------------------------------------------------------------------------
+
+
+def memory_bytes(c: ModelConfig, tokens: int, itemsize: int) -> dict[str, int]:
+    """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
+
+    Embedding and head are gone when the blocks come. Scratch of the optimizer, attention and integer products is on top
+    and depends on the device.
+    """
+    shapes = linear_shapes(c)
+    parts = {
+        "embedding and head": c.vocab_size * c.d_model * (1 if c.tied else 2) * itemsize,
+        "one block": sum(map(prod, shapes.values())) * itemsize,
+        "both streams": 2 * tokens * c.d_model * itemsize,
+        "inputs of its linears": tokens * sum(d for _, d in shapes.values()) * itemsize,
+        "fitting the largest linear": max(4 * (tokens * (rows + d) + rows * d) for rows, d in shapes.values()),
+    }
+    outer = parts["embedding and head"]
+    return parts | {"total": max(outer + parts["both streams"] // 2, sum(parts.values()) - outer)}
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device, None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+# ---- every run -------------------------------------------------------------------------------------------------------
+
+
+def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int, device, dtype) -> dict:
+    """What the run will take, or CheckpointError / ConfigError in one sentence; nothing is written."""
+    c = source.config
+    try:
+        blocks, outer = output_bytes(source, config, compensated)
+    except ValueError as error:  # a width without a Hadamard rotation
+        raise ConfigError(f"method {config.method} cannot serve this model: {error}") from None
+    home = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        what = "cannot be written to" if home.is_dir() else "is not a folder"
+        raise CheckpointError(f"{home} {what}; choose another --out.")
+    files = sum((source.folder / n).stat().st_size for n in TOKENIZER_FILES if (source.folder / n).is_file())
+    disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2)
+    kept = sum(p.stat().st_size for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else 0
+    free = shutil.disk_usage(home).free + kept
+    if disk > free:
+        raise CheckpointError(f"the output takes {disk / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; free "
+                              f"some or choose another --out.")
+    memory, available = memory_bytes(c, tokens, dtype.itemsize), free_memory(device)
+    if available is not None and memory["total"] > available:
+        raise CheckpointError(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
+                              f"{available / 1e9:.4g} GB are free; lower --segments or --length.")
+    for name in source.shapes:
+        source.get(name)  # names NaN and Inf
+    return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,
+            "memory_free": available, "model_bytes": sum(prod(s) * WIDTH[source.dtypes[n]]
+                                                         for n, s in source.shapes.items())}
+
+
+# ---- --dry-run -------------------------------------------------------------------------------------------------------
+
+
+def fit_once(fit, outer, block, noisy, config):
+    """(record, seconds) of fitting the first block's qkv to segments noisy (S, L), straight from the embedding."""
+    x, state, _, _ = outer.prepare(noisy)
+    x, layer = block.attn_norm(x).detach().float(), block.qkv
+    weight, bias = layer.weight.detach().float(), layer.bias
+    y = linear(x, weight) if bias is None else linear(x, weight) + bias.float()
+    inputs = Inputs(x, y, state, torch.full(state.shape, 0.5, device=x.device), block.attn_norm.weight.detach())
+    start = time.perf_counter()
+    fitted, record = fit(weight, bias, inputs, config, torch.Generator().manual_seed(config.seed), lambda loss: None)
+    error = float((fitted(x, state) - y).square().sum() / y.square().sum().clamp_min(1e-30))
+    return {**record, "error": error}, time.perf_counter() - start
+
+
+def rehearse(fit, outer, block, noisy, config) -> dict:
+    """One real optimization step on the first block's qkv and the time of the whole run that follows from it.
+
+    fit: the method, noisy (S, L) the calibration segments. Methods that do not train are fitted whole. Other linears
+    are taken to cost in proportion to their weights.
+    """
+    c, few = outer.config, noisy[: config.batch + 1]  # one is held out, the others make one batch
+    fit_once(fit, outer, block, few, replace(config, epochs=0))  # the first call of everything is slow
+    _, around = fit_once(fit, outer, block, few, replace(config, epochs=0))
+    record, seconds = fit_once(fit, outer, block, few, replace(config, epochs=min(config.epochs, 1)))
+    if "epochs" in record:
+        steps = config.epochs * -(-(len(noisy) - max(len(noisy) // 8, 1)) // config.batch)
+        step = max(seconds - around, 0.0)
+        linear_seconds = around * len(noisy) / len(few) + steps * step
+    else:
+        steps, (record, linear_seconds) = 0, fit_once(fit, outer, block, noisy, config)
+        step = 0.0
+    sizes = {name: prod(shape) for name, shape in linear_shapes(c).items()}
+    began = time.perf_counter()
+    with torch.no_grad():
+        x, state, table, _ = outer.prepare(few)
+        block(x, state, table)
+    forwards = FORWARDS * (time.perf_counter() - began) * len(noisy) / len(few)
+    total = c.n_layers * (forwards + linear_seconds * sum(sizes.values()) / sizes["qkv"])
+    return {"linear": "block 0: qkv", "loss_before": record.get("start"), "loss_after": record.get("last"),
+            "error": record["error"], "steps_per_linear": steps, "step_seconds": step,
+            "estimated_seconds": float(f"{total:.3g}")}
+
+
+def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
+    """The plan as Markdown: what happens to which tensors, bytes per stage, the rehearsed step."""
+    names, blocks = NAMES[c.family], plan["blocks"]
+    kept = ["norms"] + ([names.embed, names.head][: 1 if c.tied else 2] if config.head_bits == 16 else [])
+    head = "" if config.head_bits == 16 else (f"; {names.embed} in {config.embed_bits or config.head_bits} bit, "
+                                              f"{names.head} in {config.head_bits} bit")
+    memory, free = plan["memory"], plan["memory_free"]
+    rows = [("read: the 16-bit model", plan["model_bytes"]),
+            *((f"memory: {part}", size) for part, size in memory.items() if part != "total"),
+            ("memory, at least" + ("" if free is None else f" ({free / 1e9:.4g} GB free)"), memory["total"]),
+            (f"write: each of {len(blocks)} blocks", max(blocks)),
+            ("write: embedding, head, final norm", plan["outer"]),
+            (f"disk, at most ({plan['disk_free'] / 1e9:.4g} GB free)", plan["disk"])]
+    loss = "" if step["loss_before"] is None else (f" loss {step['loss_before']:.4g} before and "
+                                                   f"{step['loss_after']:.4g} after the step,")
+    return "\n".join([
+        f"Quantized to W{config.wbits}A{config.abits} by {config.method}: {', '.join(FUSED)} of blocks 0 to "
+        f"{c.n_layers - 1}, {4 * c.n_layers} linears{head}.", f"Stays in 16 bit: {', '.join(kept)}.", "",
+        "| stage | bytes |", "|---|---|", *(f"| {what} | {size} |" for what, size in rows), "",
+        f"Rehearsed {step['linear']}:{loss} relative output error {step['error']:.4g}; the whole run takes about "
+        f"{step['estimated_seconds']:g} s. Nothing was written."])

@@ -1,0 +1,275 @@
+"""Can the tests fail? Small wrong changes to the code, each of which the named tests must notice.
+
+    python tests/mutate.py [--only N] [--jobs J]      a line per mutation, then a Markdown summary on standard output
+
+Every mutation is (file, old text, new text, test files). It is applied to a temporary copy of the repository, where the
+named test files run until their first failure: killed is a failing run, survived a passing one. `old` must occur
+exactly once in its file, so that a stale mutation is an error and not a survivor. Not collected by pytest.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EQ, QUANT, KERN, SGAT = "test_equations.py", "test_quantizer.py", "test_kernels.py", "test_sgat.py"
+MODEL, FAM, CAL, DREAM, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_dream.py",
+                                 "test_bench.py")
+
+MUTATIONS = [
+    # ---- starquant.py: quantizers
+    ("starquant.py", "return x @ weight.mT", "return x @ weight", EQ),
+    ("starquant.py", "return x + (torch.round(x) - x).detach()", "return x + (torch.floor(x) - x).detach()", EQ, QUANT),
+    ("starquant.py", "return x + (torch.round(x) - x).detach()", "return torch.round(x)", QUANT),
+    ("starquant.py", "ste_round(x / scale) + zero_point, 0, 2**bits - 1)",
+     "ste_round(x / scale) + zero_point, 0, 2**bits)", EQ, QUANT),
+    ("starquant.py", "ste_round(x / scale) + zero_point, 0, 2**bits - 1)",
+     "ste_round(x / scale) + zero_point, 1, 2**bits - 1)", EQ, QUANT),
+    ("starquant.py", "ste_round(x / scale) + zero_point", "ste_round(x / scale + zero_point)", EQ, QUANT),
+    ("starquant.py", "return scale * (codes - zero_point)", "return scale * (codes + zero_point)", EQ, QUANT),
+    ("starquant.py", "(2 ** (bits - 1) - 1)).clamp_min(tiny)", "(2 ** (bits - 1))).clamp_min(tiny)", EQ, QUANT),
+    ("starquant.py", "torch.full_like(scale, 2 ** (bits - 1))",
+     "torch.full_like(scale, 2 ** (bits - 1) - 1)", EQ, QUANT),
+    ("starquant.py", "scale = (x.abs().amax(-1, keepdim=True)", "scale = (x.amax(-1, keepdim=True)", EQ, QUANT),
+    ("starquant.py", "scale = (high / steps - low / steps).clamp_min(tiny)",
+     "scale = ((high - low) / steps).clamp_min(tiny)", QUANT),
+    ("starquant.py", "scale = (high / steps - low / steps).clamp_min(tiny)",
+     "scale = high / steps - low / steps", EQ, QUANT),
+    ("starquant.py", "steps = x.new_full((), 2**bits - 1)", "steps = x.new_full((), 2**bits)", EQ, QUANT),
+    ("starquant.py", "return scale, ste_round(-low / scale)", "return scale, ste_round(low / scale)", EQ, QUANT),
+    ("starquant.py", "return scale, ste_round(-low / scale)", "return scale, torch.floor(-low / scale)", EQ, QUANT),
+    ("starquant.py", "torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])",
+     "torch.maximum(x, low * clip[..., 1:]), high * clip[..., :1])", EQ, "test_baselines.py", "test_balance.py"),
+    ("starquant.py", "return y.clamp(-largest, largest).to(x.dtype)", "return y.to(x.dtype)", QUANT),
+    ("starquant.py", "rounded = (x / scale).round_().add_(zero_point)",
+     "rounded = (x / scale).floor_().add_(zero_point)", QUANT, SGAT),
+    ("starquant.py", "out = grad * inside", "out = grad", QUANT),
+    ("starquant.py", "d_scale = d_scale * (scale > torch.finfo(torch.float32).tiny)", "d_scale = d_scale + 0",
+     QUANT, "test_numerics.py"),
+    ("starquant.py", "share = x.sign() * d_scale / (2 ** (ctx.bits - 1) - 1)",
+     "share = d_scale / (2 ** (ctx.bits - 1) - 1)", QUANT),
+    ("starquant.py", "d_zero = out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)",
+     "d_zero = grad.sum(-1, keepdim=True) - out.sum(-1, keepdim=True)", QUANT),
+    ("starquant.py", "d_scale = d_scale + d_zero * (low / scale)", "d_scale = d_scale", QUANT),
+    ("starquant.py", "out = _add_at(out, x == low, -share - d_zero)",
+     "out = _add_at(out, x == low, share - d_zero)", QUANT),
+    ("starquant.py", "amount / where.sum(-1, keepdim=True).clamp_min(1)", "amount", QUANT),
+    ("starquant.py", "y = x if x.dtype == torch.float64 else x.float()", "y = x", QUANT, EQ),
+    ("starquant.py", "linear(fake_quantize(x, abits), fake_quantize(weight, wbits, symmetric=True))",
+     "linear(fake_quantize(x, abits), fake_quantize(weight, wbits))", EQ),
+    # ---- starquant.py: transforms, gates
+    ("starquant.py", "return (P.P1.mT @ (x @ P.P2)).flatten(-2)", "return (P.P1 @ (x @ P.P2)).flatten(-2)", EQ),
+    ("starquant.py", "return (P.P1.mT @ (x @ P.P2)).flatten(-2)", "return (P.P1.mT @ (x @ P.P2.mT)).flatten(-2)", EQ),
+    ("starquant.py", '"... n b, n b c -> ... n c"', '"... n b, n c b -> ... n c"', EQ),
+    ("starquant.py", "torch.linalg.inv(P.double()).mT.to(P.dtype)", "torch.linalg.inv(P.double()).to(P.dtype)", EQ),
+    ("starquant.py", "(1e-9 if P.dtype == torch.float64 else 1e-5)",
+     "(1e-1 if P.dtype == torch.float64 else 1e-1)", EQ),
+    ("starquant.py", "return x[state], x[~state]", "return x[~state], x[state]", EQ),
+    ("starquant.py", "out[state], out[~state] = x_m, x_u", "out[state], out[~state] = x_u, x_m", EQ),
+    ("starquant.py", "d_sh = P.shape[-1] - d_m - d_u", "d_sh = P.shape[-1] - d_m - d_u - 1", EQ),
+    ("starquant.py", "gate_m[d - d_u :] = 0", "gate_m[d - d_m :] = 0", EQ),
+    ("starquant.py", "gate_u[d - d_u - d_m : d - d_u] = 0", "gate_u[d - d_u : d] = 0", EQ),
+    ("starquant.py", "d_m + d_u > d:", "d_m + d_u >= d:", EQ),
+    ("starquant.py", "torch.where(state[..., None], gate_m, gate_u)",
+     "torch.where(state[..., None], gate_u, gate_m)", EQ),
+    ("starquant.py", "return apply_basis(x, P) * gate", "return apply_basis(x, P)", EQ),
+    ("starquant.py", "P if is_orthogonal(P) else inverse_transpose(P))", "P)", EQ),
+    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).square().mean()", EQ),
+    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).abs().sum(-1).mean()", EQ),
+    ("starquant.py", "linear(transform(x, P, 1 - gate), fold_weight(weight, P))",
+     "linear(transform(x, P, gate), fold_weight(weight, P))", EQ),
+    # ---- starquant.py: TAC
+    ("starquant.py", "q.shape[-1] ** 0.5, -1) @ v", "q.shape[-1], -1) @ v", EQ),
+    ("starquant.py", '(einsum(blocks, M, "... b g, b h g -> ... b h") + bias)',
+     '(einsum(blocks, M, "... b g, b g h -> ... b h") + bias)', EQ),
+    ("starquant.py", '(einsum(blocks, M, "... b g, b h g -> ... b h") + bias)',
+     '(einsum(blocks, M, "... b g, b h g -> ... b h") - bias)', EQ),
+    ("starquant.py", "matrix_power(cov_fp, 0.5) @ matrix_power(damp(cov_q, damping), -0.5)",
+     "matrix_power(damp(cov_q, damping), -0.5) @ matrix_power(cov_fp, 0.5)", EQ),
+    ("starquant.py", "matrix_power(damp(cov_q, damping), -0.5)", "matrix_power(cov_q, -0.5)", EQ),
+    ("starquant.py", "matrix_power(cov_fp, 0.5) @ matrix_power(damp(cov_q, damping), -0.5)",
+     "matrix_power(cov_fp, 1.0) @ matrix_power(damp(cov_q, damping), -1.0)", EQ),
+    ("starquant.py", "    M = shrink_to_identity(smooth_singular_values(M, smoothing), shrinkage)",
+     "    M = shrink_to_identity(smooth_singular_values(M, shrinkage), smoothing)", EQ),
+    ("starquant.py", "centred.mT @ centred / blocks.shape[1]", "centred.mT @ centred / (blocks.shape[1] - 1)", EQ),
+    ("starquant.py", "centred = blocks - mu[:, None]", "centred = blocks", EQ),
+    ("starquant.py", "rho * (cov.diagonal(dim1=-2, dim2=-1).sum(-1) / g).clamp_min(eps)",
+     "rho * cov.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(eps)", EQ),
+    ("starquant.py", "(1 - eta) * sigma + eta * sigma.mean(-1, keepdim=True)",
+     "eta * sigma + (1 - eta) * sigma.mean(-1, keepdim=True)", EQ),
+    ("starquant.py", "sigma.mean(-1, keepdim=True)", "sigma.mean()", EQ),
+    ("starquant.py", "(1 - alpha) * M + alpha * torch.eye", "alpha * M + (1 - alpha) * torch.eye", EQ),
+    ("starquant.py", "eigenvalues.clamp_min(1e-12).pow(p)", "eigenvalues.pow(p)", EQ),
+    ("starquant.py", "torch.linalg.solve(damp(cov_q, damping), cross.mT).mT",
+     "torch.linalg.solve(damp(cov_q, damping), cross.mT)", EQ),
+    ("starquant.py", "cross = centred_fp.mT @ centred_q / len(z_fp)",
+     "cross = centred_q.mT @ centred_fp / len(z_fp)", EQ),
+    # ---- starquant.py: what runs
+    ("starquant.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
+     "x = x * state_gate(state, self.in_features, self.d_u, self.d_m)", KERN, CAL),
+    ("starquant.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
+     "x = x * state_gate(~state, self.in_features, self.d_m, self.d_u)", KERN, CAL),
+    ("starquant.py", "return self.weight_scale[:, None] * (self.codes() - zero).float()",
+     "return self.weight_scale[:, None] * (self.codes() + zero).float()", KERN),
+    ("starquant.py", "return (self.weight_scale[ids][..., None] * rows).to(self.dtype)",
+     "return rows.to(self.dtype)", BENCH),
+    ("starquant.py", "return y.reshape(*x.shape[:-1], C).to(x.dtype)", "return y.reshape(*x.shape[:-1], C)", KERN),
+    # ---- kernels.py
+    ("kernels.py", "(codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)",
+     "(codes[..., 1::2] & 15) | (codes[..., 0::2] << 4)", KERN),
+    ("kernels.py", "codes[..., 0::2] = (p << 4) >> 4", "codes[..., 0::2] = p & 15", KERN),
+    ("kernels.py", "return codes[..., :k]", "return codes", KERN),
+    ("kernels.py", "codes.min() < -8 or codes.max() > 7", "codes.min() < -8 or codes.max() > 8", KERN),
+    ("kernels.py", "a.shape[1] * largest < 2**24", "a.shape[1] * largest < 2**34", KERN),
+    ("kernels.py", "part.sum(-1, dtype=torch.int32)", "part.sum(-1, dtype=torch.int8)", KERN),
+    ("kernels.py", "rows = torch.zeros(_multiple(max(M, 32), 32)", "rows = torch.zeros(_multiple(max(M, 17), 1)", KERN),
+    ("kernels.py", "return torch._int_mm(rows, w.t())[:M, :N]", "return torch._int_mm(rows, w.t())[:M]", KERN),
+    ("kernels.py", "torch.round(x / scale).add_(zero)", "torch.floor(x / scale).add_(zero)", KERN),
+    ("kernels.py", "zero = torch.round(-low / scale)", "zero = torch.round(-high / scale)", KERN),
+    ("kernels.py", "return codes, scale, zero - half", "return codes, scale, zero", KERN),
+    ("kernels.py", "acc = acc - zero.to(torch.int32) * weight_sum",
+     "acc = acc + zero.to(torch.int32) * weight_sum", KERN),
+    ("kernels.py", "x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - x.shape[-1] * zero.to(torch.int32)",
+     "x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32)", KERN),
+    ("kernels.py", "acc = acc - x_sum * weight_zero", "acc = acc + x_sum * weight_zero", KERN),
+    ("kernels.py", "return y if bias is None else y + bias", "return y", KERN),
+    # ---- model.py
+    ("model.py", "torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)",
+     "torch.rsqrt(y.var(-1, keepdim=True) + self.eps)", MODEL, FAM),
+    ("model.py", "torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)",
+     "torch.rsqrt(y.pow(2).mean(-1, keepdim=True))", MODEL, FAM),
+    ("model.py", "return self.weight * y.to(x.dtype)", "return (self.weight * y).to(x.dtype)", MODEL, FAM, DREAM),
+    ("model.py", "config.rope_theta ** (-torch.arange(0, h, 2",
+     "config.rope_theta ** (torch.arange(0, h, 2", MODEL, FAM),
+    ("model.py", "torch.cat((-second, first), -1) * sin", "torch.cat((second, -first), -1) * sin", MODEL, FAM),
+    ("model.py", "dtype = torch.float32 if config.rope_fp32 else dtype", "dtype = torch.float32", MODEL, FAM, DREAM),
+    ("model.py", "return rope(q, *table), rope(k, *table), v", "return rope(q, *table), k, v", MODEL, FAM),
+    ("model.py", "q, k = self.q_norm(q), self.k_norm(k)", "q, k = self.k_norm(q), self.q_norm(k)", FAM),
+    ("model.py", "return x + self.down(F.silu(gate) * up, state)",
+     "return x + self.down(F.silu(up) * gate, state)", MODEL, FAM),
+    ("model.py", "return x + self.down(F.silu(gate) * up, state)",
+     "return self.down(F.silu(gate) * up, state)", MODEL, FAM),
+    ("model.py", "gate, up = self.gate_up(self.ffn_norm(x), state)",
+     "gate, up = self.gate_up(self.attn_norm(x), state)", MODEL, FAM),
+    ("model.py", "z = self.tac(self.attention(", "z = (self.attention(", CAL, "test_baselines.py"),
+    ("model.py", "state = ids == self.mask_id  # taken here, once", "state = ids != self.mask_id", MODEL, CAL),
+    ("model.py", "positions = (attention_mask.long().cumsum(-1) - 1)",
+     "positions = attention_mask.long().cumsum(-1)", DREAM, FAM),
+    ("model.py", "mask = keep[:, None, None, :]  # keys that may be seen",
+     "mask = keep[:, None, :, None]", MODEL, FAM, DREAM),
+    ("model.py", "torch.cat((hidden[:, :1], hidden[:, :-1]), 1)",
+     "torch.cat((hidden[:, 1:], hidden[:, -1:]), 1)", DREAM, FAM),
+    ("model.py", "return self.head(hidden) * self.config.logit_scale", "return self.head(hidden)", FAM),
+    ("model.py", "return self.norm(x)", "return x", MODEL, FAM),
+    # ---- sgat.py
+    ("sgat.py", "return Q * R.diagonal().sign()", "return Q", SGAT),
+    ("sgat.py", "torch.linalg.solve(eye + S, eye - S)", "torch.linalg.solve(eye + S, eye + S)", SGAT),
+    ("sgat.py", "S = (A - A.mT) / 2", "S = (A + A.mT) / 2", SGAT),
+    ("sgat.py", "return Q[:, :n], Q[:, n:]", "return Q[:, -n:], Q[:, :-n]", SGAT),
+    ("sgat.py", "least_energy((moment_m, moment_u), (d_u, d_m)", "least_energy((moment_u, moment_m), (d_u, d_m)", SGAT),
+    ("sgat.py", "least_energy((moment_m, moment_u), (d_u, d_m)", "least_energy((moment_m, moment_u), (d_m, d_u)", SGAT),
+    ("sgat.py", "columns.insert(0, rest @ least)", "columns.append(rest @ least)", SGAT),
+    ("sgat.py", "[1 - gate for gate in subspace_gates", "[gate for gate in subspace_gates", SGAT),
+    ("sgat.py", "patterns, counts = loses[:, gated].flip(2)", "patterns, counts = loses[:, gated]", SGAT),
+    ("sgat.py", "torch.arange(segments) % 8 == 7", "torch.arange(segments) % 8 == 6", SGAT),
+    ("sgat.py", "train = (~held).nonzero()[:, 0]", "train = torch.arange(segments)", SGAT),
+    ("sgat.py", "if history[-1] < least:", "if True:", SGAT),
+    ("sgat.py", '(10 if name.startswith("clip") else 1)', "1", "test_baselines.py", SGAT),
+    ("sgat.py", "scheduler.step()", "pass", SGAT),
+    ("sgat.py", "optimizer.zero_grad(set_to_none=True)", "pass", SGAT),
+    ("sgat.py", "return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias) / norm",
+     "return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias)", SGAT),
+    # ---- sampling.py
+    ("sampling.py", "logits.exp() / (-noise.log()) ** temperature", "logits.exp() / -noise.log()", MODEL),
+    ("sampling.py", "unconditional + (cfg_scale + 1) * (conditional - unconditional)",
+     "unconditional + cfg_scale * (conditional - unconditional)", MODEL),
+    ("sampling.py", "descending=True, stable=True).argsort(dim=-1) < count",
+     "stable=True).argsort(dim=-1) < count", MODEL),
+    ("sampling.py", "yield end, n + (i < remainder)", "yield end, n + (i >= steps_per_block - remainder)", MODEL),
+    ("sampling.py", "confidence[:, end:] = -torch.inf", "pass", MODEL),
+    ("sampling.py", "confidence = confidence.masked_fill(~masked, -torch.inf)", "pass", MODEL),
+    ("sampling.py", "committed &= x0 != model.mask_id  # a predicted [MASK] changes nothing", "pass", MODEL, DREAM),
+    ("sampling.py", "[1 - t[i + 1] / t[i] for i in range(steps - 1)] + [1]",
+     "[1 - t[i + 1] / t[i] for i in range(steps)]", DREAM),
+    ("sampling.py", "outside = ordered.softmax(-1).cumsum(-1) > top_p",
+     "outside = ordered.softmax(-1).cumsum(-1) < top_p", DREAM),
+    ("sampling.py", "confidence = best[:, 0] - best[:, 1]", "confidence = best[:, 1] - best[:, 0]", DREAM),
+    ("sampling.py", "confidence = (probs * (probs + 1e-10).log()).sum(-1)",
+     "confidence = -(probs * (probs + 1e-10).log()).sum(-1)", DREAM),
+    ("sampling.py", "count = int(masked.sum() / len(ids) * share)",
+     "count = round(float(masked.sum() / len(ids) * share))", DREAM),
+]
+
+
+def check() -> None:
+    """Every mutation still applies."""
+    for number, (file, old, new, *tests) in enumerate(MUTATIONS):
+        found = (ROOT / file).read_text().count(old)
+        if found != 1 or old == new or not all((ROOT / "tests" / t).is_file() for t in tests):
+            sys.exit(f"mutation {number} is stale: {file} holds {old!r} {found} times.")
+
+
+def run(number: int, folder: Path) -> tuple[bool, float, str]:
+    """(killed, seconds, the failing test) of one mutation in a copy of the repository."""
+    file, old, new, *tests = MUTATIONS[number]
+    good = (ROOT / file).read_text()
+    (folder / file).write_text(good.replace(old, new))
+    start = time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                               *(f"tests/{t}" for t in tests)], cwd=folder, capture_output=True, text=True, timeout=900)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        killed, why = done.returncode == 1, lines[0].split(" - ")[0] if lines else done.stdout[-300:]
+        if done.returncode not in (0, 1):
+            sys.exit(f"mutation {number}: pytest ended with {done.returncode}: {done.stdout[-99:]}{done.stderr[-99:]}")
+    except subprocess.TimeoutExpired:
+        killed, why = True, "ran for more than 15 minutes"
+    (folder / file).write_text(good)
+    return killed, time.perf_counter() - start, why if killed else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of mutations to run")
+    parser.add_argument("--jobs", type=int, default=1, help="copies that run side by side (1)")
+    args = parser.parse_args()
+    check()
+    numbers, survivors = args.only or list(range(len(MUTATIONS))), []
+    with tempfile.TemporaryDirectory() as base:
+        copies = []
+        for job in range(args.jobs):
+            copies.append(Path(base) / str(job))
+            shutil.copytree(ROOT, copies[-1], ignore=shutil.ignore_patterns(".*", "out", "results", "__pycache__"))
+
+        def one(number):
+            folder = copies.pop()
+            try:
+                return number, *run(number, folder)
+            finally:
+                copies.append(folder)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for number, killed, seconds, why in pool.map(one, numbers):
+                file, old, new, *_ = MUTATIONS[number]
+                print(f"{number:>3} {'killed' if killed else 'SURVIVED'} {seconds:5.1f} s {file}: {old!r} -> {new!r} "
+                      f"{why}", file=sys.stderr, flush=True)
+                survivors += [] if killed else [number]
+    print(f"{len(numbers) - len(survivors)} of {len(numbers)} mutations killed.\n")
+    print("| file | mutations | killed |\n|---|---|---|")
+    for file in dict.fromkeys(MUTATIONS[n][0] for n in numbers):
+        mine = [n for n in numbers if MUTATIONS[n][0] == file]
+        print(f"| {file} | {len(mine)} | {len(set(mine) - set(survivors))} |")
+    for n in survivors:
+        print(f"\nSurvivor {n}, {MUTATIONS[n][0]}: `{MUTATIONS[n][1]}` -> `{MUTATIONS[n][2]}`")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
