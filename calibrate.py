@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import baselines
 import data
+import distributed
 import metrics
 import preflight
 from balance import fit_starquant_plus
@@ -40,6 +41,7 @@ from output import Output, run_key, survey
 from sgat import allocate_subspaces, fit_sgat, initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from states import rollout
 from stress import write_stressed
 
 
@@ -71,12 +73,13 @@ class QuantConfig:
     head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
     embed_bits: int = 0  # embedding alone, 8 or 4; 0: as head_bits
     inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
+    states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
     seed: int = 0
 
     CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
-                         "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
+                         "states": ("masked", "rollout"), "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
@@ -257,10 +260,12 @@ def prediction_confidence(outer: DiffusionLM, blocks, noisy):
     return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
 
 
-def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None):
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None,
+                     share=(0, 1)):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
+    With inputs "fp" a block depends on the 16-bit stream alone; share (rank, world) yields every world-th block.
     """
     confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
     x_fp, state, table, _ = outer.prepare(noisy)
@@ -268,25 +273,35 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, fin
     x_q = x_fp
     del outer  # an 8B model's embedding and head take as much as ten blocks
     for i, block in enumerate(blocks()):
-        old = finished(i)
-        if old is None:
-            quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
-                                               progress or (lambda _: None), confidence)
-        else:
-            quantized, record = old
-        yield i, quantized, record
-        x_q, _ = run_block(quantized, x_q, state, table)
+        if i % share[1] == share[0]:
+            old = finished(i)
+            if old is None:
+                quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
+                                                   progress or (lambda _: None), confidence)
+            else:
+                quantized, record = old
+            yield i, quantized, record
         x_fp, _ = run_block(block, x_fp, state, table)
-        if config.inputs == "fp":
-            x_q = x_fp
+        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table)[0]
+
+
+def masking_ratios(n: int, config: QuantConfig, generator):
+    """t of each segment, stratified over (0, 1] so that the whole trajectory is there; or TMAS."""
+    return (baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios)(n, generator)
 
 
 def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
-    """Calibration segments with token states of the whole trajectory: ratio t stratified over (0, 1], or TMAS."""
+    """Calibration segments with a share t of `region` masked: the forward process."""
     g = torch.Generator().manual_seed(config.seed)
     region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
-    ratios = baselines.tmas_ratios if config.method in baselines.DLLMQUANT else data.stratified_ratios
-    return data.mask_tokens(tokens, region, ratios(len(tokens), g), mask_id, g)
+    return data.mask_tokens(tokens, region, masking_ratios(len(tokens), config, g), mask_id, g)
+
+
+def token_states(model, tokens, region, mask_id: int, config: QuantConfig):
+    """Masked copies, or states of the model's own trajectory, for which model() gives the 16-bit model."""
+    if config.states == "masked":
+        return masked_copies(tokens, region, mask_id, config)
+    return rollout(model(), tokens, masking_ratios(len(tokens), config, torch.Generator().manual_seed(config.seed)))
 
 
 def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
@@ -294,7 +309,7 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
 
     tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
     """
-    noisy = masked_copies(tokens, region, model.mask_id, config).to(model.device)
+    noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
     quantized = copy.copy(model)
     quantized._modules = dict(model._modules)
     if config.head_bits < 16:
@@ -320,13 +335,18 @@ def parse(argv):
                         "write nothing (a model of the hub is downloaded)")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C",
                         help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
-    parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (the embedded model has its own)")
+    parser.add_argument("--data", help="calibration text: winogrande (downloaded, as the paper), or a .txt, .jsonl or "
+                        ".parquet file (the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
+    parser.add_argument("--inputs", choices=QuantConfig.CHOICES["inputs"],
+                        help="inputs of the next block (quantized); fp lets torchrun share the blocks")
+    parser.add_argument("--states", choices=QuantConfig.CHOICES["states"],
+                        help="token states: masked copies of the segments (masked), or rollout, of the own trajectory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--problems", type=int, default=32, help="problems per task in the closing table (0: no table)")
+    parser.add_argument("--problems", type=int, default=24, help="problems per task in the closing table (0: no table)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
                                                                            fields(QuantConfig)[3:-1]))
@@ -338,6 +358,7 @@ def parse(argv):
 
 def config_from(args) -> QuantConfig:
     values = {"method": args.method, "wbits": args.wbits, "abits": args.abits, "seed": args.seed}
+    values |= {name: getattr(args, name) for name in ("inputs", "states") if getattr(args, name)}
     kinds = {f.name: type(f.default) for f in fields(QuantConfig)}
     for item in args.set:
         name, equals, value = item.partition("=")
@@ -355,16 +376,19 @@ def calibration_tokens(args, tokenizer, embedded: bool):
     if tokenizer is None:
         raise CheckpointError(f"{args.model} has no tokenizer, which calibration text needs.")
     if args.data:
-        return data.text_segments(tokenizer, args.data, args.segments, args.length, args.seed)
+        return data.text_segments(tokenizer, data.find_texts(args.data), args.segments, args.length, args.seed)
     if not embedded:
-        raise data.DataError(f"{args.model} needs calibration text: give --data FILE, a .txt or .jsonl (the paper uses "
-                             f"128 segments of WinoGrande).")
+        raise data.DataError(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
+                             f"or --data FILE, a .txt, .jsonl or .parquet.")
     return data.calibration_set(tokenizer, args.segments, args.length, args.seed)
 
 
 def run(args) -> dict:
     config = config_from(args)
-    device = pick_device(args.device)
+    device = distributed.start(pick_device(args.device))
+    if distributed.world() > 1 and config.inputs != "fp":
+        raise ConfigError("several processes share the blocks only if these do not wait for one another: add --inputs "
+                          "fp.")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
              else torch.float32}[args.dtype]
     for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
@@ -378,28 +402,32 @@ def run(args) -> dict:
     plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype)
     if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one
         stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
-        write_stressed(args.model, args.stress, stressed)
+        distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
         args.model, source = str(stressed), Checkpoint(stressed)
     outer = load_outer(source, device, dtype)
     tokens, region = calibration_tokens(args, outer.tokenizer, judged)
-    noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
     key = run_key(args.model, source, tokens, config)
     if args.dry_run:
         survey(args.out, key, args.resume, args.overwrite)
+        noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
         step = preflight.rehearse(METHODS[config.method], outer, load_block(source, 0, device, dtype), noisy, config)
         print(preflight.describe(plan, step, source.config, config))
         return {"dry_run": True, "plan": plan, "step": step, **asdict(config)}
-    out = Output(args.out, source, key, args.resume, args.overwrite)
+    distributed.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
+    out = Output(args.out, source, key, resume=True, overwrite=False)  # on every process, once the first made it
+    noisy = token_states(lambda: load_model(args.model, device, dtype), tokens, region, outer.mask_id, config)
+    noisy = noisy.to(device)
     n, start = source.config.n_layers, time.time()
 
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
     stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                              lambda loss: progress(loss))
+                              lambda loss: progress(loss), (distributed.rank(), distributed.world()))
     del outer
 
-    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr) as bar:
+    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr,
+              disable=distributed.rank() > 0) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
@@ -410,6 +438,10 @@ def run(args) -> dict:
                 report_divergence(record)
             bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
             bar.set_description(f"block {min(i + 2, n)}/{n}")
+    for records in distributed.gather(out.records):
+        out.records |= records
+    if distributed.rank():
+        return {}
     out.finish(block)
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1), **asdict(config)}
     if args.problems and judged:
@@ -427,7 +459,7 @@ def run(args) -> dict:
 def main(argv=None) -> int:
     args = parse(argv)
     try:
-        print(json.dumps(run(args)))
+        result = run(args)
     except (CheckpointError, ConfigError, data.DataError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
         return 2
@@ -443,6 +475,8 @@ def main(argv=None) -> int:
         print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "
               f"--resume.", file=sys.stderr)
         return 130
+    if distributed.rank() == 0:
+        print(json.dumps(result))
     return 0
 
 

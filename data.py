@@ -271,8 +271,44 @@ class DataError(ValueError):
     """Calibration text that cannot be used; the message is one sentence."""
 
 
+# WinoGrande's largest training split as the harness' task names it, 2 MB; the revision keeps calibrations comparable
+WINOGRANDE = {"repo_id": "allenai/winogrande", "filename": "winogrande_xl/train-00000-of-00001.parquet",
+              "revision": "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "repo_type": "dataset"}
+
+
+def find_texts(name: str) -> Path:
+    """A file as it is; "winogrande" is downloaded from the hub (once) unless a file has that name."""
+    if name != "winogrande" or Path(name).exists():
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(**WINOGRANDE))
+    except Exception as error:  # network, proxy, removed repository: many types, one meaning
+        raise DataError(f"WinoGrande could not be downloaded ({type(error).__name__}); fetch {WINOGRANDE['filename']} "
+                        f"of the data set {WINOGRANDE['repo_id']} elsewhere and give the file: --data FILE.") from None
+
+
 def read_texts(path: Path) -> list[str]:
-    """Documents of a .txt file (one) or a .jsonl file: field "text", or WinoGrande's "sentence" with its answer."""
+    """Documents of a .txt file (one), or rows of a .jsonl or .parquet file: "text", or WinoGrande's "sentence" with its
+    answer in the gap."""
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
+    if path.suffix == ".txt":
+        return rows
+    texts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            text = row.get("text", row.get("sentence"))
+            if str(row.get("answer")) in ("1", "2") and "option1" in row:
+                text = text.replace("_", row[f"option{row['answer']}"])
+            texts.append(text + "")
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise DataError(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
+    return texts
+
+
+def _text_rows(path: Path) -> list[str]:
     try:
         content = path.read_bytes().decode()
     except OSError as error:
@@ -281,21 +317,23 @@ def read_texts(path: Path) -> list[str]:
         raise DataError(f"{path} is not UTF-8 text.") from None
     if "\0" in content or not content.strip():
         raise DataError(f"{path} holds no text.")
-    if path.suffix == ".txt":
-        return [content]
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path} is neither .txt nor .jsonl.")
-    texts = []
-    for number, line in enumerate(filter(None, map(str.strip, content.split("\n"))), 1):
-        try:
-            row = json.loads(line)
-            text = row.get("text", row.get("sentence"))
-            if str(row.get("answer")) in ("1", "2") and "option1" in row:
-                text = text.replace("_", row[f"option{row['answer']}"])
-            texts.append(text + "")
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            raise DataError(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
-    return texts
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"{path} is none of .txt, .jsonl and .parquet.")
+    return [content] if path.suffix == ".txt" else list(filter(None, map(str.strip, content.split("\n"))))
+
+
+def _parquet_rows(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow.") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses
+        raise DataError(f"{path} cannot be read as parquet ({type(error).__name__}).") from None
+    if not rows:
+        raise DataError(f"{path} holds no rows.")
+    return rows
 
 
 def text_segments(tokenizer, path: Path, n: int, length: int, seed: int):

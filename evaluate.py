@@ -3,6 +3,7 @@
     python evaluate.py --model out/tiny-starquant-w4a4 --against tiny      NELBO, tasks, paired differences, fidelity
     python evaluate.py --table 2 --quick                                   one of the paper's tables, see tables.py
     python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, step by step
+    python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval
 
 Without --prompt: NELBO per token, accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo
 likelihood) with 95 % bootstrap intervals; with --against also the paired differences to the second model and how far
@@ -11,18 +12,20 @@ the two denoising trajectories agree. Tables go to standard output, its last lin
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 import data
+import distributed
 import metrics
+import protocol
 import tables
-from checkpoint import CheckpointError, write_json
+from checkpoint import Checkpoint, CheckpointError, resolve, write_json
 from cli import Parser
 from families import ConfigError
-from model import load_model
+from model import load_model, pick_device
 from sampling import denoise
 
 MEASURES = {"nelbo": "NELBO, nats/token", "math": "math, accuracy", "code": "code, accuracy",
@@ -72,6 +75,41 @@ def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=N
             for name, step in zip(models, batch, strict=True)}
 
 
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def benchmarks(args, dtype) -> dict:
+    """The harness' tasks under the model's protocol, beside the paper's numbers; requests are shared under torchrun."""
+    try:
+        import harness
+    except ImportError as error:
+        raise CheckpointError(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") \
+            from None
+    folder = resolve(args.model)
+    name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
+    name = args.protocol or protocol.protocol_of(name, family)
+    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
+                for task in args.tasks.split(",")}
+    for task, setting in settings.items():
+        if setting.runs_code and not args.confirm_run_unsafe_code:
+            raise CheckpointError(f"{task} executes code that the model wrote; where that can do no harm (a container "
+                                  f"without network), allow it with --confirm-run-unsafe-code.")
+    manager = harness.find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
+    device = distributed.start(pick_device(args.device))
+    model, identity, results = load_model(args.model, device, dtype), harness.fingerprint(args.model), {}
+    for task, s in settings.items():
+        lm = harness.HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
+                               cache=args.cache, identity=identity, **s.generation)
+        results[task] = harness.run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
+        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
+        print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
+              file=sys.stderr)
+    if distributed.rank() == 0:
+        print(protocol.table(name, results))
+    return {"model": args.model, "protocol": name, "limit": args.limit, "processes": distributed.world(),
+            "tasks": results}
+
+
 def parse(argv):
     parser = Parser("evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
@@ -84,18 +122,28 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="a table in minutes: one seed, two epochs, few examples")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
-    parser.add_argument("--steps", type=int, help="denoising steps with --prompt (--gen-length)")
-    parser.add_argument("--gen-length", type=int, default=data.GEN_LENGTH, help="tokens to write with --prompt (24)")
+    parser.add_argument("--steps", type=int, help="denoising steps with --prompt or --tasks (--gen-length)")
+    parser.add_argument("--gen-length", type=int, help="tokens to write with --prompt (24) or --tasks (protocol)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--tasks", help="benchmarks by lm-evaluation-harness instead: " + ",".join(protocol.TASKS))
+    parser.add_argument("--protocol", choices=protocol.PROTOCOLS, help="settings of --tasks, by the model unless given")
+    parser.add_argument("--mc-num", type=int, help="masks per likelihood with --tasks, at most (protocol, mostly 128)")
+    parser.add_argument("--limit", type=int, help="documents per task of --tasks (all)")
+    parser.add_argument("--cache", type=Path, help="folder for finished answers of --tasks: run again to continue")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences at once with --tasks (32)")
+    parser.add_argument("--include", type=Path, help="folder of further task YAMLs for --tasks")
+    parser.add_argument("--confirm-run-unsafe-code", action="store_true", help="let --tasks execute generated code")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser.parse_args(argv)
 
 
 def run(args) -> dict:
-    if args.problems < 1 or args.gen_length < 1 or (args.steps is not None and args.steps < 1):
-        raise CheckpointError("--problems, --steps and --gen-length must be at least 1.")
+    given = {"problems": args.problems, "gen-length": args.gen_length, "steps": args.steps, "limit": args.limit,
+             "batch-size": args.batch_size, "mc-num": args.mc_num}
+    for name in (name for name, value in given.items() if value is not None and value < 1):
+        raise CheckpointError(f"--{name} must be at least 1.")
     if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
         raise CheckpointError(f"--out {args.out} cannot be a file there.")
     if args.table:
@@ -104,13 +152,16 @@ def run(args) -> dict:
             run, seeds = replace(run, problems=64, nelbo=True), 1
         return tables.make(args.table, run, seeds, args.quick)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
+    if args.tasks:
+        return benchmarks(args, dtype)
     names = [args.model] + ([args.against] if args.against else [])
     models = {name: load_model(name, args.device, dtype) for name in names}
     for name, model in models.items():
         if model.tokenizer is None:
             raise CheckpointError(f"{name} has no tokenizer.json, which text needs.")
     if args.prompt is not None:
-        written = show_denoising(models, args.prompt + "\n", args.steps or args.gen_length, args.gen_length)
+        length = args.gen_length or data.GEN_LENGTH
+        written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
         return {"prompt": args.prompt, "text": written}
     results = {name: metrics.scores(model, args.problems, args.seed, label=name) for name, model in models.items()}
     record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
@@ -134,6 +185,11 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\nevaluate.py: interrupted.", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        print("evaluate.py: out of GPU memory; lower --batch-size (or --problems).", file=sys.stderr)
+        return 2
+    if distributed.rank():
+        return 0
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, record)

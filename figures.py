@@ -9,7 +9,6 @@
 Each is written to `results/figures` as PNG and SVG, its numbers beside it as JSON.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import data
 from calibrate import QuantConfig, masked_copies, quantize_model, run_block
 from checkpoint import CheckpointError
+from cli import Parser
 from families import ConfigError
 from model import FUSED, load_model
 from sampling import denoise
@@ -208,7 +208,7 @@ FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figu
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=FIGURES, help="one figure instead of all")
     parser.add_argument("--model", default="tiny", help="tiny, or a folder of a 16-bit model of the embedded tasks")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C", help="outlier channels of scale C (1: off)")

@@ -5,7 +5,7 @@ cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how
 Appendix B.5: lower variance, and exact for one token), Dream draws each token by itself; both stratify the ratio.
 
 Masks of a request come from a generator of its own, seeded by its tokens: the result depends neither on the order nor
-on the batching of requests, nor on how they are shared among processes. Equal masks of a request are run only once.
+on the batching of requests, nor on how they are shared among processes. Equal masked rows are run only once.
 """
 
 import hashlib
@@ -81,11 +81,16 @@ def _losses(model, batch: list[Rows], cfg_scale: float):
         ids[at, : len(r.ids)], real[at, : len(r.ids)], prompt[at, : r.prompt] = r.ids, True, True
         where[at, r.prompt : len(r.ids)] = r.masks
         start = at.stop
-    targets = ids[where]
-    noisy = ids.masked_fill(where, model.mask_id)
-    noisy, prompt, real, where, targets = (x.to(model.device) for x in (noisy, prompt, real, where, targets))
-    logits = guided_logits(model, noisy, prompt, cfg_scale, None if bool(real.all()) else real.long(), where)
-    ce = F.cross_entropy(logits.float(), targets, reduction="none").double()
+    targets, noisy = ids[where], ids.masked_fill(where, model.mask_id)
+    # rows that differ only in what is masked, as the choices A to D of a question, go through the model once
+    _, same = torch.cat((noisy, prompt, real), 1).unique(dim=0, return_inverse=True)
+    run = torch.zeros(int(same.max()) + 1, dtype=torch.long).scatter_(0, same, torch.arange(rows))
+    at = (where[run].flatten().cumsum(0) - 1).view(len(run), longest)[same][where]  # a masked token's row of the logits
+    inputs = [x[run].to(model.device) for x in (noisy, prompt, where)]
+    mask = None if bool(real.all()) else real[run].long().to(model.device)
+    logits = guided_logits(model, inputs[0], inputs[1], cfg_scale, mask, inputs[2])
+    at, where, targets = (x.to(model.device) for x in (at, where, targets))
+    ce = F.cross_entropy(logits.float()[at], targets, reduction="none").double()
     sums = torch.zeros(rows, dtype=torch.float64, device=ce.device).index_add_(0, where.nonzero()[:, 0], ce)
     return sums.cpu() * torch.cat([r.weights for r in batch])
 

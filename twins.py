@@ -6,7 +6,6 @@ In memory: the 16-bit model, its quantized twin in both residencies, and other p
 that they do not replace, so that comparing does not need twice the memory.
 """
 
-import argparse
 import copy
 import json
 import shutil
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from checkpoint import INDEX, CheckpointError, resolve, write_json, write_tensors
+from cli import Parser
 from families import NAMES, ConfigError, read_config
 from model import FUSED, DiffusionLM, Linear, RMSNorm, expected_tensors, quantize_outer
 from sgat import initial_basis
@@ -181,7 +181,7 @@ def write_checkpoint(name: str, folder: Path, blocks: int | None = None, gain: f
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("twins.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="llada-8b", help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the published model (all)")
     parser.add_argument("--gain", type=float, default=30.0, help="size of the outlier channels (30)")

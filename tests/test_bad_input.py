@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 import bench
 import calibrate
 import evaluate
+import figures
 import stress
+import twins
 from checkpoint import INDEX
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -297,7 +299,8 @@ ARGUMENTS = [
     ("calibrate", [*DATA, "nul.txt"], "nul.txt holds no text"),
     ("calibrate", [*DATA, "latin.txt"], "latin.txt is not UTF-8 text"),
     ("calibrate", [*DATA, "short.txt"], "too few for segments of 64"),
-    ("calibrate", [*DATA, "a.csv"], "a.csv is neither .txt nor .jsonl"),
+    ("calibrate", [*DATA, "a.csv"], "a.csv is none of .txt, .jsonl and .parquet"),
+    ("calibrate", [*DATA, "a.parquet"], "cannot be read as parquet|needs pyarrow"),
     ("calibrate", [*DATA, "broken.jsonl"], "broken.jsonl, row 2"),
     ("calibrate", [*DATA, "number.jsonl"], "number.jsonl, row 1"),
     ("calibrate", [*DATA, "list.jsonl"], "list.jsonl, row 1"),
@@ -318,6 +321,12 @@ ARGUMENTS = [
     ("stress", ["--model", "MODEL", "--c", "-1", "--out", "OUT"], "stress -1 is not a positive number"),
     ("stress", ["--model", "MODEL", "--out", "theirs"], "theirs exists and is not this model stressed"),
     ("stress", ["--model", "MODEL"], "the following arguments are required: --out"),
+    ("twins", ["--model", "gpt-2", "--out", "OUT"], "shapes are known of"),
+    ("twins", ["--blocks", "0", "--out", "OUT"], "between 1 and 32"),
+    ("twins", ["--blocks", "1", "--out", "theirs"], "theirs is not empty"),
+    ("figures", ["--only", "2"], "argument --only: invalid choice: '2'"),
+    ("figures", ["--model", "nowhere"], "neither a folder"),
+    ("figures", ["--stress", "0", "--out", "OUT"], "stress 0 is not a positive number"),
     ("bench", ["--model", "QUANTIZED"], "is quantized already"),
     ("bench", ["--model", "nowhere"], "neither a folder"),
     ("bench", ["--points", "1x2"], "'1x2' is not BATCHxLENGTHxTOKENS"),
@@ -330,14 +339,16 @@ ARGUMENTS = [
     ("evaluate", ["--out", "file.txt/x.json"], "cannot be a file there"),
 ]
 FILES = {"empty.txt": b"", "blank.txt": b" \n\t\n", "nul.txt": b"\0" * 99, "latin.txt": "größer".encode("latin-1") * 99,
-         "short.txt": b"too short", "a.csv": b"a,b\n", "broken.jsonl": b'{"text": "a"}\n{not json\n',
+         "short.txt": b"too short", "a.csv": b"a,b\n", "a.parquet": b"PAR1",
+         "broken.jsonl": b'{"text": "a"}\n{not json\n',
          "number.jsonl": b'{"text": 5}\n', "list.jsonl": b"[1]\n", "deep.jsonl": b"[" * 100_000, "file.txt": b"text"}
 
 
 # ---- the test --------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main}
+COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main,
+            "twins": twins.main, "figures": figures.main}
 
 
 def tree(folder: Path) -> dict:

@@ -367,6 +367,12 @@ def test_batches_hold_at_most_batch_size_sequences():
     seen.clear()
     log_likelihoods(Counting(), [(PROMPT[0], torch.tensor([5]))], 128, 16)
     assert seen == [1]
+    seen.clear()
+    choices = [(PROMPT[0], torch.tensor([t])) for t in (5, 6, 7, 8)]
+    together = log_likelihoods(Counting(), choices, 8, 8)
+    assert seen == [1]  # four answers, one masked row
+    assert together == pytest.approx([log_likelihoods(MODELS["llada"], [c], 8, 8)[0] for c in choices], rel=1e-5)
+    assert len(set(together)) == 4
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
