@@ -198,6 +198,27 @@ class TestFit:
         assert record["epochs"] == 1
         assert torch.equal(P, start)
 
+    def moved(self, **options):
+        """How far parameters of constant gradient go in five steps of AdamW, in units of the learning rate."""
+        class Two(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.plain, self.clip_x = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+
+            def forward(self):
+                return torch.cat((self.plain, self.clip_x))
+
+        value, record = sgat.minimize(Two(), lambda rows, value: -value.sum(), 1, lr=1e-3, epochs=5, **options)
+        assert record["epochs"] == 5
+        return value.detach() / 1e-3
+
+    def test_clipping_factors_learn_ten_times_as_fast(self):
+        np.testing.assert_allclose(self.moved(), [5, 50], rtol=1e-3)
+
+    def test_the_cosine_schedule_ends_at_zero(self):
+        """Σ_t (1 + cos(π t / 5)) / 2 over t = 0 .. 4 is 3 steps of the full rate."""
+        np.testing.assert_allclose(self.moved(schedule="cosine"), [3, 30], rtol=1e-3)
+
     def test_one_segment_is_judged_on_itself(self):
         x, y, state, weight = states_apart(segments=1)
         start = cast(sgat.initial_basis(32, "dense", generator()))
