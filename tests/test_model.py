@@ -286,6 +286,16 @@ class TestDenoise:
         with pytest.raises(ValueError, match=message):
             generate(llada, self.PROMPT, **arguments)
 
+    def test_a_predicted_mask_commits_nothing(self):
+        biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
+        ids = torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1)
+        with torch.no_grad():  # a head that answers [MASK] whenever it is asked
+            biased.head.weight[biased.mask_id] = biased.hidden(ids)[:, 5:].mean((0, 1)) * 10
+            assert bool((biased(ids)[:, 5:].argmax(-1) == biased.mask_id).all())
+        for step in denoise(biased, self.PROMPT, 4, 4):
+            assert torch.equal(step.ids, ids)
+            assert not step.committed.any()
+
     def test_end_of_text_can_be_suppressed(self):
         biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
         eos = biased.config.eos_id
