@@ -47,6 +47,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Not on the meta device, where drawing numbers imports torch's compiler: a second at every start."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """x · rsqrt(mean(x²) + eps) in fp32, cast to the input's dtype, and only then times the gain (as LLaDA, Dream)."""
 
@@ -125,7 +132,7 @@ class DiffusionLM(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
