@@ -404,7 +404,7 @@ def run(args) -> dict:
         stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
         distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
         args.model, source = str(stressed), Checkpoint(stressed)
-    outer = load_outer(source, device, dtype)
+    outer = load_outer(source, device, dtype, head=config.method in baselines.DLLMQUANT)
     tokens, region = calibration_tokens(args, outer.tokenizer, judged)
     key = run_key(args.model, source, tokens, config)
     if args.dry_run:

@@ -196,7 +196,8 @@ class Checkpoint:
     def _handle(self, file: str):
         if file not in self._open:
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
+                # one at a time: the pages of a mapped file count as the process's memory while it is open
+                self._open = {file: safe_open(self.folder / file, framework="pt")}
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.folder / file} is not a whole safetensors file ({error}).") from None
         return self._open[file]

@@ -289,8 +289,8 @@ def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device, w
     return block
 
 
-def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> DiffusionLM:
-    """The model without its blocks: embedding, final norm, head, tokenizer."""
+def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: bool = True) -> DiffusionLM:
+    """The model without its blocks: embedding, final norm, head (on request), tokenizer."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
     with torch.device("meta"):
         model = DiffusionLM(replace(c, n_layers=1))
@@ -298,7 +298,7 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32) -> Dif
     if model.tokenizer is not None and model.tokenizer.get_vocab_size() > c.vocab_size:
         raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
                               f"embedding only {c.vocab_size}.")
-    parts = [("embed", names.embed), ("norm", names.final_norm)] + ([] if c.tied else [("head", names.head)])
+    parts = [("embed", names.embed), ("norm", names.final_norm)] + [("head", names.head)] * (head and not c.tied)
     if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
         parts = [("norm", names.final_norm)]
         _load_quantized_outer(checkpoint, model, device, dtype)

@@ -92,18 +92,18 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 def memory_bytes(c: ModelConfig, tokens: int, itemsize: int) -> dict[str, int]:
     """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
 
-    Embedding and head are gone when the blocks come. Scratch of the optimizer, attention and integer products is on top
+    The embedding is gone when the blocks come. Scratch of the optimizer, attention and integer products is on top
     and depends on the device.
     """
     shapes = linear_shapes(c)
     parts = {
-        "embedding and head": c.vocab_size * c.d_model * (1 if c.tied else 2) * itemsize,
+        "embedding": c.vocab_size * c.d_model * itemsize,
         "one block": sum(map(prod, shapes.values())) * itemsize,
         "both streams": 2 * tokens * c.d_model * itemsize,
         "inputs of its linears": tokens * sum(d for _, d in shapes.values()) * itemsize,
         "fitting the largest linear": max(4 * (tokens * (rows + d) + rows * d) for rows, d in shapes.values()),
     }
-    outer = parts["embedding and head"]
+    outer = parts["embedding"]
     return parts | {"total": max(outer + parts["both streams"] // 2, sum(parts.values()) - outer)}
 
 
