@@ -7,10 +7,10 @@ end-of-text filler included). Everything but wall-clock is determined by --seed;
 zero over --steps, or sooner if --minutes run out. Progress goes to standard error, one line of JSON to standard output.
 """
 
-import argparse
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 from checkpoint import write_json
+from cli import Parser
 from families import read_config
 from model import DiffusionLM, load_model
 from tokenizer import load_tokenizer
@@ -38,6 +39,7 @@ MIX = ("chain", "math", "chain", "english", "chain", "math", "chain", "code")  #
 T_MIN = 1e-3
 
 
+@cache
 def train_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE over the training split; every digit is a token of its own, as in LLaDA's tokenizer."""
     tokenizer = Tokenizer(models.BPE())
@@ -78,7 +80,7 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(data.ASSETS / "tiny"), help="folder of the trained model")
     parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
     parser.add_argument("--steps", type=int, default=5200)

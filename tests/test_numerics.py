@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import baselines
 import calibrate
+import methods
 from calibrate import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
 from checkpoint import CheckpointError
 from model import FUSED, generate, load_model
@@ -192,7 +193,7 @@ class TestDivergence:
 
         def fresh(*args):
             trained[0] = False
-            return calibrate.fit_starquant(*args)
+            return methods.fit_starquant(*args)
 
         monkeypatch.setattr(sgat, "sgat_loss", burst)
         monkeypatch.setitem(METHODS, "starquant", fresh)

@@ -1,0 +1,94 @@
+"""Every method by name, as a way to fit one linear, and `QuantConfig`: all that a method can be told."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import baselines
+from balance import fit_starquant_plus
+from families import ConfigError
+from sgat import allocate_subspaces, fit_sgat, initial_basis
+from starquant import QuantLinear
+
+
+def fit_starquant(weight, bias, inputs: baselines.Inputs, config, generator, progress):
+    """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    if config.transform == "none":
+        return baselines.fit_rtn(weight, bias, inputs, config, generator, progress)
+    (x, y, state), d = inputs[:3], weight.shape[1]
+    d_s = d // config.state_fraction if config.state_fraction else 0
+    if config.allocation == "random":
+        start = initial_basis(d, config.transform, generator)
+    else:
+        start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
+    start = _cast(start, x)
+    P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
+                         config.batch, config.schedule, bias, generator, progress)
+    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias), record
+
+
+def _cast(P, like):
+    return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)
+
+
+METHODS = {**baselines.METHODS, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
+# methods with TAC, and the kinds they take: on top of starquant+ the paper's statistics lose and ridge is on request
+COMPENSATED = {"starquant": ("statistics", "ridge"), "starquant+": ("ridge",)}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that determines a quantized checkpoint besides the model and the calibration tokens."""
+
+    method: str = "starquant"  # one of METHODS
+    wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
+    abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
+    transform: str = "kronecker"  # P = P1 ⊗ P2, "dense" (App. B to the letter), or "none": no SGAT (Table 2)
+    allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
+    state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
+    lr: float = 1e-3  # AdamW (App. B)
+    epochs: int = 15  # (App. B); 0 keeps the start
+    batch: int = 4  # segments per step (App. B)
+    schedule: str = "constant"  # learning rate: "constant" or "cosine"
+    tac: str = "statistics"  # Eq. 18, or "ridge" (paired least squares), or "none"
+    tac_block: int = 16  # g (App. C, Table 3)
+    damping: float = 3e-4  # ρ (App. C)
+    smoothing: float = 0.15  # η, of singular values (App. C)
+    shrinkage: float = 0.55  # α, towards the identity (App. C)
+    tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
+    balance: str = "block"  # starquant+, beyond the paper: form of its transform, "block", "kronecker" or "dense"
+    balance_block: int = 64  # starquant+: size of the blocks
+    mask_weight: float = 2.0  # starquant+: weight of a masked token against an unmasked one
+    kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
+    softmax_bits: int = 16  # bits of the softmax output (Section 3.3, Fig. 3)
+    head_bits: int = 16  # embedding and LM head: 16 (as the published 5.20 GB implies), 8 or 4
+    embed_bits: int = 0  # embedding alone, 8 or 4; 0: as head_bits
+    inputs: str = "quantized"  # inputs of block i + 1: behind the quantized prefix, or "fp" (16-bit)
+    states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
+    seed: int = 0
+
+    CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
+                         "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
+                         "balance": ("block", "kronecker", "dense"), "inputs": ("quantized", "fp"),
+                         "states": ("masked", "rollout"), "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
+    RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
+                        "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
+                        "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
+                        "balance_block": (1, 10**5), "mask_weight": (0, 10**6), "kv_bits": (2, 16),
+                        "softmax_bits": (2, 16), "seed": (0, 2**31)}
+
+    def __post_init__(self):
+        for name, values in {**self.CHOICES, "method": tuple(METHODS)}.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, values))}.")
+        for name, (low, high) in self.RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
+        if self.embed_bits and self.head_bits == 16:
+            raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
+        if self.state_fraction == 1:
+            raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
+
+    @property
+    def compensated(self) -> bool:
+        """Whether this method stores TAC."""
+        return self.tac in COMPENSATED.get(self.method, ())
