@@ -35,8 +35,8 @@ FIRST_SEED = 10
 RTN, NO_TAC, NO_GATES, UNTRAINED = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}
 CLOSED, PLUS, QUAROT = {"allocation": "closed_form"}, {"method": "starquant+"}, {"method": "quarot"}
 METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": QUAROT,
-           "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
-           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "starquant+ (ours)": PLUS}
+           "DLLMQuant++": {"method": "dllmquant++"}, "STaR-Quant": {}, "starquant+ (ours)": PLUS,
+           "FlatQuant": {"method": "flatquant"}, "FreeAct": {"method": "freeact"}}
 TABLES = {
     "1": METHODS,
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
