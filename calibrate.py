@@ -16,7 +16,6 @@ and ends with one line of JSON on standard output; progress goes to standard err
 
 import copy
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, fields
@@ -295,9 +294,13 @@ def calibration_tokens(args, tokenizer, embedded: bool):
 
 
 def peak_bytes(device) -> int:
-    """Most memory this process ever held: of the GPU if it calibrates there, of the machine otherwise."""
+    """Most memory this process ever held: of the GPU if it calibrates there, of the machine otherwise (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
