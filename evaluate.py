@@ -147,7 +147,8 @@ def run(args) -> dict:
     if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
         raise CheckpointError(f"--out {args.out} cannot be a file there.")
     if args.table:
-        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, args.device), args.seeds
+        device = distributed.start(pick_device(args.device))
+        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device)), args.seeds
         if args.quick:
             run, seeds = replace(run, problems=64, nelbo=True), 1
         return tables.make(args.table, run, seeds, args.quick)

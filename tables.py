@@ -1,10 +1,11 @@
 """The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 8] [--seeds 3]
 
-A cell is one setting with one calibration seed, judged on held-out examples of that seed's own; `results/cells.jsonl`
-keeps it under a key of everything that determines it, so that a long run resumes and tables share their cells. Rows
-pool the examples of all seeds; ± is half a 95 % bootstrap interval over examples. Every row is compared with the row
-above it, example by example. `--stress c` gives the model outlier channels first; `--nelbo` leaves the tasks out;
-`--quick` is for a first look: NELBO of few examples, one seed, two epochs.
+A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
+keeps it under a key of everything that determines it: a long run resumes, tables share their cells, and
+`torchrun --nproc-per-node N evaluate.py --table 2` divides them. Rows pool the examples of all seeds; ± is half a 95 %
+bootstrap interval over examples. Every row is compared with the row above it, example by example. `--stress c` gives
+the model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: NELBO of few examples,
+one seed, two epochs.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import distributed
 import metrics
 from calibrate import QuantConfig, quantize_model
 from checkpoint import resolve, sha256
@@ -149,18 +151,28 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
                                 for label, setting in TABLES[number].items()}}
     todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
     cells, rows = stored_cells(), {}
-    for label, setting, seed in tqdm(todo, desc=f"table {number}", unit="cell", file=sys.stderr):
+
+    def finished(key):
+        return cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
+
+    mine = todo[distributed.rank() :: distributed.world()]  # under torchrun every process measures its share
+    for _, setting, seed in tqdm(mine, desc=f"table {number}", unit="cell", file=sys.stderr):
         key = run.key(setting, seed)
-        cell = cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
-        if cell is None:
-            cell = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
-                    "values": run.measure(setting, seed)}
-            store(cell)
+        if finished(key) is None:
+            cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
+                                  "values": run.measure(setting, seed)}
+            store(cells[digest(key)])
+    for others in distributed.gather(cells):
+        cells |= others
+    for label, setting, seed in todo:
+        cell = finished(run.key(setting, seed))
         if run.nelbo:
             cell = cell | {"values": {"nelbo": cell["values"]["nelbo"]}}
         rows.setdefault(label, []).append(cell)
-    command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
+    if distributed.rank():
+        return {}
     kind = "quick" if quick else "nelbo" if run.nelbo else ""
+    command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
     command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")
     used = [c for r in rows.values() for c in r]
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
