@@ -89,9 +89,11 @@ class Run:
         return metrics.scores(self.model(), self.problems, seed, self.nelbo, f"16-bit, examples {seed}")
 
     def key(self, setting: dict | None, seed: int) -> dict:
+        """`setting` counts as far as it differs from QuantConfig's defaults."""
+        defaults = dataclasses.asdict(QuantConfig())
         return {"weights": sha256(resolve(self.name) / "model.safetensors")[:16], "stress": self.c,
                 "problems": self.problems, "nelbo": self.nelbo, "seed": seed,
-                "setting": None if setting is None else {**dataclasses.asdict(config_of(setting, seed)), **setting}}
+                "setting": None if setting is None else {k: v for k, v in setting.items() if defaults.get(k) != v}}
 
     def measure(self, setting: dict | None, seed: int) -> dict[str, list[float]]:
         """Values per example of one setting (None: 16 bit) calibrated with and judged on a seed."""

@@ -90,3 +90,4 @@ class TestCells:
         others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
                   tables.Run("tiny", 1.0, 2, False, "cpu"))
         assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 11
+        assert run.key({"tac_block": 16}, 1) == run.key({}, 1)  # a default, written out
