@@ -29,6 +29,7 @@ from stress import stress
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's palette, told apart by colour-blind readers; every line has a marker of its own too
@@ -139,6 +140,9 @@ def figure_4(model):
     for (label, heights), colour, marker in zip(numbers.items(), (GREY, SKY, BLUE, RED), "osv^", strict=True):
         axis.plot(blocks, heights, color=colour, marker=marker, label=label)
     axis.set(xlabel="block", ylabel="|input of the output projection|", yscale="log", xticks=list(blocks))
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
     axis.legend(fontsize=8, ncols=2)
     return figure, numbers
 
