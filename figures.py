@@ -143,7 +143,7 @@ def figure_4(model):
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=4)
     return figure, numbers
 
 

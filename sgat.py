@@ -139,6 +139,7 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 
 
+@torch.enable_grad()  # whatever the caller's mode is
 def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, batch=4, schedule="constant",
              generator=None, progress=lambda loss: None):
     """AdamW on `loss_of(rows, parameters())` over batches of segments; (best value of parameters(), record).

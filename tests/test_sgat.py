@@ -153,6 +153,17 @@ class TestFit:
         assert runs[0][1] == runs[1][1]
         assert not torch.equal(dense(runs[0][0]), dense(runs[2][0]))
 
+
+    def test_trains_also_where_gradients_are_off(self):
+        x, y, state, weight = states_apart()
+        start = sgat.initial_basis(x.shape[-1], "dense", generator())
+        start = start.to(x)
+        with torch.no_grad():
+            P, _ = sgat.fit_sgat(x, y, state, weight, start, 1, 1, lr=1e-2, epochs=2, generator=generator())
+        want, _ = sgat.fit_sgat(x, y, state, weight, start, 1, 1, lr=1e-2, epochs=2, generator=generator())
+        assert torch.equal(P, want)
+        assert not torch.equal(P, start)
+
     def test_held_out_segments_are_not_trained_on(self, monkeypatch):
         x, y, state, weight = states_apart()
         start, trained, judged = cast(sgat.initial_basis(32, "dense", generator())), [], []
