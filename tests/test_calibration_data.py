@@ -69,11 +69,12 @@ class TestText:
         assert not (tmp_path / "q").exists()
 
 
-class TestRollout:
-    @pytest.fixture(scope="class")
-    def tiny(self):
-        return load_model("tiny", "cpu")
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
 
+
+class TestRollout:
     def test_states_lie_on_the_trajectory_at_the_asked_share(self, tiny):
         tokens, _ = data.calibration_set(tiny.tokenizer, 8, 24, 0)
         ratios = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.3, 0.25, 0.1, 0.01])

@@ -91,7 +91,8 @@ def test_killed_twenty_times_ends_bit_identical(calibration, whole, tmp_path):
             kills += 1
             while_writing += bool(temporary(out) - old)
             before, old = after, temporary(out)
-        else:
+        state = out / "starquant.json"
+        if result["code"] == 0 or (state.exists() and json.loads(state.read_text())["complete"]):  # killed at the exit
             assert checksums(out) == reference
             out, before, old = tmp_path / str(next(runs)), {}, set()
         if kills >= 20:
