@@ -22,7 +22,8 @@ from einops import einsum, rearrange
 
 from gptq import gptq, hessian, shrunk_scale
 from hadamard import rotation
-from starquant import Kronecker, QuantLinear, apply_basis, clip_range, fake_quantize, fold_weight, tac_block_size
+from layers import QuantLinear
+from starquant import Kronecker, apply_basis, clip_range, fake_quantize, fold_weight, tac_block_size
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 

@@ -13,7 +13,8 @@ import data
 from flat import fit_flatquant, fit_freeact
 from gptq import gptq, hessian, output_error, round_columns, shrunk_scale
 from hadamard import rotation
-from starquant import Kronecker, QuantLinear, apply_basis, fake_quantize, fold_weight
+from layers import QuantLinear
+from starquant import Kronecker, apply_basis, fake_quantize, fold_weight
 
 
 class Inputs(NamedTuple):

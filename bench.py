@@ -25,9 +25,10 @@ from checkpoint import CheckpointError, write_json
 from cli import Parser
 from families import ConfigError
 from graphs import GraphedModel
+from layers import QuantLinear
 from memory import linear_shapes, memory_table
 from model import FUSED, generate, load_model, pick_device
-from starquant import QuantLinear, apply_basis
+from starquant import apply_basis
 from twins import peers, quantized_twin, random_model, residents, unpacked
 
 # Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model

@@ -34,11 +34,12 @@ from checkpoint import Checkpoint, CheckpointError, resolve
 from cli import Parser
 from families import ConfigError
 from hadamard import exists, rotation
+from layers import TAC, QuantLinear
 from methods import METHODS, QuantConfig
 from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device, quantize_outer
 from output import Output, run_key, survey
 from softmax_value import QuantAttention, ia_aq, softmax_scores
-from starquant import TAC, QuantLinear, fold_weight, linear, tac_fit, tac_ridge
+from starquant import fold_weight, linear, tac_fit, tac_ridge
 from states import rollout
 from stress import write_stressed
 

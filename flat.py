@@ -13,10 +13,10 @@ their transforms and not in their training.
 import torch
 from torch import nn
 
+from layers import QuantLinear
 from sgat import cayley, initial_basis, minimize
 from starquant import (
     Kronecker,
-    QuantLinear,
     clip_range,
     fake_quantize,
     inverse_transpose,

@@ -219,7 +219,7 @@ class LibraryFinder:
 
 
 @contextmanager
-def library_evaluate():
+def hugging_face_evaluate():
     """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
     ours = sys.modules.pop("evaluate", None)
     sys.meta_path.insert(0, LibraryFinder)
@@ -245,7 +245,7 @@ def find_tasks(names, include=None, unsafe=False):
         if name not in manager.all_tasks:
             raise CheckpointError(f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists those it has.")
         try:
-            with library_evaluate():
+            with hugging_face_evaluate():
                 manager.load([name])
         except Exception as error:  # no network, no such file, a broken task: many types, before any work
             raise CheckpointError(f"lm-eval cannot load task {name!r} and its data ({type(error).__name__}: "
@@ -257,7 +257,7 @@ def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
     """Results of one task, {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; under torchrun on the first process only."""
     from lm_eval import simple_evaluate
 
-    with library_evaluate():
+    with hugging_face_evaluate():
         out = simple_evaluate(lm, tasks=[setting.task], num_fewshot=setting.shots, limit=limit, task_manager=manager,
                               apply_chat_template=setting.chat, confirm_run_unsafe_code=unsafe, bootstrap_iters=1000,
                               log_samples=False)
@@ -267,5 +267,5 @@ def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    with library_evaluate():
+    with hugging_face_evaluate():
         cli_evaluate()

@@ -6,8 +6,8 @@ from typing import ClassVar
 import baselines
 from balance import fit_starquant_plus
 from families import ConfigError
+from layers import QuantLinear
 from sgat import allocate_subspaces, fit_sgat, initial_basis
-from starquant import QuantLinear
 
 
 def fit_starquant(weight, bias, inputs: baselines.Inputs, config, generator, progress):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from layers import TAC, QuantLinear
 from sampling import denoise
-from starquant import TAC, QuantLinear
 
 ROWS = 64  # sequences per forward pass
 

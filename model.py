@@ -31,9 +31,9 @@ from checkpoint import (
     write_tensors,
 )
 from families import NAMES, ModelConfig, norm_names
+from layers import TAC, QuantEmbedding, QuantLinear
 from sampling import denoise, generate
 from softmax_value import QuantAttention
-from starquant import TAC, QuantEmbedding, QuantLinear
 from tokenizer import load_tokenizer
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]

@@ -27,8 +27,8 @@ import distributed
 import metrics
 from calibrate import QuantConfig, quantize_model
 from checkpoint import resolve, sha256
+from layers import QuantLinear
 from model import load_model
-from starquant import QuantLinear
 from stress import stress
 
 RESULTS = Path(__file__).parent / "results"

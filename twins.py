@@ -18,9 +18,10 @@ from torch import nn
 from checkpoint import INDEX, CheckpointError, resolve, write_json, write_tensors
 from cli import Parser
 from families import NAMES, ConfigError, read_config
+from layers import TAC, QuantLinear
 from model import FUSED, DiffusionLM, Linear, RMSNorm, expected_tensors, quantize_outer
 from sgat import initial_basis
-from starquant import TAC, QuantLinear, tac_block_size
+from starquant import tac_block_size
 
 # shapes of the published configurations, for --random-weights
 _LLADA = {"rope": True, "layer_norm_type": "rms", "activation_type": "silu", "block_type": "llama",

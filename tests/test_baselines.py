@@ -17,19 +17,11 @@ from calibrate import QuantConfig, quantize_block, quantize_model
 from families import read_config
 from gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
 from hadamard import exists, hadamard, hadamard_sizes, rotation
+from layers import QuantLinear
 from model import FUSED, DiffusionLM
 from sgat import initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
-from starquant import (
-    Kronecker,
-    QuantLinear,
-    apply_basis,
-    attention_value,
-    clip_range,
-    fake_quantize,
-    fold_weight,
-    quant_params,
-)
+from starquant import Kronecker, apply_basis, attention_value, clip_range, fake_quantize, fold_weight, quant_params
 from train import CONFIG
 
 SMALL = CONFIG | {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 96, "vocab_size": 64,

@@ -15,9 +15,9 @@ import bench
 import twins
 from checkpoint import SINGLE, write_json, write_tensors
 from families import NAMES, read_config
+from layers import QuantEmbedding, QuantLinear, quantize_weight
 from memory import memory_table
 from model import FUSED, load_model, outer_tensors, quantize_outer
-from starquant import QuantEmbedding, QuantLinear, quantize_weight
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = {name: str(ROOT / "tests" / "fixtures" / name) for name in ("llada", "dream")}

@@ -10,8 +10,9 @@ import calibrate
 import data
 from calibrate import QuantConfig, masked_copies, quantize_model, run_block
 from checkpoint import INDEX, Checkpoint, sha256
+from layers import TAC, QuantLinear
 from model import FUSED, load_model
-from starquant import TAC, QuantLinear, state_gate
+from starquant import state_gate
 
 FAST = ["--segments", "9", "--length", "40", "--problems", "0", "--device", "cpu", "--set", "epochs=1"]
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import cuda_kernels
 import kernels
 from graphs import GraphedModel
-from starquant import TAC, Kronecker, QuantLinear, attention_value, tac_apply, tac_value
+from layers import TAC, QuantLinear
+from starquant import Kronecker, attention_value, tac_apply, tac_value
 
 HERE = Path(__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import layers
 import starquant
 from families import ModelConfig
 from model import Block, rope, rope_table
@@ -564,7 +565,7 @@ class TestEq17:
 
     def test_layer(self):
         z, M, bias = randn(2, 5, 12), randn(3, 4, 4, seed=1), randn(3, 4, seed=2)
-        layer = starquant.TAC(M, bias)
+        layer = layers.TAC(M, bias)
         assert layer(z.bfloat16()).dtype == torch.bfloat16
         torch.testing.assert_close(layer(z.float()).double(), starquant.tac_apply(z, M, bias), rtol=1e-5, atol=1e-5)
 

@@ -225,7 +225,7 @@ class TestRealHarness:
         assert "nowhere.jsonl" in message
 
     def test_our_command_and_the_library_of_the_same_name(self):
-        with harness.library_evaluate():
+        with harness.hugging_face_evaluate():
             import evaluate as library
 
             assert hasattr(library, "load")

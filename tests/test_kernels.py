@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import kernels
 import starquant
-from starquant import Kronecker, QuantLinear
+from layers import QuantLinear
+from starquant import Kronecker
 
 pytestmark = pytest.mark.usefixtures("strict_int_mm")
 seeds = st.integers(0, 2**32 - 1)

@@ -12,8 +12,8 @@ import calibrate
 import methods
 from calibrate import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
 from checkpoint import CheckpointError
+from layers import QuantLinear
 from model import FUSED, generate, load_model
-from starquant import QuantLinear
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 

@@ -7,8 +7,8 @@ import torch
 
 import metrics
 import tables
+from layers import QuantLinear
 from model import load_model
-from starquant import QuantLinear
 
 
 @pytest.fixture

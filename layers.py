@@ -1,0 +1,190 @@
+"""What runs: the folded integer linear (Eq. 13), the integer embedding and TAC (Eq. 17) as modules, one runtime for all
+methods. Each has its readable counterpart in `starquant.py`; tests compare them."""
+
+import torch
+from torch import nn
+
+import cuda_kernels
+import kernels
+from starquant import (
+    Kronecker,
+    apply_basis,
+    clip_range,
+    fake_quantize,
+    fold_weight,
+    linear,
+    quant_params,
+    quantize,
+    state_gate,
+    tac_apply,
+)
+
+
+class QuantLinear(nn.Module):
+    """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
+
+    Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
+    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`). Weight codes of at most 4 bits are
+    stored two a byte, wider ones as int8.
+    """
+
+    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None):
+        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
+        or None."""
+        super().__init__()
+        self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
+        self.packed, self._bases = wbits <= 4, {}
+        self.register_buffer("weight_packed", kernels.pack_int4(codes) if self.packed else codes)
+        self.register_buffer("weight_scale", scale.float())
+        self.register_buffer("weight_zero", zero)
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.register_buffer("clip", clip)
+        self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
+        self.kinds = []  # "kronecker" or "matrix", one per factor
+        for i, factor in enumerate(P):
+            parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}
+            self.kinds.append("kronecker" if isinstance(factor, Kronecker) else "matrix")
+            for name, tensor in parts.items():
+                self.register_buffer(f"transform_{i}{name}", tensor.detach().float().contiguous())
+
+    @classmethod
+    def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None):
+        """Fold P into weight (C, d) and round to nearest (Eqs. 4 and 12), symmetric per output channel."""
+        folded = fold_weight(weight.float(), list(P)) if P else weight.float()
+        codes, scale = quantize_weight(folded, wbits)
+        return cls(codes, scale, P, d_m, d_u, abits, wbits, bias)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
+        """Rebuild from a state dict (no second copy of the packed weight)."""
+        P = []
+        for i in range(len(tensors)):
+            if f"transform_{i}P1" in tensors:
+                P.append(Kronecker(tensors[f"transform_{i}P1"], tensors[f"transform_{i}P2"]))
+            elif f"transform_{i}" in tensors:
+                P.append(tensors[f"transform_{i}"])
+        packed = tensors["weight_packed"]
+        codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
+        layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
+                    tensors.get("weight_zero"), tensors.get("clip"))
+        layer.weight_packed = packed
+        return layer
+
+    @property
+    def P(self) -> list:
+        return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))
+                if kind == "kronecker" else getattr(self, f"transform_{i}") for i, kind in enumerate(self.kinds)]
+
+    def codes(self, dtype=torch.int8):
+        """Weight codes (C, d)."""
+        return kernels.unpack_int4(self.weight_packed, self.in_features, dtype) if self.packed else self.weight_packed
+
+    def unpack_weights(self):
+        """Keep int8 codes instead of packed ones: twice the memory, no unpacking per call. Saving packs them again."""
+        self.weight_packed, self.packed = self.codes().contiguous(), False
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wbits <= 4 and not self.packed:
+            destination[prefix + "weight_packed"] = kernels.pack_int4(self.weight_packed)
+
+    def weight(self):
+        """W̃ dequantized, (C, d) fp32."""
+        zero = 0 if self.weight_zero is None else self.weight_zero[:, None]
+        return self.weight_scale[:, None] * (self.codes() - zero).float()
+
+    def basis(self, x) -> list:
+        """P in x's dtype and on its device, converted once."""
+        key = x.dtype, x.device
+        if key not in self._bases:
+            cast = [Kronecker(*(p.to(x) for p in P)) if isinstance(P, Kronecker) else P.to(x) for P in self.P]
+            self._bases = {key: cast}
+        return self._bases[key]
+
+    def transformed(self, x, state):
+        """Φ_s(x) of Eq. 11 for every token, fp32."""
+        x = apply_basis(x.float(), self.P)
+        if self.d_m or self.d_u:
+            x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
+        return x
+
+    def clipped(self, rows):
+        return rows if self.clip is None else clip_range(rows, self.clip.to(rows.dtype))
+
+    def forward(self, x, state=None):
+        """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
+
+        The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
+        """
+        C = self.weight_packed.shape[0]
+        gated = self.d_m or self.d_u  # the kernels gate rows after this point, and clipping follows the gate
+        if (self.clip is None or not gated) and cuda_kernels.usable(x, C):
+            rows = self.clipped(apply_basis(x, self.basis(x))).reshape(-1, self.in_features)
+            y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
+                                        self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
+                                        self.bias, self.weight_zero)
+        else:
+            rows = self.clipped(self.transformed(x, state)).reshape(-1, self.in_features)
+            # the float fallback multiplies fp32: unpack straight into it
+            codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
+            y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                                   self.bias, self.weight_zero)
+        return y.reshape(*x.shape[:-1], C).to(x.dtype)
+
+    def reference(self, x, state=None):
+        """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
+        y = linear(fake_quantize(self.clipped(self.transformed(x, state)), self.abits), self.weight())
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class QuantEmbedding(nn.Module):
+    """An embedding of integer rows with one scale each; a look-up dequantizes the rows it takes, and only those."""
+
+    def __init__(self, weight_packed, scale, width: int, bits=8, dtype=torch.float32):
+        """weight_packed (V, D) int8 or, up to 4 bits, (V, ⌈D/2⌉) uint8; scale (V,); width D; the output has dtype."""
+        super().__init__()
+        self.width, self.bits, self.dtype = width, bits, dtype
+        self.register_buffer("weight_packed", weight_packed)
+        self.register_buffer("weight_scale", scale.float())
+
+    @classmethod
+    def fold(cls, weight, bits: int):
+        """Round an embedding (V, D) to nearest."""
+        codes, scale = quantize_weight(weight, bits)
+        return cls(kernels.pack_int4(codes) if bits <= 4 else codes, scale, weight.shape[1], bits, weight.dtype)
+
+    def forward(self, ids):
+        """ids (...) -> (..., D)."""
+        rows = self.weight_packed[ids]
+        rows = kernels.unpack_int4(rows, self.width) if self.bits <= 4 else rows
+        # X̂ = s X_int
+        return (self.weight_scale[ids][..., None] * rows).to(self.dtype)
+
+
+def quantize_weight(weight, bits: int):
+    """Symmetric round-to-nearest codes (C, d) int8 and scales (C,) fp32 of each row of weight, in pieces."""
+    parts = []
+    for part in weight.split(4096):
+        scale, zero_point = quant_params(part.float(), bits, symmetric=True)
+        parts.append(((quantize(part.float(), scale, zero_point, bits) - zero_point).to(torch.int8), scale[:, 0]))
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+class TAC(nn.Module):
+    """Eq. 17 as a layer between softmax·V and the attention output projection.
+
+    `tac_value` could do the same before softmax·V. Z and V are equally large, so it costs the same pass over the same
+    bytes; after softmax·V it also serves grouped queries (Dream), where heads share a V but not a correction.
+    """
+
+    def __init__(self, M, bias):
+        super().__init__()
+        self.register_buffer("M", M.float())
+        self.register_buffer("bias", bias.float())
+
+    def forward(self, z):
+        if self.M.shape[-1] == cuda_kernels.TAC_BLOCK and cuda_kernels.usable(z, z.shape[-1]):
+            return cuda_kernels.tac(z, self.M, self.bias)
+        return tac_apply(z.float(), self.M, self.bias).to(z.dtype)
