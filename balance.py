@@ -12,9 +12,14 @@ channels: outlier channels made by a norm gain or by v_proj and up_proj cancel. 
 blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears and 3.6 % of Dream-7B's), "kronecker"
 (T1 ⊗ T2, as cheap as the Hadamard alone).
 
+Before it every token loses the mean of its state, whose exact output is added behind the integer product: masked tokens
+share most of what they carry (in the first layer all of it), and what is shared needs no bits.
+
 Kept because it paid on development seeds of the embedded model, in this order: blocks over a bare Hadamard, the clip,
-masked tokens counting double. Not kept because it did not: correcting the weight for Q(X) or for the 16-bit stream by
-least squares, a corrected output bias, confidence weights, TAC from statistics (`tac=ridge` is on request).
+centring by state, masked tokens counting double. Not kept because it did not: correcting the weight for Q(X) or for the
+16-bit stream by least squares, a corrected output bias, confidence weights, TAC from statistics (`tac=ridge` is on
+request). Not kept because of what it costs: a second stage of blocks across the first (a tenth of the loss), moments
+weighted by the gradients of the model's own loss, which need the whole model at once (an eighth of it).
 """
 
 import torch
@@ -87,13 +92,24 @@ def best_clip(x, folded, bits: int, token_weights=None, rows: int = 4096):
     return x.new_full((2,), CLIPS[losses.index(min(losses))])
 
 
+def state_means(x, masked):
+    """μ_u and μ_m, the mean of each token state: x (N, d), masked (N,) -> (2, d); 0 for a state that does not occur."""
+    return torch.stack([x[rows].sum(0) / rows.sum().clamp_min(1) for rows in (~masked, masked)])
+
+
 def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
-    """Balanced transform, clipping, GPTQ; masked tokens weigh `mask_weight` times an unmasked one in all three."""
+    """Centring, balanced transform, clipping, GPTQ; masked tokens weigh `mask_weight` times as much in the last three.
+
+        Y^s = Q_a((X^s − μ_s) P) Q_w(P⁻¹ Wᵀ) + μ_s Wᵀ
+    """
     x, masked = inputs.x.flatten(0, 1), inputs.state.flatten()
-    token_weights = torch.where(masked, config.mask_weight, 1.0)
+    token_weights, centre = torch.where(masked, config.mask_weight, 1.0), (None, None)
+    if config.centre != "none":
+        means = state_means(x, masked) if config.centre == "state" else x.mean(0).expand(2, -1).contiguous()
+        x, centre = x - means[masked.long()], (means, means @ weight.mT)
     P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block)
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     clip = best_clip(x, folded, config.abits, token_weights)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
-    fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip)
+    fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip, centre=centre)
     return fitted, {"clip": float(clip[0])}

@@ -70,7 +70,7 @@ class Unquantized(nn.Module):
 
     def forward(self, x, state):
         y = linear(self.fitted.transformed(x, state), self.folded)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self.fitted.shifted(y if self.bias is None else y + self.bias, state).to(x.dtype)
 
 
 def with_linears(block, **linears):

@@ -284,6 +284,9 @@ def check_quantized(checkpoint: Checkpoint) -> None:
             optional(f"{start}weight_zero", (rows,), "I32")
             optional(f"{start}bias", (rows,))
             optional(f"{start}clip", (2,))
+            if f"{start}mean" in shapes or f"{start}shift" in shapes:
+                need(f"{start}mean", (2, d))
+                need(f"{start}shift", (2, rows))
             for i in range(len(shapes)):
                 name = f"{start}transform_{i}"
                 if f"{name}P1" in shapes:

@@ -6,8 +6,9 @@
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval
 
 Without --prompt: NELBO per token, accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo
-likelihood) with 95 % bootstrap intervals; with --against also the paired differences to the second model and how far
-the two denoising trajectories agree. Tables go to standard output, its last line is JSON; progress to standard error.
+likelihood) with 95 % bootstrap intervals; with --against also the KL divergence from the second model, the paired
+differences to it and how far the two denoising trajectories agree. Tables go to standard output, its last line is JSON;
+progress to standard error.
 """
 
 import json
@@ -28,9 +29,9 @@ from families import ConfigError
 from model import load_model, pick_device
 from sampling import denoise
 
-MEASURES = {"nelbo": "NELBO, nats/token", "math": "math, accuracy", "code": "code, accuracy",
-            "cloze": "cloze, accuracy", "tokens": "same final token", "positions": "committed at the same step",
-            "divergence": "first difference, share of the steps"}
+MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math": "math, accuracy",
+            "code": "code, accuracy", "cloze": "cloze, accuracy", "tokens": "same final token",
+            "positions": "committed at the same step", "divergence": "first difference, share of the steps"}
 
 
 def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
@@ -164,7 +165,11 @@ def run(args) -> dict:
         length = args.gen_length or data.GEN_LENGTH
         written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
         return {"prompt": args.prompt, "text": written}
-    results = {name: metrics.scores(model, args.problems, args.seed, label=name) for name, model in models.items()}
+    other = models.get(args.against)
+    if other and other.config.vocab_size != models[args.model].config.vocab_size:
+        raise CheckpointError(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
+    results = {name: metrics.scores(model, args.problems, args.seed, label=name,
+                                    reference=None if model is other else other) for name, model in models.items()}
     record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
     for name in reversed(names):
         values, reference = dict(results[name][0]), None

@@ -4,7 +4,7 @@
     3   error of the hidden state along the denoising steps, with and without TAC (Fig. 3)
     4   outliers of the attention output's input, block by block, at the first step (Fig. 4)
     5   beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
-    6   beyond the paper: NELBO penalty against bits for every method, from the tables in `results/`
+    6   beyond the paper: KL from 16 bit against bits for every method, from the tables in `results/`
 
 Each is written to `results/figures` as PNG and SVG, its numbers beside it as JSON.
 """
@@ -184,15 +184,15 @@ def figure_5(model):
 
 
 def figure_6(_):
-    """NELBO penalty against weight and activation bits, with intervals."""
+    """KL divergence from 16 bit against weight and activation bits, with intervals."""
     bits = ["W8A8", "W4A4", "W4A3", "W3A4", "W3A3", "W2A4"]
     points: dict[str, dict[str, list]] = {}
     for table, suffix in (("5", "W8A8"), ("1", "W4A4"), ("low-bit", None)):
         file = next((f for f in (RESULTS / f"table-{table}{kind}.json" for kind in ("", "-nelbo")) if f.exists()), None)
         for row in json.loads(file.read_text())["rows"] if file else ():
             method, _, width = row["setting"].rpartition(" ") if suffix is None else (row["setting"], "", suffix)
-            if "penalty" in row:
-                points.setdefault(method, {})[width] = row["penalty"]
+            if "kl" in row:
+                points.setdefault(method, {})[width] = row["kl"]
     if not points:
         raise CheckpointError(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
     figure, axis = plt.subplots(figsize=(6, 3.2))
@@ -202,8 +202,7 @@ def figure_6(_):
         mean, low, high = zip(*(values[bits[i]] for i in at), strict=True)
         axis.plot(at, mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
         axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="NELBO penalty, nats/token")
-    axis.set_yscale("symlog", linthresh=1e-3)
+    axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
     axis.legend(fontsize=7, ncols=2)
     return figure, points
 

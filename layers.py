@@ -24,13 +24,15 @@ class QuantLinear(nn.Module):
     """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
 
     Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
-    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`). Weight codes of at most 4 bits are
-    stored two a byte, wider ones as int8.
+    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`); `centre` takes the mean of a
+    token's state off before P and adds that mean's output μ_s Wᵀ behind the integers, exactly. Weight codes of at most
+    4 bits are stored two a byte, wider ones as int8.
     """
 
-    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None):
+    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None,
+                 centre=(None, None)):
         """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
-        or None."""
+        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens."""
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
         self.packed, self._bases = wbits <= 4, {}
@@ -39,6 +41,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_zero", zero)
         self.register_buffer("bias", None if bias is None else bias.float())
         self.register_buffer("clip", clip)
+        self.register_buffer("mean", centre[0])
+        self.register_buffer("shift", centre[1])
         self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
@@ -66,7 +70,7 @@ class QuantLinear(nn.Module):
         packed = tensors["weight_packed"]
         codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
         layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                    tensors.get("weight_zero"), tensors.get("clip"))
+                    tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")))
         layer.weight_packed = packed
         return layer
 
@@ -102,9 +106,17 @@ class QuantLinear(nn.Module):
             self._bases = {key: cast}
         return self._bases[key]
 
+    def centred(self, x, state):
+        """x − μ_s of every token's state s."""
+        return x if self.mean is None else x - self.mean.to(x.dtype)[state.long()]
+
+    def shifted(self, y, state):
+        """y + μ_s Wᵀ of every token's state s: what `centred` took off."""
+        return y if self.shift is None else y + self.shift[state.long()]
+
     def transformed(self, x, state):
-        """Φ_s(x) of Eq. 11 for every token, fp32."""
-        x = apply_basis(x.float(), self.P)
+        """Φ_s(x) of Eq. 11 for every token, centred first where `centre` was given; fp32."""
+        x = apply_basis(self.centred(x.float(), state), self.P)
         if self.d_m or self.d_u:
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x
@@ -120,7 +132,7 @@ class QuantLinear(nn.Module):
         C = self.weight_packed.shape[0]
         gated = self.d_m or self.d_u  # the kernels gate rows after this point, and clipping follows the gate
         if (self.clip is None or not gated) and cuda_kernels.usable(x, C):
-            rows = self.clipped(apply_basis(x, self.basis(x))).reshape(-1, self.in_features)
+            rows = self.clipped(apply_basis(self.centred(x, state), self.basis(x))).reshape(-1, self.in_features)
             y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
                                         self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
                                         self.bias, self.weight_zero)
@@ -130,12 +142,12 @@ class QuantLinear(nn.Module):
             codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
             y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
                                    self.bias, self.weight_zero)
-        return y.reshape(*x.shape[:-1], C).to(x.dtype)
+        return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
         y = linear(fake_quantize(self.clipped(self.transformed(x, state)), self.abits), self.weight())
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self.shifted(y if self.bias is None else y + self.bias, state).to(x.dtype)
 
 
 class QuantEmbedding(nn.Module):

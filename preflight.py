@@ -70,6 +70,7 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
         numbers = sum(map(prod, factor_shapes(config, d, fused in ("qkv", "gate_up"))))
         numbers += rows + rows * (fused == "qkv" and c.qkv_bias)  # scales and biases
         numbers += 2 * (config.method in ("flatquant", "freeact", "starquant+"))  # clipping
+        numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
         linears += code_bytes(rows, d, config.wbits) + 4 * numbers
     z = c.n_heads * h
     linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import balance as module
 import calibrate
-from balance import CLIPS, balance, balanced_basis, best_clip, diagonal_blocks
+from balance import CLIPS, balance, balanced_basis, best_clip, diagonal_blocks, state_means
 from baselines import Inputs
 from calibrate import QuantConfig
 from hadamard import hadamard_sizes, rotation
@@ -146,7 +146,40 @@ class TestFit:
         for method in ("starquant+", "quarot"):
             config = QuantConfig(method=method, balance=kind, balance_block=32)
             fitted, _ = calibrate.METHODS[method](weight, None, inputs, config, generator(), None)
-            exact = fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT
+            exact = fitted.shifted(fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT, state)
             assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
             errors[method] = float((fitted(x, state) - inputs.y).norm())
         assert errors["starquant+"] < 0.95 * errors["quarot"]
+
+    def test_centring_is_exact_and_leaves_shared_parts_without_error(self):
+        """Masked tokens that are all alike, as in the first layer, come out exactly whatever the bits."""
+        x, weight = layer(dtype=torch.float32)
+        x, state = x.view(8, 64, 64).clone(), torch.rand(8, 64, generator=generator(4)) < 0.5
+        x[state] = x[0, 0].clone()
+        y = x @ weight.mT
+        for bits in (2, 4):
+            config = QuantConfig(method="starquant+", wbits=bits, abits=bits)
+            fitted, _ = calibrate.METHODS["starquant+"](weight, None, Inputs(x, y, state), config, generator(), None)
+            assert torch.allclose(fitted(x, state)[state], y[state], rtol=1e-5, atol=1e-4)
+            assert torch.allclose(fitted.reference(x, state), fitted(x, state), rtol=1e-4, atol=1e-3)
+            assert not torch.allclose(fitted(x, state)[~state], y[~state], rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("state", [True, False])
+    def test_means_of_a_state_that_never_occurs_are_zero(self, state):
+        x, _ = layer()
+        means = state_means(x, torch.full((len(x),), state))
+        assert torch.allclose(means[int(state)], x.mean(0))
+        assert means[int(not state)].abs().max() == 0
+
+    def test_centring_by_state_pays_where_the_states_differ(self):
+        x, weight = layer(dtype=torch.float32)
+        x, state = x.view(8, 64, 64), torch.rand(8, 64, generator=generator(4)) < 0.5
+        x = x + 3 * x.std() * torch.where(state[..., None], *torch.randn(2, 64, generator=generator(5)))
+        errors = {}
+        for centre in ("state", "joint", "none"):
+            config = QuantConfig(method="starquant+", centre=centre)
+            fitted, _ = calibrate.METHODS["starquant+"](weight, None, Inputs(x, x @ weight.mT, state), config,
+                                                        generator(), None)
+            errors[centre] = float((fitted(x, state) - x @ weight.mT).norm())
+        assert errors["state"] < 0.9 * errors["joint"]
+        assert errors["joint"] < errors["none"]

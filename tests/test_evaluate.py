@@ -24,16 +24,42 @@ class TestNelbo:
         model.head.weight.data.zero_()
         ids = torch.randint(1000, (256, 32), generator=torch.Generator().manual_seed(0))
         region = torch.arange(32).expand(256, -1) >= 8
-        _, low, high = metrics.bootstrap(metrics.nelbo(model, ids, region, samples=4))
+        _, low, high = metrics.bootstrap(metrics.losses(model, ids, region, samples=4)["nelbo"])
         assert low < math.log(1024) < high
         assert high - low < 0.5
 
     def test_same_seed_same_masks(self, small_folder):
         model = load_model(small_folder, "cpu")
         ids, region = torch.randint(1000, (8, 16)), torch.ones(8, 16, dtype=torch.bool)
-        first = metrics.nelbo(model, ids, region, 2, seed=5)
-        assert torch.equal(first, metrics.nelbo(model, ids, region, 2, seed=5))
-        assert not torch.equal(first, metrics.nelbo(model, ids, region, 2, seed=6))
+        first = metrics.losses(model, ids, region, 2, seed=5)["nelbo"]
+        assert torch.equal(first, metrics.losses(model, ids, region, 2, seed=5)["nelbo"])
+        assert not torch.equal(first, metrics.losses(model, ids, region, 2, seed=6)["nelbo"])
+
+
+class TestKL:
+    def test_equals_its_definition_on_the_same_masks(self, small_folder):
+        model, reference = load_model(small_folder, "cpu"), load_model(small_folder, "cpu")
+        model.head.weight.data.mul_(0.5)
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(1000, (8, 16), generator=g)
+        region = torch.arange(16).expand(8, -1) >= 4
+        got = metrics.losses(model, ids, region, 1, seed=3, reference=reference)
+        assert torch.equal(got["nelbo"], metrics.losses(model, ids, region, 1, seed=3)["nelbo"])
+
+        g = torch.Generator().manual_seed(3)
+        t = data.stratified_ratios(8, g, 1e-3)
+        noisy = data.mask_tokens(ids, region, t, model.mask_id, g)
+        for row in range(8):
+            with torch.no_grad():
+                p, q = (torch.softmax(m(noisy[row : row + 1])[0].double(), -1) for m in (reference, model))
+            # KL(p ‖ q) = Σ p log(p / q)
+            kl = (p * (p / q).log()).sum(-1)[noisy[row] == model.mask_id].sum() / t[row] / 12
+            assert float(got["kl"][row]) == pytest.approx(float(kl), rel=1e-4)
+
+    def test_is_zero_from_itself(self, small_folder):
+        model = load_model(small_folder, "cpu")
+        ids, region = torch.randint(1000, (8, 16)), torch.ones(8, 16, dtype=torch.bool)
+        assert metrics.losses(model, ids, region, 1, reference=model)["kl"].abs().max() == 0
 
 
 class TestTasks:

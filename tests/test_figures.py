@@ -58,7 +58,7 @@ def test_figure_6_without_tables_says_so(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     assert figures.main(["--only", "6", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "run evaluate.py --table first" in capsys.readouterr().err
-    row = {"setting": "RTN", "penalty": [0.05, 0.04, 0.06]}
+    row = {"setting": "RTN", "kl": [0.05, 0.04, 0.06]}
     (tmp_path / "table-1.json").write_text(json.dumps({"rows": [{"setting": "16-bit"}, row]}))
     assert figures.main(["--only", "6", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "figure-6.json").read_text()) == {"RTN": {"W4A4": [0.05, 0.04, 0.06]}}

@@ -18,35 +18,38 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def cell(nelbo, **tasks):
-    return {"values": {"nelbo": nelbo, **tasks}}
+def cell(nelbo, kl=None, **tasks):
+    return {"values": {"nelbo": nelbo, **({} if kl is None else {"kl": kl}), **tasks}}
 
 
 class TestRows:
     def test_penalties_are_paired_and_pooled_over_seeds(self):
-        rows = {"16-bit": [cell([1.0, 5.0]), cell([2.0, 6.0])], "RTN": [cell([2.0, 6.0]), cell([4.0, 8.0])],
-                "better": [cell([1.5, 5.5]), cell([2.5, 6.5])]}
+        rows = {"16-bit": [cell([1.0, 5.0]), cell([2.0, 6.0])],
+                "RTN": [cell([2.0, 6.0], [1.0, 0.5]), cell([4.0, 8.0], [2.0, 0.5])],
+                "better": [cell([1.5, 5.5], [0.5, 0.0]), cell([2.5, 6.5], [0.2, 0.1])]}
         base, rtn, better = tables.summarize(rows)
         assert base["nelbo"][0] == 3.5
         assert "penalty" not in base
         assert rtn["penalty"][0] == 1.5  # 1, 1, 2, 2
-        assert rtn["penalty_by_seed"] == [1.0, 2.0]
+        assert rtn["kl"][0] == 1.0
+        assert rtn["kl_by_seed"] == [0.75, 1.25]
         assert rtn["recovered"] == 0
         assert better["penalty"] == (0.5, 0.5, 0.5)
-        assert better["recovered"] == pytest.approx(2 / 3)
+        assert better["recovered"] == pytest.approx(1 - 0.8 / 4)
         assert better["against_row_above"]["nelbo"][0] == -1.0
+        assert better["against_row_above"]["kl"][0] == pytest.approx(-0.8)
         assert "against_row_above" not in rtn
 
     def test_markdown_has_a_cell_for_every_heading(self):
         ones = [1.0, 0.0]
         rows = tables.summarize({"16-bit": [cell([1.0, 2.0], math=ones)],
-                                 "RTN": [cell([2.0, 2.0], math=[0.0, 0.0], tokens=[0.5, 0.5])]})
+                                 "RTN": [cell([2.0, 2.0], [0.5, 1.0], math=[0.0, 0.0], tokens=[0.5, 0.5])]})
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
                   "rows": rows}
         lines = tables.markdown(record).splitlines()
-        assert {line.count("|") for line in lines[:4]} == {7}
-        assert "500.0 ± 500.0" in lines[3]
-        assert lines[2].startswith("| 16-bit |  |  |  | 50.0 ± 50.0 |")
+        assert {line.count("|") for line in lines[:4]} == {8}
+        assert "| 750.0 ± 250.0 |  | 0.0 | 500.0 ± 500.0 |" in lines[3]
+        assert lines[2].startswith("| 16-bit |  |  |  |  | 50.0 ± 50.0 |")
 
 
 class TestSettings:
@@ -71,7 +74,7 @@ class TestCells:
         run = tables.Run("tiny", 1.0, 2, True, "cpu")
         first = tables.make("3", run, 1)
         assert [r["setting"] for r in first["rows"]] == ["16-bit", "RTN", "start"]
-        assert first["rows"][1]["penalty"][0] > 0
+        assert first["rows"][1]["kl"][0] > 0
         assert (results / "table-3-nelbo.md").read_text().startswith("| setting |")
         lines = (results / "cells.jsonl").read_text().splitlines()
         assert len(lines) == 3
