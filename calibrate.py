@@ -16,9 +16,12 @@ and ends with one line of JSON on standard output; progress goes to standard err
 
 import copy
 import json
+import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, fields
+from math import prod
 from pathlib import Path
 
 import torch
@@ -46,18 +49,40 @@ from stress import write_stressed
 # ---- one block -------------------------------------------------------------------------------------------------------
 
 
+def activations(shape, like, spill: Path | None):
+    """Room for activations of like's dtype: on its device, or in a file of the folder `spill`.
+
+    The file has no name once it is mapped, so that it goes with its tensor, however the program ends; it is allocated
+    whole, so that a full disk is an OSError here and not a crash later.
+    """
+    if spill is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    with tempfile.NamedTemporaryFile(dir=spill) as file:
+        size = prod(shape) * like.element_size()
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
+
+
 @torch.no_grad()
-def run_block(block, x, state, table, rows: int = 64, watch: tuple[str, ...] = ()):
+def run_block(block, x, state, table, rows: int = 64, watch: tuple[str, ...] = (), spill: Path | None = None):
     """Output of a block and the inputs of its submodules named in `watch`, in chunks of `rows` segments."""
-    seen = {name: [] for name in watch}
-    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+    seen = {}
+
+    def keep(name, part):
+        if name not in seen:
+            seen[name] = activations((len(x), *part.shape[1:]), part, spill)
+        seen[name][now] = part
+
+    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
              for name in watch]
     try:
-        out = torch.cat([block(x[r], state[r], table) for r in metrics.batches(len(x), rows)])
+        for now in metrics.batches(len(x), rows):
+            keep("output", block(x[now].to(state.device), state[now], table))
     finally:
         for hook in hooks:
             hook.remove()
-    return out, {name: torch.cat(parts) for name, parts in seen.items()}
+    return seen.pop("output"), seen
 
 
 class Unquantized(nn.Module):
@@ -101,24 +126,28 @@ def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) 
     if config.method not in baselines.DLLMQUANT or config.kv_bits == 16:
         return attention
     n = min(config.tac_samples, len(x_q))
-    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r]), state[r]) for r in metrics.batches(n)])
+    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r].to(state.device)), state[r])
+                     for r in metrics.batches(n)])
     q, k, v = attention.rotated(*quantized.heads(qkv, table))
     return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
 
 
 def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None,
-                   confidence=None):
-    """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams."""
+                   confidence=None, spill: Path | None = None):
+    """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams.
+
+    spill: folder for the inputs of its linears, which stay in memory without it.
+    """
     start = time.time()
-    _, targets = run_block(block, x_fp, state, table, watch=FUSED)
+    targets = run_block(block, x_fp, state, table, watch=FUSED, spill=spill)[1]
     quantized, record = block, {"block": index, "linears": {}}
     gains = {"qkv": block.attn_norm.weight.detach(), "gate_up": block.ffn_norm.weight.detach()}
     for group, name in enumerate(FUSED):
         original = getattr(block, name)
-        _, seen = run_block(quantized, x_q, state, table, watch=(name,))
-        x, weight = seen[name].float(), original.weight.detach().float()
+        x = run_block(quantized, x_q, state, table, watch=(name,), spill=spill)[1][name].to(state.device).float()
+        weight = original.weight.detach().float()
         check_finite(x, f"block {index}: the input of {name}")
-        y = linear(targets[name].float(), weight)
+        y = linear(targets.pop(name).to(state.device).float(), weight)
         y = y if original.bias is None else y + original.bias.float()
         check_finite(y, f"block {index}: the 16-bit output of {name}")
         generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
@@ -161,39 +190,40 @@ def check_finite(x, what: str) -> None:
 
 
 @torch.no_grad()
-def prediction_confidence(outer: DiffusionLM, blocks, noisy):
+def prediction_confidence(outer: DiffusionLM, blocks, noisy, spill: Path | None = None):
     """Largest probability of the 16-bit model's prediction at each position, (S, L): one pass, block by block."""
     x, state, table, _ = outer.prepare(noisy)
     for block in blocks:
-        x, _ = run_block(block, x, state, table)
-    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r])).float(), -1).amax(-1)
+        x, _ = run_block(block, x, state, table, spill=spill)
+    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r].to(state.device))).float(), -1).amax(-1)
                       for r in metrics.batches(len(x), 8)])
     return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
 
 
 def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None,
-                     share=(0, 1)):
+                     share=(0, 1), spill: Path | None = None):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
     With inputs "fp" a block depends on the 16-bit stream alone; share (rank, world) yields every world-th block.
+    spill: a folder; both streams and the inputs of the linears are kept in files there instead of in memory.
     """
-    confidence = prediction_confidence(outer, blocks(), noisy) if config.method in baselines.DLLMQUANT else None
-    x_fp, state, table, _ = outer.prepare(noisy)
-    x_fp = x_fp.detach()
-    x_q = x_fp
+    confidence = prediction_confidence(outer, blocks(), noisy, spill) if config.method in baselines.DLLMQUANT else None
+    x, state, table, _ = outer.prepare(noisy)
+    x_q = x_fp = activations(x.shape, x, spill).copy_(x.detach())
+    del x
     del outer  # an 8B model's embedding and head take as much as ten blocks
     for i, block in enumerate(blocks()):
         if i % share[1] == share[0]:
             old = finished(i)
             if old is None:
                 quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
-                                                   progress or (lambda _: None), confidence)
+                                                   progress or (lambda _: None), confidence, spill)
             else:
                 quantized, record = old
             yield i, quantized, record
-        x_fp, _ = run_block(block, x_fp, state, table)
-        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table)[0]
+        x_fp, _ = run_block(block, x_fp, state, table, spill=spill)
+        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table, spill=spill)[0]
 
 
 def masking_ratios(n: int, config: QuantConfig, generator):
@@ -254,6 +284,8 @@ def parse(argv):
                         help="inputs of the next block (quantized); fp lets torchrun share the blocks")
     parser.add_argument("--states", choices=QuantConfig.CHOICES["states"],
                         help="token states: masked copies of the segments (masked), or rollout, of the own trajectory")
+    parser.add_argument("--spill", type=Path, metavar="FOLDER", help="keep the calibration set's activations in files "
+                        "there, not in memory (same result; for many or long segments)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
@@ -321,7 +353,8 @@ def run(args) -> dict:
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
-    plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype)
+    plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype,
+                           args.spill)
     if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one
         stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
         distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
@@ -345,7 +378,7 @@ def run(args) -> dict:
         return (load_block(source, i, device, dtype) for i in range(n))
 
     stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                              lambda loss: progress(loss), (distributed.rank(), distributed.world()))
+                              lambda loss: progress(loss), (distributed.rank(), distributed.world()), args.spill)
     del outer
 
     with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr,

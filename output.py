@@ -155,7 +155,7 @@ class Output:
         weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
-        size = sum((self.folder / self.shard(i)).stat().st_size for i in range(self.shards))
+        size = sum(tensor_bytes(self.folder / self.shard(i)) for i in range(self.shards))
         sums = {self.shard(i): sha256(self.folder / self.shard(i)) for i in range(self.shards)}
         write_json(self.folder / INDEX, {"metadata": {"total_size": size, "sha256": sums}, "weight_map": weight_map})
         for name in TOKENIZER_FILES:
@@ -168,6 +168,12 @@ class Output:
     def _write_state(self, complete: bool) -> None:
         write_json(self.folder / STATE, {"complete": complete, "run": self.run,
                                          "blocks": [self.records[i] for i in sorted(self.records)]})
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file, as Hugging Face counts them: without its header."""
+    with open(path, "rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def checksum(tensors: dict, about) -> str:

@@ -90,22 +90,35 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 # ---- memory, from below ----------------------------------------------------------------------------------------------
 
 
-def memory_bytes(c: ModelConfig, tokens: int, itemsize: int) -> dict[str, int]:
+def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False) -> dict[str, int]:
     """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
 
-    The embedding is gone when the blocks come. Scratch of the optimizer, attention and integer products is on top
-    and depends on the device.
+    Of what is spilled to disk nothing is counted but the 16-bit stream while it leaves the embedding, which is gone
+    when the blocks come. Scratch of the optimizer, attention and integer products is on top and depends on the device.
     """
-    shapes = linear_shapes(c)
+    shapes = list(linear_shapes(c).values())  # in the order they are fitted
+    # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
+    stages = [(0 if spilled else tokens * sum(d for _, d in shapes[i + 1 :]) * itemsize,
+               4 * (tokens * (rows + d) + rows * d)) for i, (rows, d) in enumerate(shapes)]
+    later, fit = max(stages, key=sum)
     parts = {
         "embedding": c.vocab_size * c.d_model * itemsize,
-        "one block": sum(map(prod, shapes.values())) * itemsize,
-        "both streams": 2 * tokens * c.d_model * itemsize,
-        "inputs of its linears": tokens * sum(d for _, d in shapes.values()) * itemsize,
-        "fitting the largest linear": max(4 * (tokens * (rows + d) + rows * d) for rows, d in shapes.values()),
+        "one block": sum(map(prod, shapes)) * itemsize,
+        "both streams": 0 if spilled else 2 * tokens * c.d_model * itemsize,
+        "fitting a linear": fit,
+        "inputs of later linears": later,
     }
-    outer = parts["embedding"]
-    return parts | {"total": max(outer + parts["both streams"] // 2, sum(parts.values()) - outer)}
+    outer, stream = parts["embedding"], tokens * c.d_model * itemsize
+    return parts | {"total": max(outer + stream, sum(parts.values()) - outer)}
+
+
+def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
+    """Most bytes of activations that --spill keeps on disk at once.
+
+    The two streams and what a block makes of one, the 16-bit inputs of all linears and the widest quantized one.
+    """
+    widths = [d for _, d in linear_shapes(c).values()]
+    return tokens * (3 * c.d_model + sum(widths) + max(widths)) * itemsize
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -116,13 +129,36 @@ def free_memory(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*limits, *cgroup_free()], default=None)
+
+
+def cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left under each memory limit that a container or batch system (cgroup, either version) sets for us."""
+    try:
+        groups = [line.split(":", 2)[2].lstrip("/") for line in own.read_text().splitlines()
+                  if line.startswith("0::") or ":memory:" in line]
+    except (OSError, IndexError):
+        return []
+    out = []
+    for folder, limit, used, cache in ((root, "memory.max", "memory.current", "inactive_file"),
+                                       (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+                                        "total_inactive_file")):
+        for here in {folder, *(folder / g for g in groups)}:
+            try:
+                # pages of files that were read count as used, but go when memory is asked for
+                kept = dict(line.split() for line in (here / "memory.stat").read_text().splitlines()).get(cache, 0)
+                out.append(int((here / limit).read_text()) - int((here / used).read_text()) + int(kept))
+            except (OSError, ValueError):  # no such group, or "max": no limit
+                continue
+    return [max(free, 0) for free in out]
 
 
 # ---- every run -------------------------------------------------------------------------------------------------------
 
 
-def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int, device, dtype) -> dict:
+def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int, device, dtype,
+          spill: Path | None = None) -> dict:
     """What the run will take, or CheckpointError / ConfigError in one sentence; nothing is written."""
     c = source.config
     try:
@@ -140,10 +176,18 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
     if disk > free:
         raise CheckpointError(f"the output takes {disk / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; free "
                               f"some or choose another --out.")
-    memory, available = memory_bytes(c, tokens, dtype.itemsize), free_memory(device)
+    if spill is not None:
+        if not spill.is_dir() or not os.access(spill, os.W_OK | os.X_OK):
+            raise CheckpointError(f"--spill {spill} is not a folder that can be written to.")
+        room, free_there = spilled_bytes(c, tokens, dtype.itemsize), shutil.disk_usage(spill).free
+        if room > free_there:
+            raise CheckpointError(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "
+                                  f"lower --segments or --length or choose another folder.")
+    memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None), free_memory(device)
     if available is not None and memory["total"] > available:
         raise CheckpointError(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
-                              f"{available / 1e9:.4g} GB are free; lower --segments or --length.")
+                              f"{available / 1e9:.4g} GB are free; lower --segments or --length"
+                              + (", or add --spill FOLDER." if spill is None else "."))
     for name in source.shapes:
         source.get(name)  # names NaN and Inf
     return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,

@@ -1,6 +1,8 @@
 """The command end to end on a small random model: files, resume, refusals, and the same result as the function."""
 
 import json
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import baselines
 import calibrate
 import data
+import preflight
 from calibrate import QuantConfig, masked_copies, quantize_model, run_block
 from checkpoint import INDEX, Checkpoint, sha256
 from layers import TAC, QuantLinear
@@ -179,3 +182,59 @@ class TestCalibrationText:
     def test_text_file_calibrates(self, small_folder, tmp_path):
         (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
+
+
+class TestSpill:
+    def test_gives_the_same_folder_byte_by_byte_and_leaves_nothing(self, small_folder, quantized_folder, tmp_path):
+        room = tmp_path / "room"
+        room.mkdir()
+        assert command(small_folder, tmp_path / "q", "--spill", str(room)) == 0
+        for shard in sorted(quantized_folder.glob("*.safetensors")):
+            assert sha256(shard) == sha256(tmp_path / "q" / shard.name)
+        assert list(room.iterdir()) == []
+
+    def test_streams_and_inputs_lie_in_files_of_that_folder(self, small_folder, tmp_path, monkeypatch):
+        model, made = load_model(small_folder, "cpu"), []
+
+        def record(*args, original=calibrate.activations):
+            made.append(original(*args))
+            return made[-1]
+
+        monkeypatch.setattr(calibrate, "activations", record)
+        config = QuantConfig(method="dllmquant+")
+        noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
+        whole = [r for *_, r in calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+        in_memory = len(made)
+        stream = calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
+        spilled = [r for *_, r in stream]
+        assert [r["linears"] for r in whole] == [r["linears"] for r in spilled]
+        files = [t.untyped_storage().filename for t in made]
+        assert files[:in_memory] == [None] * in_memory
+        assert {str(Path(f).parent) for f in files[in_memory:]} == {str(tmp_path)}
+        # the stream; in each of 2 blocks confidence, 16-bit inputs with the output, 4 inputs with it, streams onwards
+        assert len(made) == 2 * in_memory == 2 * (1 + 2 * (1 + 5 + 4 * 2 + 2))
+
+    def test_most_bytes_at_once_are_what_the_preflight_says(self, small_folder, tmp_path, monkeypatch):
+        model, live, most = load_model(small_folder, "cpu"), [], 0
+
+        def record(*args, original=calibrate.activations):
+            nonlocal most
+            tensor = original(*args)
+            live.append((weakref.ref(tensor), tensor.numel() * tensor.element_size()))
+            most = max(most, sum(size for ref, size in live if ref() is not None))
+            return tensor
+
+        monkeypatch.setattr(calibrate, "activations", record)
+        config = QuantConfig(method="rtn")
+        noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
+        list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
+        assert 0.7 * preflight.spilled_bytes(model.config, 8 * 24, 4) < most
+        assert most <= preflight.spilled_bytes(model.config, 8 * 24, 4)
+
+    def test_a_folder_that_is_none_or_too_small_is_named(self, small_folder, tmp_path, monkeypatch, capsys):
+        assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path / "none")) == 2
+        assert f"--spill {tmp_path / 'none'} is not a folder" in capsys.readouterr().err
+        monkeypatch.setattr(preflight, "spilled_bytes", lambda *_: 10**17)
+        assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path)) == 2
+        assert "lower --segments or --length or choose another folder" in capsys.readouterr().err
+        assert not (tmp_path / "q").exists()

@@ -70,6 +70,7 @@ class TestDisk:
         blocks, outer = preflight.output_bytes(Checkpoint(model), config, config.compensated)
         files = sorted((tmp_path / "q").glob("*.safetensors"))
         assert [tensor_bytes(f) for f in files] == [*blocks, outer]
+        assert json.loads((tmp_path / "q" / INDEX).read_text())["metadata"]["total_size"] == sum(blocks) + outer
         assert all(f.stat().st_size - n < preflight.HEADER for f, n in zip(files, [*blocks, outer], strict=True))
 
     def test_too_little_disk_is_named_and_nothing_is_written(self, small_folder, tmp_path, monkeypatch, capsys):
@@ -92,13 +93,19 @@ class TestMemory:
         held = {
             "embedding": [full.embed.weight],
             "one block": [p for p in block.parameters() if p.ndim == 2], "both streams": [x, x],
-            "inputs of its linears": [x, x, x, torch.zeros(tokens, 96)], "fitting the largest linear": [x, *wide]}
+            "fitting a linear": [x, *wide], "inputs of later linears": [x, x, torch.zeros(tokens, 96)]}  # qkv's stage
         parts = preflight.memory_bytes(full.config, tokens, 4)
         assert {k: v for k, v in parts.items() if k != "total"} == {
             k: sum(t.numel() * 4 for t in tensors) for k, tensors in held.items()}
         # the embedding with one stream, then the blocks without the embedding
         outer, rest = held.pop("embedding"), [t for tensors in held.values() for t in tensors]
         assert parts["total"] == max(sum(4 * t.numel() for t in [*outer, x]), sum(4 * t.numel() for t in rest))
+
+        spilled = preflight.memory_bytes(full.config, tokens, 4, spilled=True)
+        gone = ("both streams", "inputs of later linears")
+        assert all(spilled[k] == (0 if k in gone else v) for k, v in parts.items() if k != "total")
+        assert spilled["total"] == max(sum(4 * t.numel() for t in [*outer, x]),
+                                       sum(v for k, v in spilled.items() if k not in ("total", "embedding")))
 
     def test_llada_8b_streams_in_less_than_its_weights(self):
         c = read_config(SHAPES["llada-8b"])
@@ -114,6 +121,23 @@ class TestMemory:
     def test_this_machine_has_memory(self):
         free = preflight.free_memory(torch.device("cpu"))
         assert free is None or 10**7 < free < 10**15
+
+    @pytest.mark.parametrize(("version", "names"), [
+        (2, ("memory.max", "memory.current", "inactive_file", "0::/job/7")),
+        (1, ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file",
+             "4:memory:/job/7"))])
+    def test_a_container_s_limit_counts_less_what_can_be_dropped(self, tmp_path, version, names):
+        limit, used, cache, line = names
+        root, own = tmp_path / "cgroup", tmp_path / "self"
+        own.write_text(f"9:name=systemd:/\n{line}\n")
+        assert preflight.cgroup_free(root, own) == []
+        for place, most in (("", "max" if version == 2 else str(10**9)), ("job/7", "5000")):
+            for name, text in ((limit, most), (used, "4000")):
+                folder, _, file = name.rpartition("/")
+                (root / folder / place).mkdir(parents=True, exist_ok=True)
+                (root / folder / place / file).write_text(text + "\n")
+                (root / folder / place / "memory.stat").write_text(f"anon 1\n{cache} 300\n")
+        assert min(preflight.cgroup_free(root, own)) == 1300
 
     def test_a_system_that_does_not_say_is_not_refused(self, small_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(preflight, "free_memory", lambda device: None)
