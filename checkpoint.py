@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
 
 
 def resolve(name_or_path: str) -> Path:
-    """Alias, folder or hub id -> local folder. Only a hub id touches the network (download, resumed if interrupted)."""
+    """Alias, folder or hub id -> local folder. Only a hub id touches the network (finished files are kept)."""
     if name_or_path == "tiny":
         return Path(__file__).parent / "assets" / "tiny"
     path = Path(name_or_path).expanduser()

@@ -66,8 +66,9 @@ TABLES = {
     "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
           for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
     "low-bit": {f"{name} W{w}A{a}": METHODS[name] | {"wbits": w, "abits": a}
-                for w, a in ((4, 3), (3, 4), (3, 3), (2, 4))
-                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)")},
+                for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
+                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)")
+                if 8 not in (w, a) or name in ("RTN", "starquant+ (ours)")},  # which side costs: two methods tell
 }
 
 

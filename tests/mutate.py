@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 EQ, QUANT, KERN, SGAT = "test_equations.py", "test_quantizer.py", "test_kernels.py", "test_sgat.py"
 MODEL, FAM, CAL, DREAM, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_dream.py",
                                  "test_bench.py")
+BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
 
 MUTATIONS = [
     # ---- starquant.py: quantizers
@@ -119,7 +120,35 @@ MUTATIONS = [
      "return self.weight_scale[:, None] * (self.codes() + zero).float()", KERN),
     ("layers.py", "return (self.weight_scale[ids][..., None] * rows).to(self.dtype)",
      "return rows.to(self.dtype)", BENCH),
-    ("layers.py", "return y.reshape(*x.shape[:-1], C).to(x.dtype)", "return y.reshape(*x.shape[:-1], C)", KERN),
+    ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
+     "return self.shifted(y.reshape(*x.shape[:-1], C), state)", KERN),
+    ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
+     "return y.reshape(*x.shape[:-1], C).to(x.dtype)", BAL),
+    ("layers.py", "x - self.mean.to(x.dtype)[state.long()]", "x - self.mean.to(x.dtype)[1 - state.long()]", BAL),
+    ("layers.py", "y + self.shift[state.long()]", "y + self.shift[0]", BAL),
+    ("layers.py", '(tensors.get("mean"), tensors.get("shift"))', "(None, None)", CAL),
+    # ---- balance.py
+    ("balance.py", "S.rsqrt()[..., None] * (U.mT @ L_w.mT)", "S.sqrt()[..., None] * (U.mT @ L_w.mT)", BAL),
+    ("balance.py", "torch.linalg.svd(L_w.mT @ L_x)", "torch.linalg.svd(L_x.mT @ L_w)", BAL),
+    ("balance.py", "for rows in (~masked, masked)", "for rows in (masked, ~masked)", BAL),
+    ("balance.py", "rows.sum().clamp_min(1)", "rows.sum()", BAL),
+    ("balance.py", "error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - x",
+     "error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - clip_range(x, x.new_full((2,), c))", BAL),
+    ("balance.py", "token_weights.double().sqrt()[:, None]", "token_weights.double()[:, None]", BAL),
+    ("balance.py", "means @ weight.mT", "means.flip(0) @ weight.mT", BAL),
+    # ---- metrics.py, tables.py
+    ("metrics.py", "(want.exp() * (want - got)).sum(-1)", "(got.exp() * (got - want)).sum(-1)", EVAL),
+    ("metrics.py", "placed.sum(-1) / t[rows] / region[rows].sum(-1)", "placed.sum(-1) / region[rows].sum(-1)", EVAL),
+    ("metrics.py", "torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2]",
+     "torch.quantile(means, torch.tensor([1 - level, level]", EVAL),
+    ("tables.py", 'float(1 - values["kl"].mean() / rtn.mean())', 'float(values["kl"].mean() / rtn.mean())', TABLES),
+    ("tables.py", "metrics.bootstrap(values[k] - above[k])", "metrics.bootstrap(above[k] - values[k])", TABLES),
+    # ---- preflight.py, output.py
+    ("preflight.py", "int((here / used).read_text()) + int(kept)", "int((here / used).read_text()) - int(kept)", PRE),
+    ("preflight.py", "tokens * (3 * c.d_model + sum(widths) + max(widths))",
+     "tokens * (2 * c.d_model + sum(widths))", CAL),
+    ("preflight.py", "2 * (d + rows) * (config.method", "2 * d * (config.method", PRE),
+    ("output.py", 'path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")', "path.stat().st_size", PRE),
     # ---- kernels.py
     ("kernels.py", "(codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)",
      "(codes[..., 1::2] & 15) | (codes[..., 0::2] << 4)", KERN),

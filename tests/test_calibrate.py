@@ -50,6 +50,13 @@ class TestResult:
         mine = quantize_model(full, tokens, QuantConfig(epochs=1), region)
         assert torch.equal(mine(ids()), load_model(quantized_folder, "cpu")(ids()))
 
+    def test_the_same_for_starquant_plus(self, small_folder, tmp_path):
+        assert command(small_folder, tmp_path / "q", "--method", "starquant+", "--set", "tac=ridge") == 0
+        full = load_model(small_folder, "cpu")
+        tokens, region = data.calibration_set(full.tokenizer, 9, 40, 0)
+        mine = quantize_model(full, tokens, QuantConfig(method="starquant+", tac="ridge", epochs=1), region)
+        assert torch.equal(mine(ids()), load_model(tmp_path / "q", "cpu")(ids()))
+
     def test_the_16_bit_model_is_left_alone(self, small_folder):
         full = load_model(small_folder, "cpu")
         before = full(ids())

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import mutate
 import pytest
 
 import calibrate
@@ -83,3 +84,8 @@ def test_every_quantconfig_field_is_in_the_help(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(calibrate.QuantConfig):
         assert field.name in text
+
+
+def test_every_mutation_still_applies():
+    """`python tests/mutate.py` takes half an hour; that its targets exist is checked here."""
+    mutate.check()
