@@ -185,7 +185,7 @@ def figure_5(model):
 
 def figure_6(_):
     """KL divergence from 16 bit against weight and activation bits, with intervals."""
-    bits = ["W8A8", "W4A4", "W4A3", "W3A4", "W3A3", "W2A4"]
+    bits = ["W8A8", "W4A8", "W8A4", "W4A4", "W4A3", "W3A4", "W3A3", "W2A4"]
     points: dict[str, dict[str, list]] = {}
     for table, suffix in (("5", "W8A8"), ("1", "W4A4"), ("low-bit", None)):
         file = next((f for f in (RESULTS / f"table-{table}{kind}.json" for kind in ("", "-nelbo")) if f.exists()), None)
@@ -196,8 +196,8 @@ def figure_6(_):
     if not points:
         raise CheckpointError(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
     figure, axis = plt.subplots(figsize=(6, 3.2))
-    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, GREEN)
-    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPsD", strict=False):
+    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN)
+    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPhsD", strict=False):
         at = [i for i, b in enumerate(bits) if b in values]
         mean, low, high = zip(*(values[bits[i]] for i in at), strict=True)
         axis.plot(at, mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)

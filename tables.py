@@ -3,10 +3,10 @@
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
 keeps it under a key of everything that determines it: a long run resumes, tables share their cells, and
 `torchrun --nproc-per-node N evaluate.py --table 2` divides them. Rows pool the examples of all seeds; ± is half a 95 %
-bootstrap interval over examples. Every row is compared with the row above it, example by example, in KL divergence from
-the 16-bit model, which tells two settings apart with a fifth of NELBO's noise. `--stress c` gives the model outlier
-channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few examples, one seed,
-two epochs.
+bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
+example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. `--stress c` gives the
+model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
+examples, one seed, two epochs.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
@@ -38,8 +38,9 @@ FIRST_SEED = 10
 RTN, NO_TAC, NO_GATES, UNTRAINED = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}
 CLOSED, PLUS, QUAROT = {"allocation": "closed_form"}, {"method": "starquant+"}, {"method": "quarot"}
 METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": QUAROT,
-           "DLLMQuant++": {"method": "dllmquant++"}, "STaR-Quant": {}, "starquant+ (ours)": PLUS,
-           "FlatQuant": {"method": "flatquant"}, "FreeAct": {"method": "freeact"}}
+           "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
+           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": {"transform": "dense"},
+           "starquant+ (ours)": PLUS}
 TABLES = {
     "1": METHODS,
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
@@ -56,7 +57,7 @@ TABLES = {
           "the same with paired TAC": CLOSED | {"tac": "ridge"},
           "QuaRot": QUAROT,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
-          "starquant+ (blocks of 64)": PLUS,
+          "starquant+": PLUS,
           "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
           "starquant+, no centring": PLUS | {"centre": "none"},
@@ -69,6 +70,17 @@ TABLES = {
                 for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
                 for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)")
                 if 8 not in (w, a) or name in ("RTN", "starquant+ (ours)")},  # which side costs: two methods tell
+}
+# rows whose counterpart is another than the row above; None: they have none
+REFERENCE = {
+    "1": {"STaR-Quant": "DLLMQuant++"},
+    "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
+          "the same, no gates": "SGAT + TAC (STaR-Quant)",
+          "gates, no TAC, closed-form P, trained": "SGAT only", "QuaRot": "SGAT + TAC (STaR-Quant)",
+          "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
+          "starquant+ with paired TAC": "starquant+", "starquant+, dense balance": "starquant+"},
+    "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
+    "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")},
 }
 
 
@@ -183,7 +195,8 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
     used = [c for r in rows.values() for c in r]
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
               "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.device, "seeds": seeds,
-              "first_seed": FIRST_SEED, "problems": run.problems, "stress": run.c, "rows": summarize(rows)}
+              "first_seed": FIRST_SEED, "problems": run.problems, "stress": run.c,
+              "rows": summarize(rows, REFERENCE.get(number))}
     stem = f"table-{number}" + (f"-stress{run.c:g}" if run.c != 1 else "") + (f"-{kind}" if kind else "")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -192,10 +205,10 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
     return record
 
 
-def summarize(rows: dict[str, list[dict]]) -> list[dict]:
+def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
     """Each setting over the pooled examples of its seeds: means with intervals, and paired differences."""
     base = {k: pooled(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
-    out, above = [], None
+    out, measured, above = [], {}, None
     rtn = next((pooled(cells, "kl") for label, cells in rows.items() if "RTN" in label), None)
     for label, cells in rows.items():
         values = {k: pooled(cells, k) for k in cells[0]["values"]}
@@ -207,10 +220,11 @@ def summarize(rows: dict[str, list[dict]]) -> list[dict]:
             if rtn is not None:
                 # share of RTN's divergence that is gone
                 row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())
-            if above is not None:
-                row["against_row_above"] = {k: metrics.bootstrap(values[k] - above[k])
-                                            for k in ("kl", "nelbo", "math", "code", "cloze") if k in values}
-            above = values
+            other = (reference or {}).get(label, above)
+            if other in measured:
+                row["against"] = {"setting": other} | {k: metrics.bootstrap(values[k] - measured[other][k])
+                                                       for k in ("kl", "nelbo", "math", "code", "cloze") if k in values}
+            measured[label], above = values, label
         out.append(row)
     return out
 
@@ -227,14 +241,17 @@ def interval(triple, scale: float = 100) -> str:
 def markdown(record: dict) -> str:
     measures = [m for m in ("math", "code", "cloze", "tokens") if m in record["rows"][-1]]
     names = {"tokens": "same tokens %"}
-    lines = ["| setting | KL from 16 bit, 10⁻³ nats/token | against the row above | recovered % | NELBO penalty |"
-             + "".join(f" {names.get(m, m + ' %')} |" for m in measures), "|---|" + "---|" * (4 + len(measures))]
-    for row in record["rows"]:
+    heads = ["setting", "KL from 16 bit, 10⁻³ nats/token", "against the row above (or the one named)", "recovered %",
+             "NELBO penalty", *(names.get(m, f"{m} %") for m in measures)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for above, row in zip([None, *record["rows"]], record["rows"], strict=False):
         shown = [row["setting"], *(interval(row[k], 1000) if k in row else "" for k in ("kl", "penalty"))]
         shown[2:2] = ["", f"{100 * row['recovered']:.1f}" if "recovered" in row else ""]
-        if "against_row_above" in row:
-            mean, low, high = (1000 * v for v in row["against_row_above"]["kl"])
-            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        if "against" in row:
+            mean, low, high = (1000 * v for v in row["against"]["kl"])
+            other = row["against"]["setting"]
+            named = "" if above and other == above["setting"] else f" {other}"
+            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){named}"
         shown += [interval(row[m]) if m in row else "" for m in measures]
         lines.append(f"| {' | '.join(shown)} |")
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "

@@ -142,7 +142,8 @@ MUTATIONS = [
     ("metrics.py", "torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2]",
      "torch.quantile(means, torch.tensor([1 - level, level]", EVAL),
     ("tables.py", 'float(1 - values["kl"].mean() / rtn.mean())', 'float(values["kl"].mean() / rtn.mean())', TABLES),
-    ("tables.py", "metrics.bootstrap(values[k] - above[k])", "metrics.bootstrap(above[k] - values[k])", TABLES),
+    ("tables.py", "metrics.bootstrap(values[k] - measured[other][k])",
+     "metrics.bootstrap(measured[other][k] - values[k])", TABLES),
     # ---- preflight.py, output.py
     ("preflight.py", "int((here / used).read_text()) + int(kept)", "int((here / used).read_text()) - int(kept)", PRE),
     ("preflight.py", "tokens * (3 * c.d_model + sum(widths) + max(widths))",

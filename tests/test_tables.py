@@ -36,9 +36,28 @@ class TestRows:
         assert rtn["recovered"] == 0
         assert better["penalty"] == (0.5, 0.5, 0.5)
         assert better["recovered"] == pytest.approx(1 - 0.8 / 4)
-        assert better["against_row_above"]["nelbo"][0] == -1.0
-        assert better["against_row_above"]["kl"][0] == pytest.approx(-0.8)
-        assert "against_row_above" not in rtn
+        assert better["against"]["setting"] == "RTN"
+        assert better["against"]["nelbo"][0] == -1.0
+        assert better["against"]["kl"][0] == pytest.approx(-0.8)
+        assert "against" not in rtn
+
+    def test_a_row_may_have_another_counterpart_or_none(self):
+        rows = {"16-bit": [cell([1.0, 1.0])], **{k: [cell([2.0, 2.0], [kl, kl])] for k, kl in zip("abcd", (4, 3, 2, 1),
+                                                                                              strict=True)}}
+        _, _, b, c, d = tables.summarize(rows, {"c": "a", "d": None})
+        assert (b["against"]["setting"], b["against"]["kl"][0]) == ("a", -1.0)
+        assert (c["against"]["setting"], c["against"]["kl"][0]) == ("a", -2.0)
+        assert "against" not in d
+        record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
+                  "rows": [b, c, d]}
+        lines = tables.markdown(record).splitlines()
+        assert "(-2000.0 to -2000.0) a |" in lines[3]
+
+    def test_every_counterpart_comes_before_its_row(self):
+        for number, counterparts in tables.REFERENCE.items():
+            rows = list(tables.TABLES[number])
+            for row, other in counterparts.items():
+                assert 0 <= (-1 if other is None else rows.index(other)) + 1 <= rows.index(row)
 
     def test_markdown_has_a_cell_for_every_heading(self):
         ones = [1.0, 0.0]
