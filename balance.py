@@ -17,9 +17,10 @@ share most of what they carry (in the first layer all of it), and what is shared
 
 Kept because it paid on development seeds of the embedded model, in this order: blocks over a bare Hadamard, the clip,
 centring by state, masked tokens counting double (which made no difference on the seeds of the tables). Not kept because
-it did not: correcting the weight for Q(X) or for the 16-bit stream by least squares, a corrected output bias, confidence
-weights, TAC from statistics (`tac=ridge` is on request). Not kept because of what it costs: a second stage of blocks across the first (a tenth of the loss), moments
-weighted by the gradients of the model's own loss, which need the whole model at once (an eighth of it).
+it did not: correcting the weight for Q(X) or the 16-bit stream by least squares, a corrected output bias, weighing by
+confidence, TAC from statistics (`tac=ridge` is on request). Not kept because of what it costs: a second stage of blocks
+across the first (a tenth of the loss), and moments weighted by gradients of the model's own loss, which need the whole
+model at once (an eighth of it).
 """
 
 import torch
