@@ -15,12 +15,11 @@ blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears
 Before it every token loses the mean of its state, whose exact output is added behind the integer product: masked tokens
 share most of what they carry (in the first layer all of it), and what is shared needs no bits.
 
-Kept because it paid on development seeds of the embedded model, in this order: blocks over a bare Hadamard, the clip,
-centring by state, masked tokens counting double (which made no difference on the seeds of the tables). Not kept because
-it did not: correcting the weight for Q(X) or the 16-bit stream by least squares, a corrected output bias, weighing by
-confidence, TAC from statistics (`tac=ridge` is on request). Not kept because of what it costs: a second stage of blocks
-across the first (a tenth of the loss), and moments weighted by gradients of the model's own loss, which need the whole
-model at once (an eighth of it).
+What each part is worth stands in results/table-2-nelbo.md; masked tokens counting double (`mask_weight`) made no
+difference there. Trials on development seeds, whose runs are not kept, spoke against correcting the weight for Q(X) or
+the 16-bit stream by least squares, a corrected output bias, weighing by confidence and TAC from statistics (`tac=ridge`
+is on request). They spoke for a second stage of blocks across the first, and for moments weighted by gradients of the
+model's own loss; neither is here because of its cost, the latter's being the whole model in memory at once.
 """
 
 import torch

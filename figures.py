@@ -11,6 +11,7 @@ Each is written to `results/figures` as PNG and SVG, its numbers beside it as JS
 
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -197,7 +198,7 @@ def figure_6(_):
         raise CheckpointError(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
     figure, axis = plt.subplots(figsize=(6, 3.2))
     colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN)
-    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPhsD", strict=False):
+    for (method, values), colour, marker in zip(points.items(), cycle(colours), cycle("xv<^>pPhsD."), strict=False):
         at = [i for i, b in enumerate(bits) if b in values]
         mean, low, high = zip(*(values[bits[i]] for i in at), strict=True)
         axis.plot(at, mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)

@@ -216,7 +216,6 @@ def table(rows: list[dict]) -> str:
              "|---|---|---|---|---|---|---|"]
     for r in rows:
         accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
-        nats = [f"{m:.4f} ± {(high - low) / 2:.4f}" for m, low, high in (r.get("kl", (0, 0, 0)), r["nelbo"])]
-        lines.append(f"| {r['model']} | {' | '.join(nats if 'kl' in r else ['', nats[1]])} | {' | '.join(accuracy)} "
-                     f"| {r['bytes'] / 1e6:.2f} |")
+        kl, nelbo = (f"{r[k][0]:.4f} ± {(r[k][2] - r[k][1]) / 2:.4f}" if k in r else "" for k in ("kl", "nelbo"))
+        lines.append(f"| {r['model']} | {kl} | {nelbo} | {' | '.join(accuracy)} | {r['bytes'] / 1e6:.2f} |")
     return "\n".join(lines)

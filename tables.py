@@ -1,4 +1,4 @@
-"""The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 8] [--seeds 3]
+"""The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 4] [--seeds 3]
 
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
 keeps it under a key of everything that determines it: a long run resumes, tables share their cells, and
@@ -6,7 +6,7 @@ keeps it under a key of everything that determines it: a long run resumes, table
 bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
 example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. `--stress c` gives the
 model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
-examples, one seed, two epochs.
+examples, one seed, one epoch.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
@@ -165,7 +165,7 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
     """Measure what is missing of one table and write `results/table-N.json` and `.md`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                             cwd=RESULTS.parent).stdout.strip()
-    table = {"16-bit": None, **{label: setting | ({"epochs": min(2, setting.get("epochs", 2))} if quick else {})
+    table = {"16-bit": None, **{label: setting | ({"epochs": min(1, setting.get("epochs", 1))} if quick else {})
                                 for label, setting in TABLES[number].items()}}
     todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
     cells, rows = stored_cells(), {}

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EQ, QUANT, KERN, SGAT = "test_equations.py", "test_quantizer.py", "test_kernels.py", "test_sgat.py"
+EQ, EQ_TAC, QUANT = "test_equations.py", "test_equations_tac.py", "test_quantizer.py"
+KERN, SGAT = "test_kernels.py", "test_sgat.py"
 MODEL, FAM, CAL, DREAM, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_dream.py",
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
@@ -86,31 +87,31 @@ MUTATIONS = [
     ("starquant.py", "linear(transform(x, P, 1 - gate), fold_weight(weight, P))",
      "linear(transform(x, P, gate), fold_weight(weight, P))", EQ),
     # ---- starquant.py: TAC
-    ("starquant.py", "q.shape[-1] ** 0.5, -1) @ v", "q.shape[-1], -1) @ v", EQ),
+    ("starquant.py", "q.shape[-1] ** 0.5, -1) @ v", "q.shape[-1], -1) @ v", EQ_TAC),
     ("starquant.py", '(einsum(blocks, M, "... b g, b h g -> ... b h") + bias)',
-     '(einsum(blocks, M, "... b g, b g h -> ... b h") + bias)', EQ),
+     '(einsum(blocks, M, "... b g, b g h -> ... b h") + bias)', EQ_TAC),
     ("starquant.py", '(einsum(blocks, M, "... b g, b h g -> ... b h") + bias)',
-     '(einsum(blocks, M, "... b g, b h g -> ... b h") - bias)', EQ),
+     '(einsum(blocks, M, "... b g, b h g -> ... b h") - bias)', EQ_TAC),
     ("starquant.py", "matrix_power(cov_fp, 0.5) @ matrix_power(damp(cov_q, damping), -0.5)",
-     "matrix_power(damp(cov_q, damping), -0.5) @ matrix_power(cov_fp, 0.5)", EQ),
-    ("starquant.py", "matrix_power(damp(cov_q, damping), -0.5)", "matrix_power(cov_q, -0.5)", EQ),
+     "matrix_power(damp(cov_q, damping), -0.5) @ matrix_power(cov_fp, 0.5)", EQ_TAC),
+    ("starquant.py", "matrix_power(damp(cov_q, damping), -0.5)", "matrix_power(cov_q, -0.5)", EQ_TAC),
     ("starquant.py", "matrix_power(cov_fp, 0.5) @ matrix_power(damp(cov_q, damping), -0.5)",
-     "matrix_power(cov_fp, 1.0) @ matrix_power(damp(cov_q, damping), -1.0)", EQ),
+     "matrix_power(cov_fp, 1.0) @ matrix_power(damp(cov_q, damping), -1.0)", EQ_TAC),
     ("starquant.py", "    M = shrink_to_identity(smooth_singular_values(M, smoothing), shrinkage)",
-     "    M = shrink_to_identity(smooth_singular_values(M, shrinkage), smoothing)", EQ),
-    ("starquant.py", "centred.mT @ centred / blocks.shape[1]", "centred.mT @ centred / (blocks.shape[1] - 1)", EQ),
-    ("starquant.py", "centred = blocks - mu[:, None]", "centred = blocks", EQ),
+     "    M = shrink_to_identity(smooth_singular_values(M, shrinkage), smoothing)", EQ_TAC),
+    ("starquant.py", "centred.mT @ centred / blocks.shape[1]", "centred.mT @ centred / (blocks.shape[1] - 1)", EQ_TAC),
+    ("starquant.py", "centred = blocks - mu[:, None]", "centred = blocks", EQ_TAC),
     ("starquant.py", "rho * (cov.diagonal(dim1=-2, dim2=-1).sum(-1) / g).clamp_min(eps)",
-     "rho * cov.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(eps)", EQ),
+     "rho * cov.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(eps)", EQ_TAC),
     ("starquant.py", "(1 - eta) * sigma + eta * sigma.mean(-1, keepdim=True)",
-     "eta * sigma + (1 - eta) * sigma.mean(-1, keepdim=True)", EQ),
-    ("starquant.py", "sigma.mean(-1, keepdim=True)", "sigma.mean()", EQ),
-    ("starquant.py", "(1 - alpha) * M + alpha * torch.eye", "alpha * M + (1 - alpha) * torch.eye", EQ),
-    ("starquant.py", "eigenvalues.clamp_min(1e-12).pow(p)", "eigenvalues.pow(p)", EQ),
+     "eta * sigma + (1 - eta) * sigma.mean(-1, keepdim=True)", EQ_TAC),
+    ("starquant.py", "sigma.mean(-1, keepdim=True)", "sigma.mean()", EQ_TAC),
+    ("starquant.py", "(1 - alpha) * M + alpha * torch.eye", "alpha * M + (1 - alpha) * torch.eye", EQ_TAC),
+    ("starquant.py", "eigenvalues.clamp_min(1e-12).pow(p)", "eigenvalues.pow(p)", EQ_TAC),
     ("starquant.py", "torch.linalg.solve(damp(cov_q, damping), cross.mT).mT",
-     "torch.linalg.solve(damp(cov_q, damping), cross.mT)", EQ),
+     "torch.linalg.solve(damp(cov_q, damping), cross.mT)", EQ_TAC),
     ("starquant.py", "cross = centred_fp.mT @ centred_q / len(z_fp)",
-     "cross = centred_q.mT @ centred_fp / len(z_fp)", EQ),
+     "cross = centred_q.mT @ centred_fp / len(z_fp)", EQ_TAC),
     # ---- starquant.py: what runs
     ("layers.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
      "x = x * state_gate(state, self.in_features, self.d_u, self.d_m)", KERN, CAL),
