@@ -1,14 +1,15 @@
 """starquant+, beyond the paper: a closed-form balanced transform in place of a trained one. No training.
 
 A linear Y = X Wᵀ may be computed as (X P)(P⁻¹ Wᵀ) with any invertible P (Eq. 6). Per-token and per-channel quantizers
-leave errors that grow with ‖X P‖² and ‖P⁻¹ Wᵀ‖²; their product is least where both sides have the same second moment.
-With Σ_x = L_x L_xᵀ, WᵀW = L_w L_wᵀ (Cholesky, damped) and L_wᵀ L_x = U S Vᵀ,
+leave errors that grow with ‖X P‖² ‖P⁻¹ Wᵀ‖². With Σ_x = L_x L_xᵀ, WᵀW = L_w L_wᵀ (Cholesky, damped), L_wᵀ L_x = U S Vᵀ,
 
-    T = S^−½ Uᵀ L_wᵀ:   T Σ_x Tᵀ = T^−ᵀ WᵀW T⁻¹ = S,   P = Tᵀ H
+    T = S^−a Uᵀ L_wᵀ:   T Σ_x Tᵀ = S^(2−2a),   T^−ᵀ WᵀW T⁻¹ = S^2a,   P = Tᵀ H
 
-H a Hadamard rotation, which spreads S evenly over the channels. The result does not depend on the scales of the input
-channels: outlier channels made by a norm gain or by v_proj and up_proj cancel. Block by block this is WUSH
-(arXiv 2512.00956). `kind`: "dense" (d² multiplications a token: the most accurate, for small d), "block" (diagonal
+H a Hadamard rotation, which spreads S evenly over the channels. a = ½ gives both sides the same second moment and the
+product its least value. But GPTQ, which knows the activations, leaves less of the weights' error the more uneven they
+are: `exponent` takes a below ½, the lower the fewer bits weights have. The result does not depend on the scales of the
+input channels: outlier channels made by a norm gain or by v_proj and up_proj cancel. Block by block, with a = ½, this
+is WUSH (arXiv 2512.00956). `kind`: "dense" (d² multiplications a token: the most accurate, for small d), "block" (diagonal
 blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears and 3.6 % of Dream-7B's), "kronecker"
 (T1 ⊗ T2, as cheap as the Hadamard alone).
 
@@ -31,6 +32,8 @@ from layers import QuantLinear
 from starquant import Kronecker, apply_basis, clip_range, fake_quantize, fold_weight, tac_block_size
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+EXPONENTS = tuple(i / 20 for i in range(11))
+WEIGHT_COST = 4.0
 
 
 def _cholesky(moment, damping: float):
@@ -41,13 +44,47 @@ def _cholesky(moment, damping: float):
     return torch.linalg.cholesky(moment + load.clamp_min(1e-30) * eye)
 
 
-def balance(moment_x, moment_w, damping: float = 1e-2):
-    """T of the module's formula, (..., n, n), from Σ_x and WᵀW of the same shape; float64."""
+def aligned(moment_x, moment_w, damping: float = 1e-2):
+    """S (..., n) and Uᵀ L_wᵀ (..., n, n) of the module's formula from Σ_x and WᵀW (..., n, n); float64."""
     L_x, L_w = _cholesky(moment_x.double(), damping), _cholesky(moment_w.double(), damping)
     # L_wᵀ L_x = U S Vᵀ
     U, S, _ = torch.linalg.svd(L_w.mT @ L_x)
-    # T = S^−½ Uᵀ L_wᵀ
-    return S.rsqrt()[..., None] * (U.mT @ L_w.mT)
+    return S, U.mT @ L_w.mT
+
+
+def balance(S, R, a: float):
+    """T = S^−a R, R = Uᵀ L_wᵀ: T Σ_x Tᵀ = S^(2−2a) and T^−ᵀ WᵀW T⁻¹ = S^2a; S (..., n), R (..., n, n)."""
+    return S.pow(-a)[..., None] * R
+
+
+def conditional_variance(spectrum):
+    """Mean variance of a channel given the channels before it, once a random rotation has mixed the given variances.
+
+    It is what GPTQ leaves of a unit rounding error, where rounding to nearest leaves mean(λ): between the geometric and
+    the arithmetic mean of the spectrum λ (any shape).
+
+        ∫₀¹ x / ((1 − x) ω) dx,   x(ω) = mean(ω λ / (1 + ω λ))   the share of channels that come before
+    """
+    spectrum = spectrum.flatten().double()
+    omega = torch.logspace(-8, 8, 200).to(spectrum)[:, None] / spectrum.log().mean().exp()
+    after = (1 / (1 + omega * spectrum)).mean(-1)
+    before = (omega * spectrum / (1 + omega * spectrum)).mean(-1)
+    return torch.trapezoid(before / (after * omega[:, 0]), before)
+
+
+def exponent(S, wbits: int, abits: int) -> float:
+    """The a of EXPONENTS with the least predicted error of both quantizers, for all singular values S (any shape).
+
+    A bit takes three quarters of a quantizer's noise away; an error of weights counts WEIGHT_COST times, because it is
+    the same for all tokens and does not average out over them (the factor was chosen on development seeds):
+
+        4^−abits mean(S^(2−2a)) mean(S^2a)  +  WEIGHT_COST 4^−wbits conditional_variance(S^(2−2a)) mean(S^2a)
+    """
+    predicted = []
+    for a in EXPONENTS:
+        x, w = S.pow(2 - 2 * a), S.pow(2 * a).mean()
+        predicted.append(float(w * (4.0**-abits * x.mean() + WEIGHT_COST * 4.0**-wbits * conditional_variance(x))))
+    return EXPONENTS[predicted.index(min(predicted))]
 
 
 def diagonal_blocks(matrix, size: int):
@@ -56,8 +93,12 @@ def diagonal_blocks(matrix, size: int):
     return blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
-def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weights=None, block: int = 64):
-    """Factors of P = Tᵀ H for inputs x (N, d), each weighing token_weights (N,), and weight (C, d); fp32."""
+def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weights=None, block: int = 64,
+                   choose=lambda S: 0.5):
+    """Factors of P = Tᵀ H for inputs x (N, d), each weighing token_weights (N,), and weight (C, d); fp32.
+
+    choose: gives the exponent a for the singular values S.
+    """
     H = rotation(x.shape[1], generator)
     H = Kronecker(*(f.to(x.device) for f in H))
     if kind == "kronecker":
@@ -66,14 +107,16 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
         # E[X Xᵀ] and E[Xᵀ X]: the moments of each factor, for both sides
         rows = [einsum(t, t, "n i k, n j k -> i j") for t in tensors]
         columns = [einsum(t, t, "n k i, n k j -> i j") for t in tensors]
-        P = [Kronecker(balance(*rows).mT @ H.P1, balance(*columns).mT @ H.P2)]
+        (S1, R1), (S2, R2) = aligned(*rows), aligned(*columns)
+        a = choose(S1[:, None] * S2)
+        P = [Kronecker(balance(S1, R1, a).mT @ H.P1, balance(S2, R2, a).mT @ H.P2)]
     else:
         moments = hessian(x, token_weights), weight.double().mT @ weight.double()
-        if kind == "dense":
-            P = [balance(*moments).mT @ H.dense()]
-        else:
-            size = tac_block_size(x.shape[1], block)  # the largest that divides d
-            P = [balance(*(diagonal_blocks(m, size) for m in moments)).mT, H]
+        # the largest block that divides d; dense is one block
+        size = x.shape[1] if kind == "dense" else tac_block_size(x.shape[1], block)
+        S, R = aligned(*(diagonal_blocks(m, size) for m in moments))
+        T = balance(S, R, choose(S))
+        P = [T[0].mT @ H.dense()] if kind == "dense" else [T.mT, H]
     return [Kronecker(*(p.to(x) for p in f)) if isinstance(f, Kronecker) else f.to(x) for f in P]
 
 
@@ -107,7 +150,9 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     if config.centre != "none":
         means = state_means(x, masked) if config.centre == "state" else x.mean(0).expand(2, -1).contiguous()
         x, centre = x - means[masked.long()], (means, means @ weight.mT)
-    P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block)
+    given = config.exponent >= 0
+    P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block,
+                       lambda S: config.exponent if given else exponent(S, config.wbits, config.abits))
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     clip = best_clip(x, folded, config.abits, token_weights)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))

@@ -57,6 +57,7 @@ class QuantConfig:
     tac_samples: int = 64  # calibration segments for the statistics, at most (App. C)
     balance: str = "block"  # starquant+, beyond the paper: form of its transform, "block", "kronecker" or "dense"
     balance_block: int = 64  # starquant+: size of the blocks
+    exponent: float = -1.0  # starquant+: a of its balance; below 0: by the bits of weights and activations
     centre: str = "state"  # starquant+: mean taken off before the transform, of each "state", "joint", or "none"
     mask_weight: float = 2.0  # starquant+: weight of a masked token against an unmasked one
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
@@ -75,7 +76,7 @@ class QuantConfig:
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),
                         "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6),
-                        "balance_block": (1, 10**5), "mask_weight": (0, 10**6), "kv_bits": (2, 16),
+                        "balance_block": (1, 10**5), "mask_weight": (0, 10**6), "exponent": (-1, 1), "kv_bits": (2, 16),
                         "softmax_bits": (2, 16), "seed": (0, 2**31)}
 
     def __post_init__(self):

@@ -58,6 +58,7 @@ TABLES = {
           "QuaRot": QUAROT,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
+          "starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5},
           "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
           "starquant+, no centring": PLUS | {"centre": "none"},
@@ -77,6 +78,7 @@ REFERENCE = {
     "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
           "the same, no gates": "SGAT + TAC (STaR-Quant)",
           "gates, no TAC, closed-form P, trained": "SGAT only", "QuaRot": "SGAT + TAC (STaR-Quant)",
+          "starquant+, states weigh alike": "starquant+",
           "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
           "starquant+ with paired TAC": "starquant+", "starquant+, dense balance": "starquant+"},
     "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
@@ -208,8 +210,7 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
 def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
     """Each setting over the pooled examples of its seeds: means with intervals, and paired differences."""
     base = {k: pooled(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
-    out, measured, above = [], {}, None
-    rtn = next((pooled(cells, "kl") for label, cells in rows.items() if "RTN" in label), None)
+    out, measured, above, rtn = [], {}, None, None
     for label, cells in rows.items():
         values = {k: pooled(cells, k) for k in cells[0]["values"]}
         row = {"setting": label, **{k: metrics.bootstrap(v) for k, v in values.items()}}
@@ -217,6 +218,7 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
             penalty = values["nelbo"] - base["nelbo"]
             row["penalty"] = metrics.bootstrap(penalty)
             row["kl_by_seed"] = [float(p.mean()) for p in values["kl"].split(len(values["kl"]) // len(cells))]
+            rtn = values["kl"] if "RTN" in label else rtn  # of the same bits: it comes first of them
             if rtn is not None:
                 # share of RTN's divergence that is gone
                 row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())

@@ -129,7 +129,9 @@ MUTATIONS = [
     ("layers.py", "y + self.shift[state.long()]", "y + self.shift[0]", BAL),
     ("layers.py", '(tensors.get("mean"), tensors.get("shift"))', "(None, None)", CAL),
     # ---- balance.py
-    ("balance.py", "S.rsqrt()[..., None] * (U.mT @ L_w.mT)", "S.sqrt()[..., None] * (U.mT @ L_w.mT)", BAL),
+    ("balance.py", "S.pow(-a)[..., None] * R", "S.pow(a)[..., None] * R", BAL),
+    ("balance.py", "x, w = S.pow(2 - 2 * a), S.pow(2 * a).mean()", "x, w = S.pow(2 * a), S.pow(2 - 2 * a).mean()", BAL),
+    ("balance.py", "WEIGHT_COST * 4.0**-wbits", "WEIGHT_COST * 4.0**-abits", BAL),
     ("balance.py", "torch.linalg.svd(L_w.mT @ L_x)", "torch.linalg.svd(L_x.mT @ L_w)", BAL),
     ("balance.py", "for rows in (~masked, masked)", "for rows in (masked, ~masked)", BAL),
     ("balance.py", "rows.sum().clamp_min(1)", "rows.sum()", BAL),

@@ -7,9 +7,21 @@ from hypothesis import strategies as st
 
 import balance as module
 import calibrate
-from balance import CLIPS, balance, balanced_basis, best_clip, diagonal_blocks, state_means
+from balance import (
+    CLIPS,
+    EXPONENTS,
+    aligned,
+    balance,
+    balanced_basis,
+    best_clip,
+    conditional_variance,
+    diagonal_blocks,
+    exponent,
+    state_means,
+)
 from baselines import Inputs
 from calibrate import QuantConfig
+from gptq import gptq, hessian, shrunk_scale
 from hadamard import hadamard_sizes, rotation
 from starquant import Kronecker, apply_basis, fake_quantize, fold_weight
 
@@ -32,19 +44,19 @@ def moment(t):
 
 
 class TestBalance:
-    @given(st.integers(0, 10**6), st.sampled_from([2, 5, 16]))
-    def test_both_sides_get_the_same_diagonal_second_moment(self, seed, d):
+    @given(st.integers(0, 10**6), st.sampled_from([2, 5, 16]), st.sampled_from(EXPONENTS))
+    def test_second_moments_of_both_sides_are_powers_of_the_singular_values(self, seed, d, a):
         g = generator(seed)
         X, W = (torch.randn(3 * d, d, generator=g, dtype=torch.float64) for _ in range(2))
-        T = balance(moment(X), moment(W), damping=0.0)
+        T = balance(*aligned(moment(X), moment(W), damping=0.0), a)
         both = T @ moment(X) @ T.mT, torch.linalg.inv(T).mT @ moment(W) @ torch.linalg.inv(T)
         S = torch.linalg.svdvals(X @ W.mT)[:d]  # the singular values of L_wᵀ L_x are those of X Wᵀ
-        for got in both:
-            assert torch.allclose(got, torch.diag(S), rtol=1e-6, atol=1e-6 * float(S[0]))
+        for got, power in zip(both, (2 - 2 * a, 2 * a), strict=True):
+            assert torch.allclose(got, torch.diag(S**power), rtol=1e-6, atol=1e-6 * float(S[0] ** power))
 
     def test_minimizes_the_product_of_the_energies(self):
         x, weight = layer(d=16)
-        T = balance(moment(x), moment(weight), damping=0.0)
+        T = balance(*aligned(moment(x), moment(weight), damping=0.0), 0.5)
 
         def product(T):
             return float((x @ T.mT).square().sum() * (weight @ torch.linalg.inv(T)).square().sum())
@@ -62,7 +74,7 @@ class TestBalance:
         x, weight = layer(d=64, C=96)
         c = torch.rand(64, generator=generator(3), dtype=torch.float64).mul(4).exp()
         # damping by a share of the mean diagonal is what sees the scales: take it away
-        monkeypatch.setattr(module, "balance", lambda a, b: balance(a, b, damping=0.0))
+        monkeypatch.setattr(module, "aligned", lambda a, b: aligned(a, b, damping=0.0))
         H = rotation(64, generator()).dense()
         for apply, tensor, change in ((apply_basis, x, c), (fold_weight, weight, 1 / c)):
             moments = []
@@ -71,6 +83,45 @@ class TestBalance:
                 # singular vectors are unique up to their sign, so compare second moments before the rotation
                 moments.append(moment(apply(t, P) @ H.mT).diagonal())
             assert torch.allclose(*moments, rtol=1e-6)
+
+    def test_exponent_is_a_half_where_activations_cost_all_and_less_the_fewer_bits_weights_have(self):
+        S = torch.linspace(-2, 2, 64, dtype=torch.float64).exp()
+        chosen = [exponent(S, wbits, 4) for wbits in (8, 4, 3, 2)]
+        assert chosen[0] == 0.5
+        assert chosen == sorted(chosen, reverse=True)
+        assert chosen[-1] <= 0.35
+        assert exponent(S, 2, 8) <= 0.3
+        assert exponent(7 * S, 3, 4) == chosen[2]  # blind to the scale
+
+    @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0, 4.0])
+    def test_conditional_variance_is_what_rotated_channels_have(self, spread):
+        """Against the Cholesky factor that GPTQ itself uses, of Hadamard rotations of one diagonal."""
+        spectrum = torch.linspace(-spread, spread, 192, dtype=torch.float64).exp()
+        got = []
+        for seed in range(5):
+            order = torch.randperm(192, generator=generator(seed))
+            H = rotation(192, generator(seed)).dense()
+            U = torch.linalg.cholesky(torch.linalg.inv(H.mT @ (spectrum[order, None] * H)), upper=True)
+            got.append(U.diagonal().pow(-2).mean())
+        assert float(conditional_variance(spectrum)) == pytest.approx(float(sum(got)) / 5, rel=0.05)
+
+    @pytest.mark.parametrize(("wbits", "abits"), [(2, 8), (3, 4), (8, 4)])
+    def test_exponent_predicts_the_order_of_measured_errors(self, wbits, abits):
+        """Of the ends of its range it takes the one that quantizes better, with GPTQ and rounding as they run."""
+        g = generator(4)
+        S = torch.linspace(-3, 3, 64, dtype=torch.float64).exp()
+        Q = [torch.linalg.qr(torch.randn(64, 64, generator=g, dtype=torch.float64))[0] for _ in range(2)]
+        X = (torch.randn(2048, 64, generator=g, dtype=torch.float64) * S) @ Q[0]
+        W = (torch.randn(256, 64, generator=g, dtype=torch.float64)) @ Q[1]
+        H, errors = rotation(64, g).dense(), {}
+        S, R = aligned(moment(X), moment(W))
+        for a in (0.0, 0.5):
+            P = [balance(S, R, a).mT @ H]
+            x, folded = apply_basis(X, P).float(), fold_weight(W, P).float()
+            codes, scale = gptq(folded, hessian(x), wbits, shrunk_scale(folded, wbits))
+            y = fake_quantize(x, abits) @ (scale[:, None] * codes).mT
+            errors[a] = float((y - X.float() @ W.float().mT).square().mean())
+        assert (exponent(S, wbits, abits) < 0.25) == (errors[0.0] < errors[0.5])
 
     def test_diagonal_blocks(self):
         A = torch.arange(36.0).view(6, 6)

@@ -41,6 +41,11 @@ class TestRows:
         assert better["against"]["kl"][0] == pytest.approx(-0.8)
         assert "against" not in rtn
 
+    def test_recovered_is_against_rtn_of_the_same_bits(self):
+        kl = {"16-bit": None, "RTN W4A4": 4.0, "other W4A4": 1.0, "RTN W3A3": 8.0, "other W3A3": 4.0}
+        rows = tables.summarize({label: [cell([1.0], value and [value])] for label, value in kl.items()})
+        assert [row.get("recovered") for row in rows] == [None, 0.0, 0.75, 0.0, 0.5]
+
     def test_a_row_may_have_another_counterpart_or_none(self):
         rows = {"16-bit": [cell([1.0, 1.0])], **{k: [cell([2.0, 2.0], [kl, kl])] for k, kl in zip("abcd", (4, 3, 2, 1),
                                                                                               strict=True)}}
