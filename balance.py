@@ -9,9 +9,9 @@ H a Hadamard rotation, which spreads S evenly over the channels. a = ½ gives bo
 product its least value. But GPTQ, which knows the activations, leaves less of the weights' error the more uneven they
 are: `exponent` takes a below ½, the lower the fewer bits weights have. The result does not depend on the scales of the
 input channels: outlier channels made by a norm gain or by v_proj and up_proj cancel. Block by block, with a = ½, this
-is WUSH (arXiv 2512.00956). `kind`: "dense" (d² multiplications a token: the most accurate, for small d), "block" (diagonal
-blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears and 3.6 % of Dream-7B's), "kronecker"
-(T1 ⊗ T2, as cheap as the Hadamard alone).
+is WUSH (arXiv 2512.00956). `kind`: "dense" (d² multiplications a token: the most accurate, for small d), "block"
+(diagonal blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears and 3.6 % of Dream-7B's),
+"kronecker" (T1 ⊗ T2, as cheap as the Hadamard alone).
 
 Before it every token loses the mean of its state, whose exact output is added behind the integer product: masked tokens
 share most of what they carry (in the first layer all of it), and what is shared needs no bits.
@@ -66,6 +66,7 @@ def conditional_variance(spectrum):
         ∫₀¹ x / ((1 − x) ω) dx,   x(ω) = mean(ω λ / (1 + ω λ))   the share of channels that come before
     """
     spectrum = spectrum.flatten().double()
+    spectrum = spectrum.clamp_min(1e-9 * spectrum.max())  # channels that are never used would stretch ω's range
     omega = torch.logspace(-8, 8, 200).to(spectrum)[:, None] / spectrum.log().mean().exp()
     after = (1 / (1 + omega * spectrum)).mean(-1)
     before = (omega * spectrum / (1 + omega * spectrum)).mean(-1)

@@ -1,5 +1,7 @@
 """starquant+: the balanced transform by its two defining properties, its cost, and what its parts minimize."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,6 +106,11 @@ class TestBalance:
             U = torch.linalg.cholesky(torch.linalg.inv(H.mT @ (spectrum[order, None] * H)), upper=True)
             got.append(U.diagonal().pow(-2).mean())
         assert float(conditional_variance(spectrum)) == pytest.approx(float(sum(got)) / 5, rel=0.05)
+
+    def test_conditional_variance_of_channels_half_of_which_are_never_used(self):
+        spectrum = torch.tensor([1.0, 1e-60]).repeat_interleave(96)
+        # the first half of the rotated channels tells all about the second; D(x) = (1/2 − x) / (1 − x) below x = 1/2
+        assert float(conditional_variance(spectrum)) == pytest.approx(0.5 * (1 - math.log(2)), rel=1e-2)
 
     @pytest.mark.parametrize(("wbits", "abits"), [(2, 8), (3, 4), (8, 4)])
     def test_exponent_predicts_the_order_of_measured_errors(self, wbits, abits):
@@ -214,6 +221,21 @@ class TestFit:
             assert torch.allclose(fitted(x, state)[state], y[state], rtol=1e-5, atol=1e-4)
             assert torch.allclose(fitted.reference(x, state), fitted(x, state), rtol=1e-4, atol=1e-3)
             assert not torch.allclose(fitted(x, state)[~state], y[~state], rtol=1e-2, atol=1e-2)
+
+    def test_the_exponent_is_chosen_by_the_bits_unless_given(self):
+        x, weight = layer(dtype=torch.float32)
+        inputs = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool))
+
+        def energy(**setting):
+            """mean(S^(2−2a)) mean(S^2a), least at a = 1/2 and the same at a and 1 − a."""
+            config = QuantConfig(method="starquant+", centre="none", **setting)
+            fitted, _ = calibrate.METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            return float(apply_basis(x, fitted.P).square().sum() * fold_weight(weight, fitted.P).square().sum())
+
+        even = energy(exponent=0.5)
+        assert energy(wbits=8) == pytest.approx(even, rel=1e-3)
+        assert even < energy() < energy(wbits=3) < energy(exponent=0.0)
+        assert energy(exponent=0.0) == pytest.approx(energy(exponent=1.0), rel=0.05)  # up to the damping
 
     @pytest.mark.parametrize("state", [True, False])
     def test_means_of_a_state_that_never_occurs_are_zero(self, state):
