@@ -199,10 +199,10 @@ def figure_6(_):
     figure, axis = plt.subplots(figsize=(6, 3.2))
     colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN)
     for (method, values), colour, marker in zip(points.items(), cycle(colours), cycle("xv<^>pPhsD."), strict=False):
-        at = [i for i, b in enumerate(bits) if b in values]
-        mean, low, high = zip(*(values[bits[i]] for i in at), strict=True)
-        axis.plot(at, mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
-        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        # NaN where nothing was measured: a line joins neighbours only
+        mean, low, high = zip(*(values.get(b, [float("nan")] * 3) for b in bits), strict=True)
+        axis.plot(mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
+        axis.fill_between(range(len(bits)), low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
     axis.legend(fontsize=7, ncols=2)
     return figure, points
