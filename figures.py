@@ -27,6 +27,7 @@ from sampling import denoise
 from sgat import allocate_subspaces, initial_basis
 from starquant import state_gate, transform
 from stress import stress
+from tables import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -192,7 +193,7 @@ def figure_6(_):
         file = next((f for f in (RESULTS / f"table-{table}{kind}.json" for kind in ("", "-nelbo")) if f.exists()), None)
         for row in json.loads(file.read_text())["rows"] if file else ():
             method, _, width = row["setting"].rpartition(" ") if suffix is None else (row["setting"], "", suffix)
-            if "kl" in row:
+            if "kl" in row and method in METHODS:
                 points.setdefault(method, {})[width] = row["kl"]
     if not points:
         raise CheckpointError(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")

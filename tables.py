@@ -41,6 +41,7 @@ METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmq
            "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
            "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": {"transform": "dense"},
            "starquant+ (ours)": PLUS}
+EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
 TABLES = {
     "1": METHODS,
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
@@ -58,7 +59,7 @@ TABLES = {
           "QuaRot": QUAROT,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
-          "starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5},
+          **EVEN,
           "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
           "starquant+, no centring": PLUS | {"centre": "none"},
@@ -67,9 +68,9 @@ TABLES = {
     "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
     "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
           for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
-    "low-bit": {f"{name} W{w}A{a}": METHODS[name] | {"wbits": w, "abits": a}
+    "low-bit": {f"{name} W{w}A{a}": (METHODS | EVEN)[name] | {"wbits": w, "abits": a}
                 for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
-                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)")
+                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *EVEN)
                 if 8 not in (w, a) or name in ("RTN", "starquant+ (ours)")},  # which side costs: two methods tell
 }
 # rows whose counterpart is another than the row above; None: they have none
