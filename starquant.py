@@ -1,8 +1,8 @@
 """STaR-Quant (arXiv 2606.04945): Equations 1-18, 27-30 and Appendices A-C, in the paper's order and symbols.
 
 Tensors are row-major: x (..., d), weight W (C, d), state (...) bool with True = masked. One function per equation,
-its formula directly above its lines; `tests/test_equations.py` (TAC, Eqs. 16-18 and 30: `test_equations_tac.py`)
-checks each against an independent float64 computation.
+its formula directly above its lines; the tests named below check each against an independent float64 computation
+(`tests/test_equations.py`, `test_equations_sgat.py`, `test_equations_tac.py`).
 
 Eq.   | what                                      | function             | test
 1     | Y = X Wᵀ                                  | linear               | TestEq1

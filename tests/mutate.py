@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EQ, EQ_TAC, QUANT = "test_equations.py", "test_equations_tac.py", "test_quantizer.py"
+EQ, EQ_SGAT, EQ_TAC = "test_equations.py", "test_equations_sgat.py", "test_equations_tac.py"
+QUANT = "test_quantizer.py"
 KERN, SGAT = "test_kernels.py", "test_sgat.py"
 MODEL, FAM, CAL, DREAM, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_dream.py",
                                  "test_bench.py")
@@ -72,20 +73,20 @@ MUTATIONS = [
     ("starquant.py", "torch.linalg.inv(P.double()).mT.to(P.dtype)", "torch.linalg.inv(P.double()).to(P.dtype)", EQ),
     ("starquant.py", "(1e-9 if P.dtype == torch.float64 else 1e-5)",
      "(1e-1 if P.dtype == torch.float64 else 1e-1)", EQ),
-    ("starquant.py", "return x[state], x[~state]", "return x[~state], x[state]", EQ),
-    ("starquant.py", "out[state], out[~state] = x_m, x_u", "out[state], out[~state] = x_u, x_m", EQ),
-    ("starquant.py", "d_sh = P.shape[-1] - d_m - d_u", "d_sh = P.shape[-1] - d_m - d_u - 1", EQ),
-    ("starquant.py", "gate_m[d - d_u :] = 0", "gate_m[d - d_m :] = 0", EQ),
-    ("starquant.py", "gate_u[d - d_u - d_m : d - d_u] = 0", "gate_u[d - d_u : d] = 0", EQ),
-    ("starquant.py", "d_m + d_u > d:", "d_m + d_u >= d:", EQ),
+    ("starquant.py", "return x[state], x[~state]", "return x[~state], x[state]", EQ_SGAT),
+    ("starquant.py", "out[state], out[~state] = x_m, x_u", "out[state], out[~state] = x_u, x_m", EQ_SGAT),
+    ("starquant.py", "d_sh = P.shape[-1] - d_m - d_u", "d_sh = P.shape[-1] - d_m - d_u - 1", EQ_SGAT),
+    ("starquant.py", "gate_m[d - d_u :] = 0", "gate_m[d - d_m :] = 0", EQ_SGAT),
+    ("starquant.py", "gate_u[d - d_u - d_m : d - d_u] = 0", "gate_u[d - d_u : d] = 0", EQ_SGAT),
+    ("starquant.py", "d_m + d_u > d:", "d_m + d_u >= d:", EQ_SGAT),
     ("starquant.py", "torch.where(state[..., None], gate_m, gate_u)",
-     "torch.where(state[..., None], gate_u, gate_m)", EQ),
-    ("starquant.py", "return apply_basis(x, P) * gate", "return apply_basis(x, P)", EQ),
-    ("starquant.py", "P if is_orthogonal(P) else inverse_transpose(P))", "P)", EQ),
-    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).square().mean()", EQ),
-    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).abs().sum(-1).mean()", EQ),
+     "torch.where(state[..., None], gate_u, gate_m)", EQ_SGAT),
+    ("starquant.py", "return apply_basis(x, P) * gate", "return apply_basis(x, P)", EQ_SGAT),
+    ("starquant.py", "P if is_orthogonal(P) else inverse_transpose(P))", "P)", EQ_SGAT),
+    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).square().mean()", EQ_SGAT),
+    ("starquant.py", "(y - y_hat).square().sum(-1).mean()", "(y - y_hat).abs().sum(-1).mean()", EQ_SGAT),
     ("starquant.py", "linear(transform(x, P, 1 - gate), fold_weight(weight, P))",
-     "linear(transform(x, P, gate), fold_weight(weight, P))", EQ),
+     "linear(transform(x, P, gate), fold_weight(weight, P))", EQ_SGAT),
     # ---- starquant.py: TAC
     ("starquant.py", "q.shape[-1] ** 0.5, -1) @ v", "q.shape[-1], -1) @ v", EQ_TAC),
     ("starquant.py", '(einsum(blocks, M, "... b g, b h g -> ... b h") + bias)',
@@ -112,7 +113,7 @@ MUTATIONS = [
      "torch.linalg.solve(damp(cov_q, damping), cross.mT)", EQ_TAC),
     ("starquant.py", "cross = centred_fp.mT @ centred_q / len(z_fp)",
      "cross = centred_q.mT @ centred_fp / len(z_fp)", EQ_TAC),
-    # ---- starquant.py: what runs
+    # ---- layers.py: what runs
     ("layers.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
      "x = x * state_gate(state, self.in_features, self.d_u, self.d_m)", KERN, CAL),
     ("layers.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_equations import TOLERANCE, orthogonal, randn, seeds
+from references import TOLERANCE, orthogonal, randn, seeds
 
 import layers
 import starquant

@@ -27,8 +27,8 @@ def docstring_table():
 
 
 def test_classes_exist_for_every_equation():
-    bodies = [ast.parse((ROOT / "tests" / f"test_equations{part}.py").read_text()).body for part in ("", "_tac")]
-    classes = {n.name: n for body in bodies for n in body if isinstance(n, ast.ClassDef)}
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_equations*.py")]
+    classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
     for number, function, test in docstring_table():
         assert inspect.isfunction(getattr(starquant, function))
         assert f"Eq. {number}" in getattr(starquant, function).__doc__ or f"/{number}" in getattr(
