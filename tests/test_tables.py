@@ -115,6 +115,6 @@ class TestCells:
         run = tables.Run("tiny", 1.0, 2, True, "cpu")
         keys = {tables.digest(run.key(s, seed)) for s in ({}, tables.NO_TAC, {"gates": "off"}, None) for seed in (1, 2)}
         others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
-                  tables.Run("tiny", 1.0, 2, False, "cpu"))
-        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 11
+                  tables.Run("tiny", 1.0, 2, False, "cpu"), tables.Run("tiny", 1.0, 2, True, "cpu", segments=32))
+        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 12
         assert run.key({"tac_block": 16}, 1) == run.key({}, 1)  # a default, written out
