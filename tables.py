@@ -42,6 +42,7 @@ METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmq
            "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": {"transform": "dense"},
            "starquant+ (ours)": PLUS}
 EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
+RAW_GAIN = {"starquant+, gain as GPTQ leaves it": PLUS | {"gain": "none"}}
 TABLES = {
     "1": METHODS,
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
@@ -60,6 +61,7 @@ TABLES = {
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
           **EVEN,
+          **RAW_GAIN,
           "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
           "starquant+, no centring": PLUS | {"centre": "none"},
@@ -68,9 +70,9 @@ TABLES = {
     "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
     "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
           for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
-    "low-bit": {f"{name} W{w}A{a}": (METHODS | EVEN)[name] | {"wbits": w, "abits": a}
+    "low-bit": {f"{name} W{w}A{a}": (METHODS | EVEN | RAW_GAIN)[name] | {"wbits": w, "abits": a}
                 for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
-                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *EVEN)
+                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *EVEN, *RAW_GAIN)
                 if 8 not in (w, a) or name in ("RTN", "starquant+ (ours)")},  # which side costs: two methods tell
 }
 # rows whose counterpart is another than the row above; None: they have none
@@ -79,11 +81,12 @@ REFERENCE = {
     "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
           "the same, no gates": "SGAT + TAC (STaR-Quant)",
           "gates, no TAC, closed-form P, trained": "SGAT only", "QuaRot": "SGAT + TAC (STaR-Quant)",
-          "starquant+, states weigh alike": "starquant+",
+          **dict.fromkeys(RAW_GAIN, "starquant+"), "starquant+, states weigh alike": "starquant+",
           "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
           "starquant+ with paired TAC": "starquant+", "starquant+, dense balance": "starquant+"},
     "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
-    "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")},
+    "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")}
+    | {f"{row} {bits}": f"starquant+ (ours) {bits}" for row in RAW_GAIN for bits in ("W4A3", "W3A4", "W3A3", "W2A4")},
 }
 
 
