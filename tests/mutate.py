@@ -140,6 +140,13 @@ MUTATIONS = [
      "error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - clip_range(x, x.new_full((2,), c))", BAL),
     ("balance.py", "token_weights.double().sqrt()[:, None]", "token_weights.double()[:, None]", BAL),
     ("balance.py", "means @ weight.mT", "means.flip(0) @ weight.mT", BAL),
+    ("balance.py", "2 * both > own, own / both, 1.0)", "2 * both > own, both / own, 1.0)", BAL),
+    ("balance.py", "2 * both > own, own / both, 1.0)", "own > 0, own / both, 1.0)", BAL),
+    ("balance.py", "fake_quantize(clip_range(few, clip), config.abits)", "few", BAL),
+    ("balance.py", "scale = scale * unit_gain(", "unit_gain(", BAL),
+    ("balance.py", "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]",
+     "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
+    ("tables.py", '{"segments": self.segments}', "{}", TABLES),
     # ---- metrics.py, tables.py
     ("metrics.py", "(want.exp() * (want - got)).sum(-1)", "(got.exp() * (got - want)).sum(-1)", EVAL),
     ("metrics.py", "placed.sum(-1) / t[rows] / region[rows].sum(-1)", "placed.sum(-1) / region[rows].sum(-1)", EVAL),

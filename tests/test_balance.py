@@ -20,6 +20,7 @@ from balance import (
     best_clip,
     conditional_variance,
     diagonal_blocks,
+    evenly,
     exponent,
     state_means,
     unit_gain,
@@ -182,6 +183,13 @@ class TestBasis:
 
 
 class TestFit:
+    def test_few_tokens_stand_for_all_with_their_own_weights(self):
+        x = torch.arange(20.0).view(10, 2)
+        few, weights = evenly(x, torch.arange(10.0), rows=4)
+        assert few.tolist() == [[0, 1], [6, 7], [12, 13], [18, 19]]
+        assert weights.tolist() == [0, 3, 6, 9]
+        assert evenly(x, None, 100)[1].tolist() == [1] * 10
+
     def test_clip_minimizes_the_output_error_over_its_grid(self):
         x, weight = layer(dtype=torch.float32)
         weights = torch.rand(len(x), generator=generator(2))
