@@ -79,7 +79,7 @@ def exponent(S, wbits: int, abits: int) -> float:
     """The a of EXPONENTS with the least predicted error of both quantizers, for all singular values S (any shape).
 
     A bit takes three quarters of a quantizer's noise away. An error of weights counts WEIGHT_COST times, a factor
-    chosen on development seeds; a likely reason is that it is the same for all tokens and does not average out.
+    chosen on development seeds before there was `unit_gain`, with which 1 does as well at W4A4 and W3A4 (in the noise).
 
         4^−abits mean(S^(2−2a)) mean(S^2a)  +  WEIGHT_COST 4^−wbits conditional_variance(S^(2−2a)) mean(S^2a)
     """
