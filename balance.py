@@ -148,7 +148,8 @@ def unit_gain(y, y_hat, weights):
 
     GPTQ, its scale search and clipping seek the least squared error and shrink: ŷ = α y + e with α < 1 (at W2A4 0.93,
     at W4A4 0.993). A single output is hardly the worse for it, what follows is: noise averages out over tokens and
-    channels, a gain does not. At W2A4 the error of the first block's down_proj input falls from 12 % to 3 %.
+    channels, a gain does not. At W2A4 the error of the first block's down_proj input falls from 14 % to 4 %. It is kin
+    to TAC (Eq. 18), which restores a covariance of the attention output: here a number, folded into the weight's scale.
 
         γ_c = Σ_j w_j y_jc² / Σ_j w_j ŷ_jc y_jc
     """
@@ -178,10 +179,12 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     clip = best_clip(x, folded, config.abits, token_weights)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
+    record = {"clip": float(clip[0])}
     if config.gain == "unit":
         few, weights = evenly(x, token_weights)
         y_hat = linear(fake_quantize(clip_range(few, clip), config.abits), scale[:, None] * codes)
+        gain = unit_gain(linear(few, folded), y_hat, weights)
         # s_c ← γ_c s_c
-        scale = scale * unit_gain(linear(few, folded), y_hat, weights)
+        scale, record["gain"] = scale * gain, float(gain.mean())
     fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip, centre=centre)
-    return fitted, {"clip": float(clip[0])}
+    return fitted, record

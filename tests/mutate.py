@@ -143,7 +143,7 @@ MUTATIONS = [
     ("balance.py", "2 * both > own, own / both, 1.0)", "2 * both > own, both / own, 1.0)", BAL),
     ("balance.py", "2 * both > own, own / both, 1.0)", "own > 0, own / both, 1.0)", BAL),
     ("balance.py", "fake_quantize(clip_range(few, clip), config.abits)", "few", BAL),
-    ("balance.py", "scale = scale * unit_gain(", "unit_gain(", BAL),
+    ("balance.py", "= scale * gain, float", "= scale, float", BAL),
     ("balance.py", "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]",
      "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
     ("tables.py", '{"segments": self.segments}', "{}", TABLES),
