@@ -159,7 +159,7 @@ class TestCommand:
         assert evaluate.main(["--table", "2", "--quick", "--device", "cpu"]) == 0
         (name, run, seeds, quick), (_, short, once, _) = asked
         assert (name, run.problems, seeds, quick) == ("2", 9, 4, False)
-        assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 32, True, 32, 1)
+        assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 24, True, 24, 1)
 
     def test_an_interruption_ends_in_130(self, monkeypatch, capsys):
         def interrupt(*args):
