@@ -6,7 +6,8 @@
 Both models are in memory together, measured in turns (interleaved, so that clocks and neighbours hit them alike),
 warmed up and synchronized; every time is a median with its quartiles. Beside each stands its roofline: the least time
 the bytes and the operations of that work can take at the bandwidth and the matrix rate measured in this same run.
-Running out of memory is a result, not a crash. Progress goes to standard error; the last line of output is JSON.
+What fails (memory that runs out, a peer that does not compile) is a result, not a crash, and `--out` is written after
+every point. Progress goes to standard error; the last line of output is JSON.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from families import ConfigError
 from graphs import GraphedModel
 from layers import QuantLinear
 from memory import linear_shapes, memory_table
-from model import FUSED, generate, load_model, pick_device
+from model import FUSED, generate, load_model, pick_device, synchronize
 from starquant import apply_basis
 from twins import peers, quantized_twin, random_model, residents, unpacked
 
@@ -47,34 +48,38 @@ def log(*text):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def attempt(function, device) -> str | None:
+    """Run function() to its end; what went wrong, or None."""
+    try:
+        function()
+        synchronize(device)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # what is measured (a peer's compiler, say) may fail in any way; it is said in the table
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return None
 
 
 def measure(functions: dict, repeats: int, device) -> dict:
-    """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"oom": True}}; quartiles."""
+    """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"failed": why}}; quartiles."""
     times, out = {}, {}
     for name, function in functions.items():
-        try:
-            for _ in range(2):
-                function()
-            synchronize(device)
+        why = attempt(function, device) or attempt(function, device)  # both to warm up
+        if why:
+            out[name] = {"failed": why}
+        else:
             times[name] = []
-        except torch.OutOfMemoryError:
-            out[name] = {"oom": True}
     for _ in range(repeats):
         for name in list(times):
             synchronize(device)
             start = time.perf_counter()
-            try:
-                functions[name]()
-                synchronize(device)
-            except torch.OutOfMemoryError:
-                out[name] = {"oom": True}
+            why = attempt(functions[name], device)
+            if why:
+                out[name] = {"failed": why}
                 del times[name]
-                continue
-            times[name].append(time.perf_counter() - start)
+            else:
+                times[name].append(time.perf_counter() - start)
     for name, seconds in times.items():
         low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
@@ -87,29 +92,24 @@ def measure_each(functions: dict, repeats: int, device) -> dict:
     ready = {}
     for name, calls in functions.items():
         run = partial(_all, calls)
-        if device.type == "cuda":
-            try:
-                run()  # compiles, and lets cuBLAS choose
-                synchronize(device)
-                graph = torch.cuda.CUDAGraph()
+        # the first run compiles, and lets cuBLAS choose; where it fails, `measure` will say why
+        if device.type == "cuda" and attempt(run, device) is None:
+            graph = torch.cuda.CUDAGraph()
+
+            def record(graph=graph, run=run):
                 with torch.cuda.graph(graph):
                     run()
-                run = graph.replay
-            except torch.OutOfMemoryError:
-                run = _out_of_memory
+
+            run = graph.replay if attempt(record, device) is None else run
         ready[name] = run
     seconds = measure(ready, repeats, device)
-    return {name: {k: v if k == "oom" else v / len(functions[name]) for k, v in s.items()}
+    return {name: {k: v if k == "failed" else v / len(functions[name]) for k, v in s.items()}
             for name, s in seconds.items()}
 
 
 def _all(calls):
     for call in calls:
         call()
-
-
-def _out_of_memory():
-    raise torch.OutOfMemoryError
 
 
 def ceilings(device, dtype, repeats: int) -> dict:
@@ -119,8 +119,13 @@ def ceilings(device, dtype, repeats: int) -> dict:
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=device).to(dtype)
     codes = torch.randint(-8, 8, (n, n), dtype=torch.int8, device=device)
-    products = {"float": lambda: a @ a, "integer": lambda: kernels.int_matmul(codes, codes, 64)}
+    plain = kernels.backend(device.type) == "int_mm"  # the product alone, without the copy that pads it
+    products = {"float": lambda: a @ a,
+                "integer": lambda: torch._int_mm(codes, codes.t()) if plain else kernels.int_matmul(codes, codes, 64)}
     seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
+    for name, s in seconds.items():
+        if "failed" in s:
+            raise CheckpointError(f"the machine's limits cannot be measured: {name}: {s['failed']}.")
     # a ceiling is what was reached, so the fast quartile
     return {"bytes_per_s": 2 * size / seconds["copy"]["low"],
             **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] for k in products}}
@@ -132,20 +137,20 @@ def roofline(top: dict, size: float, ops: float, kind: str) -> float:
 
 
 def probe_int_mm(device) -> dict:
-    """Which numbers of rows `torch._int_mm` takes and gets right, by the layout of its second operand."""
-    out = {}
-    for layout in ("column-major", "row-major"):
-        good = []
-        for M in (1, 8, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 1000, 1024):
-            a = torch.randint(-128, 128, (M, 128), dtype=torch.int8, device=device)
-            w = torch.randint(-128, 128, (256, 128), dtype=torch.int8, device=device)
-            b = w.t() if layout == "column-major" else w.t().contiguous()
-            try:
-                good += [M] if torch.equal(torch._int_mm(a, b), kernels.float_mm(a, w)) else []
-            except RuntimeError:
-                continue
-        out[layout] = good
-    return out
+    """Which M, K and N `torch._int_mm` takes and gets right, by the layout of its second operand."""
+    def good(layout, M=128, K=128, N=256):
+        a = torch.randint(-128, 128, (M, K), dtype=torch.int8, device=device)
+        w = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
+        b = w.t() if layout == "column-major" else w.t().contiguous()
+        try:
+            return torch.equal(torch._int_mm(a, b), kernels.float_mm(a, w))
+        except RuntimeError:
+            return False
+
+    rows = (1, 8, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 1000, 1024)
+    columns = (8, 16, 24, 32, 40, 64)
+    return {layout: {"M": [M for M in rows if good(layout, M=M)], "K": [K for K in columns if good(layout, K=K)],
+                     "N": [N for N in columns if good(layout, N=N)]} for layout in ("column-major", "row-major")}
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
@@ -163,9 +168,9 @@ def denoising(models: dict, point, repeats: int) -> dict:
     seconds, out = measure(runs, repeats, device), {}
     for name, s in seconds.items():
         # tokens/s = batch · tokens per step · steps / seconds
-        out[name] = s if "oom" in s else {"step_s": {k: v / STEPS for k, v in s.items()},
-                                          "tokens_per_s": batch * tokens * STEPS / s["median"]}
-        if device.type == "cuda" and "oom" not in s:
+        out[name] = s if "failed" in s else {"step_s": {k: v / STEPS for k, v in s.items()},
+                                             "tokens_per_s": batch * tokens * STEPS / s["median"]}
+        if device.type == "cuda" and "failed" not in s:
             out[name]["peak_bytes"] = peak_bytes(models[name], prompt, tokens)
     return out
 
@@ -256,9 +261,9 @@ def markdown(header, rows) -> list[str]:
 
 
 def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
-    """A time or rate, its least possible time in parentheses where there is one, or that memory ran out."""
-    if "oom" in entry:
-        return "out of memory"
+    """A time or rate, its least possible time in parentheses where there is one, or what went wrong."""
+    if "failed" in entry:
+        return entry["failed"].replace("|", "/")
     value = f"{(entry if key in entry else entry['step_s'])[key] * scale:.{digits}f}"
     least = entry.get("roofline") if key == "median" else None
     return value if least is None else f"{value} ({least * scale:.{digits}f})"
@@ -272,7 +277,7 @@ def tables(result: dict) -> str:
         rows.append(("paper, A40", a, b, f"{b / a:.2f}", c, d, f"{c / d:.2f}"))
     for p in points:
         a, b = p["models"]["16-bit"], p["models"]["packed"]
-        speed = "" if "oom" in a or "oom" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
+        speed = "" if "failed" in a or "failed" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
         x, y = a.get("peak_bytes", memory["sixteen_bit"]), b.get("peak_bytes", memory["total"])
         rows.append((f"batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
                      cell(a, 1, 2, "tokens_per_s"), cell(b, 1, 2, "tokens_per_s"), speed, f"{x / 1e9:.4g}",
@@ -295,8 +300,8 @@ def tables(result: dict) -> str:
     return "\n".join(out[1:])
 
 
-def run(args) -> dict:
-    """Measure everything; the result is what the JSON line holds."""
+def run(args, keep=lambda result: None) -> dict:
+    """Measure everything; the result is what the JSON line holds. keep(result) is called when there is more of it."""
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
     args.repeats = args.repeats or (20 if device.type == "cuda" else 5)
@@ -307,12 +312,23 @@ def run(args) -> dict:
         raise CheckpointError(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
+    result = {"model": args.model, "random_weights": args.random_weights, "seed": args.seed, "dtype": str(dtype)[6:],
+              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+              "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
+              "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
+              "integer_product": kernels.backend(device.type),
+              "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device()),
+              "int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None,
+              "ceilings": (top := ceilings(device, dtype, args.repeats))}
+    log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
+    keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
     models = {"16-bit": model, "packed": packed, "int8": unpacked(packed)}
-    top = ceilings(device, dtype, args.repeats)
-    log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
+    sizes = memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits)
+    result["memory"] = sizes | {"ratio": sizes["sixteen_bit"] / sizes["total"],
+                                "resident": {name: residents(m) for name, m in models.items()}}
     all_models = models | (peers(model, log) if args.peers else {})
-    points = []
+    points = result["denoising"] = []
     for batch, length, tokens in args.points or POINTS[device.type]:
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
                  "models": denoising(all_models, (batch, length, tokens), args.repeats)}
@@ -321,26 +337,18 @@ def run(args) -> dict:
                                                               dtype.itemsize)
         points.append(entry)
         log(json.dumps(entry))
+        keep(result)
     rows = [m for m in ROWS if device.type == "cuda" or m <= 512]
-    of_linears = linears(models, top, rows, args.repeats)
+    result |= {"linear_models": list(models), "linears": linears(models, top, rows, args.repeats)}
+    keep(result)
     batch, length, _ = (args.points or POINTS[device.type])[-1]
-    where = {}
+    where = result["shares"] = {}
     for name, m in models.items():
-        if "oom" not in points[-1]["models"][name]:
+        if "failed" not in points[-1]["models"][name]:
             where[name] = shares(m, batch, length, args.repeats)
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
-    sizes = memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits)
-    return {"model": args.model, "random_weights": args.random_weights, "seed": args.seed, "dtype": str(dtype)[6:],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
-            "integer_product": kernels.backend(device.type),
-            "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device()),
-            "int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None, "ceilings": top,
-            "denoising": points, "linear_models": list(models), "linears": of_linears, "shares": where,
-            "memory": sizes | {"ratio": sizes["sixteen_bit"] / sizes["total"],
-                               "resident": {name: residents(m) for name, m in models.items()}}}
+    return result
 
 
 def point(text: str) -> tuple[int, int, int]:
@@ -376,11 +384,18 @@ def main(argv=None) -> int:
             raise ValueError("--embed-bits needs --head-bits 8.")
         if args.out and not args.out.parent.is_dir():
             raise ValueError(f"{args.out.parent}, the folder of --out, does not exist.")
+        command = {"command": "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)}
         with torch.no_grad():
-            result = {"command": "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv), **run(args)}
+            result = command | run(args, lambda part: args.out and write_json(args.out, command | part))
     except (CheckpointError, ConfigError, ValueError) as error:
         log(f"bench.py: {error}")
         return 2
+    except torch.OutOfMemoryError:
+        log("bench.py: the models and the buffers of the benchmark do not fit on this device together.")
+        return 2
+    except KeyboardInterrupt:
+        log("\nbench.py: interrupted" + (f"; {args.out} holds what was measured." if args.out else "."))
+        return 130
     print(tables(result))
     if args.out:
         write_json(args.out, result)

@@ -122,7 +122,7 @@ def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) 
     """Quantizers of K, V and the softmax output; V's scale by IA-AQ for DLLMQuant, per token otherwise."""
     bits, h = (config.kv_bits, config.softmax_bits), quantized.config.head_dim
     rotated = config.method in baselines.ROTATED and exists(h)
-    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(x_q.device) if rotated else None)
+    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(state.device) if rotated else None)
     if config.method not in baselines.DLLMQUANT or config.kv_bits == 16:
         return attention
     n = min(config.tac_samples, len(x_q))

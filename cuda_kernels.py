@@ -279,8 +279,8 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
 
 
 def usable(x, N: int) -> bool:
-    """Whether the kernels serve activations x (..., K) and N outputs: a GPU, fp32 or bf16, K and N multiples of 8."""
-    return (x.is_cuda and x.dtype in TYPES and x.numel() > 0 and x.shape[-1] % 8 == 0 and N % 8 == 0
+    """Whether the kernels serve activations x (..., K) and N outputs: a GPU, fp32 or bf16, K and N multiples of 16."""
+    return (x.is_cuda and x.dtype in TYPES and x.numel() > 0 and x.shape[-1] % 16 == 0 and N % 16 == 0
             and ready(x.device.index))
 
 
@@ -290,29 +290,35 @@ def ready(index: int) -> bool:
 
     Run it before a CUDA graph is captured (any warm-up forward does).
     """
+    if kernels.backend("cuda") != "int_mm":
+        return False  # said already
     try:
-        if kernels.backend("cuda") == "int_mm" and self_check(torch.device("cuda", index)):
+        wrong = self_check(torch.device("cuda", index))
+        if wrong is None:
             return True
-        reason = "their self-check fails"
-    except (RuntimeError, OSError, AttributeError, TypeError) as error:
-        reason = f"they do not compile here ({str(error).splitlines()[0]})"
+        reason = f"{wrong} differs from its eager twin"
+    except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        telling = next((line for line in lines if "error" in line.lower() and not line.endswith(":")), lines[-1])
+        reason = f"they do not compile or start here ({telling.strip()})"
     warnings.warn(f"The CUDA kernels are not used, because {reason}; plain PyTorch serves instead (slower).",
                   stacklevel=2)
     return False
 
 
-def self_check(device) -> bool:
-    """The four kernels against the eager formulas, on a ragged number of rows, in both dtypes."""
+def self_check(device) -> str | None:
+    """The four kernels against the eager formulas, on a ragged number of rows, both dtypes: the first that differs."""
     g = torch.Generator().manual_seed(0)
-    M, K, N, d_m, d_u = 37, 1040, 264, 24, 40
+    M, K, N, d_m, d_u = 37, 1040, 272, 24, 40
     state = (torch.rand(M, generator=g) < 0.5).to(device)
     w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8).to(device)
     w_scale, bias = torch.rand(N, generator=g).to(device), torch.randn(N, generator=g).to(device)
     w_zero, packed, w_sum = w[:, 0].int(), kernels.pack_int4(w), w.sum(-1, dtype=torch.int32)
+    if not torch.equal(unpack_int4(packed, torch.empty_like(w)), w):
+        return "unpack_int4"
     for dtype in TYPES:
         x = torch.randn(M, K, generator=g).to(device, dtype)
         x[3] = 0
-        y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero)
         column = torch.arange(K, device=device)
         off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
         gated = x.masked_fill(off, 0)
@@ -320,13 +326,14 @@ def self_check(device) -> bool:
         want = kernels.quantize_rows(gated, 4)
         if not (torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1])
                 and torch.equal(zero[:, None], want[2].int()) and not codes[M:].any()):
-            return False
+            return f"quantize_rows ({TYPES[dtype]})"
+        y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero)
         if not torch.equal(y, kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float").to(dtype)):
-            return False
+            return f"epilogue ({TYPES[dtype]})"
         z = torch.randn(M, 3 * TAC_BLOCK, generator=g).to(device, dtype)
         T = torch.randn(3, TAC_BLOCK, TAC_BLOCK, generator=g).to(device)
         d = torch.randn(3, TAC_BLOCK, generator=g).to(device)
         want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (3, -1)), T.double()) + d).flatten(-2)
         if (tac(z, T, d) - want).abs().max() > (1e-4 if dtype == torch.float32 else 0.1):
-            return False
-    return True
+            return f"tac ({TYPES[dtype]})"
+    return None

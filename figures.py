@@ -222,7 +222,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     written = []
     try:
-        model = load_model(args.model, args.device)
+        model = load_model(args.model, args.device, torch.float32)  # what is shown is the error of quantization alone
         if model.tokenizer is None:
             raise CheckpointError(f"{args.model} has no tokenizer, which text needs.")
         model = model if args.stress == 1 else stress(model, args.stress)

@@ -10,10 +10,11 @@ format. Codes are kept centred, X_c = X_int − 2^(b−1), so that every code of
 One integer matmul, one rank-one correction by precomputed row sums, two scales.
 
 Layout contract of `torch._int_mm` (self, mat2), private and strict on CUDA: 2-D int8, M a multiple of 32 (Hopper),
-K and N multiples of 8, self row-major, mat2 column-major. A weight kept as [N, K] contiguous gives mat2 = w.t() with
-strides (1, K), no copy. Operands with stride 0 or fewer than 17 rows have been silently wrong in released versions, so
-A is always copied into fresh padded storage (zero rows and columns are exact) and one self-check against exact
-integers runs before the first use on a device; if it fails, the exact fallback below serves, and says so once.
+K and N multiples of 8 (16 here, the 16 bytes that vector loads are aligned to), self row-major, mat2 column-major. A
+weight kept as [N, K] contiguous gives mat2 = w.t() with strides (1, K), no copy. Operands with stride 0 or fewer than
+17 rows have been silently wrong in released versions, so A is always copied into fresh padded storage (zero rows and
+columns are exact) and one self-check against exact integers runs before the first use on a device; if it fails, the
+exact fallback below serves, and says so once.
 
 This file is the readable version, any device and any shape. On a GPU `cuda_kernels.py` does the same with the passes
 fused; the integers are the same.
@@ -64,11 +65,11 @@ def _multiple(n: int, of: int) -> int:
 def int_mm(a, w):
     """Σ_k a_mk w_nk in int32 by `torch._int_mm`, padded to its contract: a (M, K), w (N, K) int8 -> (M, N)."""
     (M, K), N = a.shape, w.shape[0]
-    K8, N8 = _multiple(max(K, 8), 8), _multiple(max(N, 8), 8)
-    rows = torch.zeros(_multiple(max(M, 32), 32), K8, dtype=torch.int8, device=a.device)  # fresh storage, true strides
+    K16, N16 = _multiple(max(K, 16), 16), _multiple(max(N, 16), 16)
+    rows = torch.zeros(_multiple(max(M, 32), 32), K16, dtype=torch.int8, device=a.device)  # fresh storage, true strides
     rows[:M, :K] = a
-    if (K8, N8) != (K, N) or not w.is_contiguous():
-        w = F.pad(w, (0, K8 - K, 0, N8 - N)).contiguous()
+    if (K16, N16) != (K, N) or not w.is_contiguous():
+        w = F.pad(w, (0, K16 - K, 0, N16 - N)).contiguous()
     return torch._int_mm(rows, w.t())[:M, :N]
 
 

@@ -108,7 +108,8 @@ class QuantLinear(nn.Module):
 
     def centred(self, x, state):
         """x − μ_s of every token's state s."""
-        return x if self.mean is None else x - self.mean.to(x.dtype)[state.long()]
+        # in fp32: what `shifted` adds is the output of this mean, not of one rounded to bf16
+        return x if self.mean is None else (x - self.mean[state.long()]).to(x.dtype)
 
     def shifted(self, y, state):
         """y + μ_s Wᵀ of every token's state s: what `centred` took off."""

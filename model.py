@@ -378,6 +378,12 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def synchronize(device) -> None:
+    """Wait for what a GPU was told to do: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 

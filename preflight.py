@@ -20,7 +20,7 @@ from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
 from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
 from hadamard import exists, hadamard_sizes
 from memory import code_bytes
-from model import FUSED
+from model import FUSED, synchronize
 from output import OURS
 from sgat import kronecker_sizes
 from starquant import linear, tac_block_size
@@ -198,6 +198,15 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
 # ---- --dry-run -------------------------------------------------------------------------------------------------------
 
 
+def timed(function, device):
+    """(result, seconds) of function(), to the end of what it launched."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
 def fit_once(fit, outer, block, noisy, config):
     """(record, seconds) of fitting the first block's qkv to segments noisy (S, L), straight from the embedding."""
     x, state, _, _ = outer.prepare(noisy)
@@ -205,10 +214,10 @@ def fit_once(fit, outer, block, noisy, config):
     weight, bias = layer.weight.detach().float(), layer.bias
     y = linear(x, weight) if bias is None else linear(x, weight) + bias.float()
     inputs = Inputs(x, y, state, torch.full(state.shape, 0.5, device=x.device), block.attn_norm.weight.detach())
-    start = time.perf_counter()
-    fitted, record = fit(weight, bias, inputs, config, torch.Generator().manual_seed(config.seed), lambda loss: None)
+    generator = torch.Generator().manual_seed(config.seed)
+    (fitted, record), seconds = timed(lambda: fit(weight, bias, inputs, config, generator, lambda loss: None), x.device)
     error = float((fitted(x, state) - y).square().sum() / y.square().sum().clamp_min(1e-30))
-    return {**record, "error": error}, time.perf_counter() - start
+    return {**record, "error": error}, seconds
 
 
 def rehearse(fit, outer, block, noisy, config) -> dict:
@@ -229,11 +238,10 @@ def rehearse(fit, outer, block, noisy, config) -> dict:
         steps, (record, linear_seconds) = 0, fit_once(fit, outer, block, noisy, config)
         step = 0.0
     sizes = {name: prod(shape) for name, shape in linear_shapes(c).items()}
-    began = time.perf_counter()
     with torch.no_grad():
         x, state, table, _ = outer.prepare(few)
-        block(x, state, table)
-    forwards = FORWARDS * (time.perf_counter() - began) * len(noisy) / len(few)
+        _, seconds = timed(lambda: block(x, state, table), x.device)
+    forwards = FORWARDS * seconds * len(noisy) / len(few)
     total = c.n_layers * (forwards + linear_seconds * sum(sizes.values()) / sizes["qkv"])
     return {"linear": "block 0: qkv", "loss_before": record.get("start"), "loss_after": record.get("last"),
             "error": record["error"], "steps_per_linear": steps, "step_seconds": step,

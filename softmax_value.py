@@ -31,7 +31,9 @@ class QuantAttention(nn.Module):
     def __init__(self, bits, rotation=None, value_scale=None, value_zero=None):
         """bits (2,): of K and V, and of the softmax output; value_scale, value_zero (K, 1, h) static, from `ia_aq`."""
         super().__init__()
-        self.register_buffer("bits", torch.as_tensor(bits, dtype=torch.int32))
+        bits = torch.as_tensor(bits, dtype=torch.int32)
+        self.kv_bits, self.softmax_bits = bits.tolist()  # read once: inside a CUDA graph nothing can be
+        self.register_buffer("bits", bits)  # for the file
         self.register_buffer("rotation", rotation)
         self.register_buffer("value_scale", value_scale)
         self.register_buffer("value_zero", value_zero)
@@ -41,7 +43,7 @@ class QuantAttention(nn.Module):
 
     def forward(self, q, k, v, mask=None):
         """q (B, H, L, h), k, v (B, K, L, h), mask (B, 1, 1 or L, L) or None -> (B, H, L, h) in q's dtype."""
-        dtype, (kv_bits, softmax_bits) = q.dtype, self.bits.tolist()
+        dtype, kv_bits, softmax_bits = q.dtype, self.kv_bits, self.softmax_bits
         q, k, v = self.rotated(q, k, v)
         if kv_bits < 16:
             k = fake_quantize(k, kv_bits)

@@ -82,9 +82,16 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
 
 
 def residents(model) -> int:
-    """Bytes of a model's parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of a model's parameters and buffers, each storage once; a tensor that wraps others (torchao's) counts as
+    what it wraps."""
+    tensors, sizes = [*model.parameters(), *model.buffers()], {}
+    while tensors:
+        t = tensors.pop()
+        if hasattr(t, "__tensor_flatten__"):
+            tensors += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+        else:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 def unpacked(model) -> DiffusionLM:

@@ -202,9 +202,66 @@ def test_running_out_of_memory_is_a_result():
         raise torch.OutOfMemoryError
 
     seconds = bench.measure({"hungry": hungry, "fine": lambda: None, "starved": starved}, 5, torch.device("cpu"))
-    assert seconds["hungry"] == seconds["starved"] == {"oom": True}
+    assert seconds["hungry"] == seconds["starved"] == {"failed": "out of memory"}
     assert seconds["fine"]["median"] >= 0
     assert bench.cell(seconds["starved"], 1, 2) == "out of memory"
+
+
+def test_a_peer_that_fails_costs_its_own_cell_alone(tmp_path, capsys, monkeypatch):
+    """It fails at the second point; the table and the file hold everything else."""
+    def stubborn(model, log):
+        twin, calls = copy.copy(model), []
+
+        def hidden(ids, attention_mask=None):
+            calls.append(ids.shape)
+            if ids.shape[1] > 16:
+                raise AssertionError("shape | not supported\nand a long trace")
+            return model.hidden(ids, attention_mask)
+
+        twin.hidden = hidden
+        return {"peer": twin}
+
+    monkeypatch.setattr(bench, "peers", stubborn)
+    out = tmp_path / "r.json"
+    assert bench.main(["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "1x24x1", "--out",
+                       str(out), "--device", "cpu", "--peers"]) == 0
+    points = json.loads(out.read_text())["denoising"]
+    assert "median" in points[0]["models"]["peer"]["step_s"]
+    assert points[1]["models"]["peer"] == {"failed": "AssertionError: shape | not supported"}
+    assert "AssertionError: shape / not supported |" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_kept_when_the_run_ends_early(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "linears", stop)
+    out = tmp_path / "r.json"
+    assert bench.main(["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "--out", str(out),
+                       "--device", "cpu", "--no-peers"]) == 130
+    assert len(json.loads(out.read_text())["denoising"]) == 1
+
+
+def test_a_tensor_that_wraps_others_counts_as_what_it_wraps():
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes, scale):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes, scale):
+            self.codes, self.scale = codes, scale
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return args[0]  # detach, which a Parameter calls
+
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(Wrapped(torch.zeros(4, 6, dtype=torch.int8), torch.zeros(4)),
+                                       requires_grad=False)
+    assert twins.residents(module) == 4 * 6 + 4 * 4
 
 
 def test_measurements_take_turns():
@@ -247,4 +304,5 @@ def test_probe_reads_what_int_mm_accepts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_int_mm", strict)
         accepted = bench.probe_int_mm(torch.device("cpu"))
-    assert accepted == {"column-major": [32, 64, 96, 1024], "row-major": []}
+    assert accepted == {"column-major": {"M": [32, 64, 96, 1024], "K": [16, 32, 64], "N": [16, 32, 64]},
+                        "row-major": {"M": [], "K": [], "N": []}}

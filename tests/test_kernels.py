@@ -126,7 +126,7 @@ class TestIntegerMatmul:
             assert torch.equal(kernels.int_matmul(a, b, use=use).long(), exact(a, b))
 
     def test_an_aligned_weight_is_not_copied(self, monkeypatch):
-        w, seen = integers(-8, 7, 24, 16), []
+        w, seen = integers(-8, 7, 32, 16), []
         monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(b.data_ptr()) or checked_int_mm(a, b))
         kernels.int_mm(integers(-8, 7, 5, 16), w)
         assert seen == [w.data_ptr()]
