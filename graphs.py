@@ -11,13 +11,13 @@ import torch
 class GraphedModel:
     """A model whose `hidden` is a replayed CUDA graph; everything else, and every attribute, is the model's own.
 
-    It holds one graph, for the last shape of ids; another shape records a new one. With an attention mask, or away
-    from CUDA, `hidden` is simply the model's. The hidden states are overwritten by the next call. Weights must stay
-    where they are while it lives (no `unpack_weights`, no `.to`), so make a new one for each generation.
+    It holds one graph, for the last shapes of ids and attention mask; others record a new one. Away from CUDA `hidden`
+    is simply the model's. The hidden states are overwritten by the next call. Weights must stay where they are while it
+    lives (no `unpack_weights`, no `.to`), so make a new one for each generation.
     """
 
     def __init__(self, model):
-        self.model, self.shape, self.graph = model, None, None
+        self.model, self.inputs, self.graph = model, [], None
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -27,25 +27,35 @@ class GraphedModel:
 
     def hidden(self, ids, attention_mask=None):
         """Hidden states after the final norm, (B, L, D)."""
-        if attention_mask is not None or not ids.is_cuda:
+        if not ids.is_cuda:
             return self.model.hidden(ids, attention_mask)
-        if ids.shape != self.shape:
-            self._record(ids)
-        self.ids.copy_(ids)
+        given = [ids]
+        if attention_mask is not None:  # read here: whether anything is masked decides what is launched
+            table, mask = self.model.context(ids, attention_mask)
+            given += [] if mask is None else [*table, mask]
+        if self.graph is None or [t.shape for t in given] != [t.shape for t in self.inputs]:
+            self._record(given)
+        for ours, theirs in zip(self.inputs, given, strict=True):
+            ours.copy_(theirs)
         self.graph.replay()
         return self.output
 
+    def _hidden(self):
+        """Of `inputs`, whose places in memory the graph keeps."""
+        ids, *rest = self.inputs
+        return self.model.hidden(ids, context=((rest[0], rest[1]), rest[2])) if rest else self.model.hidden(ids)
+
     @torch.no_grad()
-    def _record(self, ids):
-        self.graph = self.output = self.shape = None  # frees the old graph's memory first
-        self.ids = ids.clone()
+    def _record(self, given):
+        self.graph = self.output = None  # frees the old graph's memory first
+        self.inputs = [t.clone() for t in given]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm-up off the main stream: kernels compile, cuBLAS picks its algorithms
             for _ in range(2):
-                self.model.hidden(self.ids)
+                self._hidden()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = self.model.hidden(self.ids)
-        self.shape = ids.shape
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.output = self._hidden()
+        self.graph = graph

@@ -147,10 +147,8 @@ class DiffusionLM(nn.Module):
     def device(self):
         return self.norm.weight.device
 
-    def prepare(self, ids, attention_mask=None):
-        """What every block needs besides the hidden states: (x (B, L, D), state (B, L), rope table, mask)."""
-        x = self.embed(ids)
-        state = ids == self.mask_id  # taken here, once
+    def context(self, ids, attention_mask=None):
+        """Rope table and attention mask (None where every key may be seen): what stays from step to step."""
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
@@ -158,11 +156,16 @@ class DiffusionLM(nn.Module):
             if self.config.positions_skip_padding:
                 mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
-        return x, state, rope_table(positions, self.config, x.dtype), mask
+        return rope_table(positions, self.config, self.norm.weight.dtype), mask
 
-    def hidden(self, ids, attention_mask=None):
-        """Hidden states after the final norm, (B, L, D)."""
-        x, state, table, mask = self.prepare(ids, attention_mask)
+    def prepare(self, ids, attention_mask=None, context=None):
+        """What every block needs besides the hidden states: (x (B, L, D), state (B, L), rope table, mask)."""
+        state = ids == self.mask_id  # taken here, once
+        return self.embed(ids), state, *(context or self.context(ids, attention_mask))
+
+    def hidden(self, ids, attention_mask=None, context=None):
+        """Hidden states after the final norm, (B, L, D); `context` in place of the mask that it was made from."""
+        x, state, table, mask = self.prepare(ids, attention_mask, context)
         for block in self.blocks:
             x = block(x, state, table, mask)
         return self.norm(x)

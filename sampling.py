@@ -203,7 +203,8 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
     if attention_mask is not None:
         if attention_mask.shape != prompt_ids.shape:
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, the prompt {[B, start]}.")
-        attention_mask = torch.cat((attention_mask, attention_mask.new_ones(B, gen_length)), 1)
+        whole = bool(attention_mask.bool().all())  # nothing is padding: no mask
+        attention_mask = None if whole else torch.cat((attention_mask, attention_mask.new_ones(B, gen_length)), 1)
     prompt = ids != model.mask_id
     if algorithm in LLADA:
         schedule = block_schedule(start, steps, gen_length, block_length)
