@@ -33,7 +33,7 @@ import data
 import distributed
 import metrics
 import preflight
-from checkpoint import Checkpoint, CheckpointError, resolve
+from checkpoint import Checkpoint, CheckpointError, hub_id, resolve
 from cli import Parser
 from families import ConfigError
 from hadamard import exists, rotation
@@ -314,15 +314,22 @@ def config_from(args) -> QuantConfig:
     return QuantConfig(**values)
 
 
-def calibration_tokens(args, tokenizer, embedded: bool):
-    """Segments and their maskable region: from --data, or for the embedded model its own calibration split."""
-    if tokenizer is None:
-        raise CheckpointError(f"{args.model} has no tokenizer, which calibration text needs.")
+def calibration_texts(args, embedded: bool) -> list[str] | None:
+    """The documents of --data; the embedded model needs none, it has its own."""
     if args.data:
-        return data.text_segments(tokenizer, data.find_texts(args.data), args.segments, args.length, args.seed)
+        return data.read_texts(data.find_texts(args.data))
     if not embedded:
         raise data.DataError(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
                              f"or --data FILE, a .txt, .jsonl or .parquet.")
+    return None
+
+
+def calibration_tokens(args, tokenizer, texts: list[str] | None):
+    """Segments and their maskable region: from texts, or for the embedded model its own calibration split."""
+    if tokenizer is None:
+        raise CheckpointError(f"{args.model} has no tokenizer, which calibration text needs.")
+    if texts is not None:
+        return data.text_segments(tokenizer, texts, args.data, args.segments, args.length, args.seed)
     return data.calibration_set(tokenizer, args.segments, args.length, args.seed)
 
 
@@ -348,6 +355,8 @@ def run(args) -> dict:
     for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} {getattr(args, name)} is below {low}.")
+    ours = hub_id(args.model) is None and (resolve(args.model) / "training.json").exists()
+    texts = calibration_texts(args, embedded=ours)  # before gigabytes are downloaded
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
     source = Checkpoint(resolve(args.model))
     if source.quantization:
@@ -360,7 +369,7 @@ def run(args) -> dict:
         distributed.first(lambda: write_stressed(args.model, args.stress, stressed))
         args.model, source = str(stressed), Checkpoint(stressed)
     outer = load_outer(source, device, dtype, head=config.method in baselines.DLLMQUANT)
-    tokens, region = calibration_tokens(args, outer.tokenizer, judged)
+    tokens, region = calibration_tokens(args, outer.tokenizer, texts)
     key = run_key(args.model, source, tokens, config)
     if args.dry_run:
         survey(args.out, key, args.resume, args.overwrite)

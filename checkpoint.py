@@ -28,23 +28,29 @@ class CheckpointError(ValueError):
     """A folder that cannot be used; the message is one sentence that names the file and what to do."""
 
 
-def resolve(name_or_path: str) -> Path:
-    """Alias, folder or hub id -> local folder. Only a hub id touches the network (finished files are kept)."""
-    if name_or_path == "tiny":
-        return Path(__file__).parent / "assets" / "tiny"
+def hub_id(name_or_path: str) -> str | None:
+    """The id to download for an alias or hub id, None for the embedded model and for a folder."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    hub_id = ALIASES.get(name_or_path, name_or_path)
-    if hub_id.count("/") != 1 or path.exists() or hub_id.startswith((".", "/", "~")):
+    if name_or_path == "tiny" or path.is_dir():
+        return None
+    name = ALIASES.get(name_or_path, name_or_path)
+    if name.count("/") != 1 or path.exists() or name.startswith((".", "/", "~")):
         known = ", ".join(["tiny", *ALIASES])
         raise CheckpointError(f"model {name_or_path!r} is neither a folder, a hub id (owner/name), nor one of {known}.")
+    return name
+
+
+def resolve(name_or_path: str) -> Path:
+    """Alias, folder or hub id -> local folder. Only a hub id touches the network (finished files are kept)."""
+    name = hub_id(name_or_path)
+    if name is None:
+        return Path(__file__).parent / "assets" / "tiny" if name_or_path == "tiny" else Path(name_or_path).expanduser()
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
     except Exception as error:  # network, authentication, unknown repository: many types, one meaning
-        raise CheckpointError(f"could not download {hub_id} ({type(error).__name__}); download it elsewhere and give "
+        raise CheckpointError(f"could not download {name} ({type(error).__name__}); download it elsewhere and give "
                               f"the folder instead: --model FOLDER.") from None
 
 

@@ -326,7 +326,7 @@ def _parquet_rows(path: Path) -> list[dict]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow.") from None
+        raise DataError(f"{path} needs pyarrow to be read: python -m pip install pyarrow.") from None
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses
@@ -336,11 +336,11 @@ def _parquet_rows(path: Path) -> list[dict]:
     return rows
 
 
-def text_segments(tokenizer, path: Path, n: int, length: int, seed: int):
-    """n windows of `length` tokens from the joined documents of a file, and an all-True region (Section 4.1)."""
-    tokens = torch.tensor([t for e in tokenizer.encode_batch(read_texts(path)) for t in e.ids])
+def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int, seed: int):
+    """n windows of `length` tokens from the joined documents of `source`, and an all-True region (Section 4.1)."""
+    tokens = torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids])
     if len(tokens) < 2 * length:
-        raise DataError(f"{path} gives {len(tokens)} tokens, too few for segments of {length}.")
+        raise DataError(f"{source} gives {len(tokens)} tokens, too few for segments of {length}.")
     starts = torch.randint(len(tokens) - length, (n, 1), generator=torch.Generator().manual_seed(seed))
     ids = tokens[starts + torch.arange(length)]
     return ids, torch.ones_like(ids, dtype=torch.bool)

@@ -155,7 +155,8 @@ class HarnessLM(LM):
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         ends = [until] if isinstance(until, str) else list(until)
         if self.family != "llada":
-            ends += [self.tokenizer.id_to_token(self.model.config.eos_id), END_OF_TURN[self.family]]
+            eos = self.model.config.eos_id
+            ends += [None if eos is None else self.tokenizer.id_to_token(eos), END_OF_TURN[self.family]]
         for end in filter(None, ends):
             text = text.split(end)[0]
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,9 @@
 """The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 4] [--seeds 3]
 
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
-keeps it under a key of everything that determines it: a long run resumes, tables share their cells, and
-`torchrun --nproc-per-node N evaluate.py --table 2` divides them. Rows pool the examples of all seeds; ± is half a 95 %
+keeps it under a key of what determines it, the code apart (the commit stands beside it): a long run resumes, tables
+share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
+tables are there: `--fresh` measures them again. Rows pool the examples of all seeds; ± is half a 95 %
 bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
 example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. `--stress c` gives the
 model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
@@ -117,7 +118,13 @@ class Run:
         return {"weights": sha256(resolve(self.name) / "model.safetensors")[:16], "stress": self.c,
                 "problems": self.problems, "nelbo": self.nelbo, "seed": seed,
                 "setting": None if setting is None else {k: v for k, v in setting.items() if defaults.get(k) != v},
-                **({} if self.segments == 128 else {"segments": self.segments})}
+                **({} if self.segments == 128 else {"segments": self.segments}),
+                **({} if self.kind == "cpu" else {"device": self.kind})}
+
+    @property
+    def kind(self) -> str:
+        """"cpu" (fp32) or "cuda" (bf16): their numbers are not each other's."""
+        return self.device.partition(":")[0]
 
     def measure(self, setting: dict | None, seed: int) -> dict[str, list[float]]:
         """Values per example of one setting (None: 16 bit) calibrated with and judged on a seed."""
@@ -169,14 +176,14 @@ def store(cell: dict) -> None:
         os.close(handle)
 
 
-def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
-    """Measure what is missing of one table and write `results/table-N.json` and `.md`."""
+def make(number: str, run: Run, seeds: int, quick: bool = False, fresh: bool = False) -> dict:
+    """Measure what is missing of one table (fresh: all of it) and write `results/table-N.json` and `.md`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                             cwd=RESULTS.parent).stdout.strip()
     table = {"16-bit": None, **{label: setting | ({"epochs": min(1, setting.get("epochs", 1))} if quick else {})
                                 for label, setting in TABLES[number].items()}}
     todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
-    cells, rows = stored_cells(), {}
+    cells, rows = {} if fresh else stored_cells(), {}
 
     def finished(key):
         return cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
@@ -202,7 +209,7 @@ def make(number: str, run: Run, seeds: int, quick: bool = False) -> dict:
     command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")
     used = [c for r in rows.values() for c in r]
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
-              "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.device, "seeds": seeds,
+              "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.kind, "seeds": seeds,
               "first_seed": FIRST_SEED, "problems": run.problems, "stress": run.c,
               "rows": summarize(rows, REFERENCE.get(number))}
     stem = f"table-{number}" + (f"-stress{run.c:g}" if run.c != 1 else "") + (f"-{kind}" if kind else "")

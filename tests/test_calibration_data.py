@@ -33,7 +33,7 @@ class TestText:
 
     def test_without_pyarrow_the_sentence_names_it(self, parquet, monkeypatch):
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-        with pytest.raises(data.DataError, match="pip install pyarrow"):
+        with pytest.raises(data.DataError, match="python -m pip install pyarrow"):
             data.read_texts(parquet)
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and then nonsense PAR1"])
@@ -67,6 +67,15 @@ class TestText:
         assert message.count("\n") == 1
         assert "--data FILE" in message
         assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ([], "give --data winogrande"), (["--data", "nowhere.txt"], "nowhere.txt cannot be read")])
+def test_text_is_asked_for_before_a_model_is_downloaded(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.chdir(tmp_path)
+    assert calibrate.main(["--model", "llada-8b", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -203,10 +203,12 @@ class TestDryRun:
             raise ConnectionError("no route to host")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-        assert calibrate.main(["--model", "llada-8b", "--dry-run", "--out", str(tmp_path / "q")]) == 2
+        (tmp_path / "text.txt").write_text("some text")
+        assert calibrate.main(["--model", "llada-8b", "--dry-run", "--out", str(tmp_path / "q"), "--data",
+                               str(tmp_path / "text.txt")]) == 2
         assert capsys.readouterr().err == ("calibrate.py: could not download GSAI-ML/LLaDA-8B-Base (ConnectionError); "
                                            "download it elsewhere and give the folder instead: --model FOLDER.\n")
-        assert not list(tmp_path.iterdir())
+        assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
     def test_stress_is_not_written_either(self, small_folder, tmp_path):
         assert calibrate.main(arguments(small_folder, tmp_path / "q", "--dry-run", "--stress", "8")) == 0

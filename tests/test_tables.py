@@ -108,6 +108,10 @@ class TestCells:
 
         monkeypatch.setattr(tables.Run, "measure", lambda *_: pytest.fail("measured again"))
         assert tables.make("3", run, 1)["rows"] == first["rows"]
+        monkeypatch.setattr(tables.Run, "measure", lambda *_: {"nelbo": [1.0, 2.0], "kl": [0.25, 0.75]})
+        again = tables.make("3", run, 1, fresh=True)
+        assert again["rows"][1]["kl"][0] == 0.5
+        assert tables.make("3", run, 1)["rows"] == again["rows"]  # of two lines of one key the later counts
         (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
         assert len(tables.stored_cells()) == 2
 
@@ -115,6 +119,8 @@ class TestCells:
         run = tables.Run("tiny", 1.0, 2, True, "cpu")
         keys = {tables.digest(run.key(s, seed)) for s in ({}, tables.NO_TAC, {"gates": "off"}, None) for seed in (1, 2)}
         others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
-                  tables.Run("tiny", 1.0, 2, False, "cpu"), tables.Run("tiny", 1.0, 2, True, "cpu", segments=32))
-        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 12
+                  tables.Run("tiny", 1.0, 2, False, "cpu"), tables.Run("tiny", 1.0, 2, True, "cpu", segments=32),
+                  tables.Run("tiny", 1.0, 2, True, "cuda:1"))
+        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 13
+        assert others[-1].key({}, 1) == tables.Run("tiny", 1.0, 2, True, "cuda").key({}, 1)
         assert run.key({"tac_block": 16}, 1) == run.key({}, 1)  # a default, written out
