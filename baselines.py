@@ -1,8 +1,8 @@
 """Other methods as ways to fit a QuantLinear: each takes (weight (C, d), bias, Inputs, config, generator, progress).
 
-Every method quantizes every linear of every block through one runtime: weights symmetric per output channel,
-activations asymmetric per token. Where a method's own code does otherwise (groups of 128, symmetric activations), the
-docstring says so. All of them return (QuantLinear, record of what was found).
+Every method quantizes every linear of every block through one runtime: weights symmetric per output channel (RTN's
+also asymmetric), activations asymmetric per token. Where a method's own code does otherwise (groups of 128, symmetric
+activations), the docstring says so. All of them return (QuantLinear, record of what was found).
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
 def fit_rtn(weight, bias, inputs, config, generator, progress):
     """Round to nearest, no transform (Eqs. 2-5)."""
-    return QuantLinear.fold(weight, abits=config.abits, wbits=config.wbits, bias=bias), {}
+    return QuantLinear.fold(weight, abits=config.abits, wbits=config.wbits, bias=bias, symmetric=config.symmetric), {}
 
 
 # ---- GPTQ and QuaRot -------------------------------------------------------------------------------------------------

@@ -253,9 +253,9 @@ def tac(z, M, bias):
 
 
 def slice_width(M: int, N: int, K: int, packed: bool) -> int:
-    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES, but enough work to fill the GPU."""
+    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES; 192 tiles of 128 x 256 for many rows."""
     width = min(L2_BYTES // (4 * M), L2_BYTES // K if packed else N)
-    return min(N, max(2048, width // 256 * 256))
+    return min(N, max(256, width // 256 * 256))
 
 
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None):

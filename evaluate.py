@@ -97,7 +97,8 @@ def benchmarks(args, dtype) -> dict:
                                   f"without network), allow it with --confirm-run-unsafe-code.")
     manager = harness.find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
     device = distributed.start(pick_device(args.device))
-    model, identity, results = load_model(args.model, device, dtype), harness.fingerprint(args.model), {}
+    model, results = load_model(args.model, device, dtype, args.weights), {}
+    identity = harness.fingerprint(args.model)
     for task, s in settings.items():
         lm = harness.HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
                                cache=args.cache, identity=identity, **s.generation)
@@ -130,6 +131,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--weights", choices=("packed", "int8"), default="packed", help="4-bit weights in memory two a "
+                        "byte (smallest) or one (fastest)")
     parser.add_argument("--tasks", help="benchmarks by lm-evaluation-harness instead: " + ",".join(protocol.TASKS))
     parser.add_argument("--protocol", choices=protocol.PROTOCOLS, help="settings of --tasks, by the model unless given")
     parser.add_argument("--mc-num", type=int, help="masks per likelihood with --tasks, at most (protocol, mostly 128)")
@@ -159,7 +162,7 @@ def run(args) -> dict:
     if args.tasks:
         return benchmarks(args, dtype)
     names = [args.model] + ([args.against] if args.against else [])
-    models = {name: load_model(name, args.device, dtype) for name in names}
+    models = {name: load_model(name, args.device, dtype, args.weights) for name in names}
     for name, model in models.items():
         if model.tokenizer is None:
             raise CheckpointError(f"{name} has no tokenizer.json, which text needs.")

@@ -51,16 +51,17 @@ class HarnessLM(LM):
     eighth of it when generating (all their logits are kept). gen_length None takes the task's max_gen_toks; steps and
     block_length None are gen_length; `sampling` are further options of `generate`. check_greedy: also say whether
     greedy denoising gives the answer (a pass per token; no task of the paper asks). chat: the prompts hold a chat
-    template. cache: a folder for finished answers.
+    template. cache: a folder for finished answers. weights: "packed" or "int8", as they lie in memory.
     """
 
     def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, gen_length=None,
                  steps=None, block_length=None, check_greedy=False, chat=False, max_length=None, cache=None,
-                 identity="", device="auto", dtype=None, max_batch_size=None, **sampling):
+                 identity="", device="auto", dtype=None, weights="packed", max_batch_size=None, **sampling):
         super().__init__()
         if isinstance(model, str):
             device = distributed.start(pick_device(device or "auto"))
-            identity, model = fingerprint(model), load_model(model, device, dtype and getattr(torch, dtype))
+            dtype = dtype and getattr(torch, dtype)
+            identity, model = fingerprint(model), load_model(model, device, dtype, weights)
         self.model: DiffusionLM = model
         self.tokenizer = model.tokenizer
         if self.tokenizer is None:

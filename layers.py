@@ -52,11 +52,11 @@ class QuantLinear(nn.Module):
                 self.register_buffer(f"transform_{i}{name}", tensor.detach().float().contiguous())
 
     @classmethod
-    def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None):
-        """Fold P into weight (C, d) and round to nearest (Eqs. 4 and 12), symmetric per output channel."""
+    def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, symmetric=True):
+        """Fold P into weight (C, d) and round to nearest per output channel (Eqs. 4 and 12)."""
         folded = fold_weight(weight.float(), list(P)) if P else weight.float()
-        codes, scale = quantize_weight(folded, wbits)
-        return cls(codes, scale, P, d_m, d_u, abits, wbits, bias)
+        codes, scale, zero = quantize_weight(folded, wbits, symmetric)
+        return cls(codes, scale, P, d_m, d_u, abits, wbits, bias, zero)
 
     @classmethod
     def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
@@ -164,7 +164,7 @@ class QuantEmbedding(nn.Module):
     @classmethod
     def fold(cls, weight, bits: int):
         """Round an embedding (V, D) to nearest."""
-        codes, scale = quantize_weight(weight, bits)
+        codes, scale, _ = quantize_weight(weight, bits)
         return cls(kernels.pack_int4(codes) if bits <= 4 else codes, scale, weight.shape[1], bits, weight.dtype)
 
     def forward(self, ids):
@@ -175,14 +175,16 @@ class QuantEmbedding(nn.Module):
         return (self.weight_scale[ids][..., None] * rows).to(self.dtype)
 
 
-def quantize_weight(weight, bits: int):
-    """Symmetric round-to-nearest codes (C, d) int8 and scales (C,) fp32 of each row of weight, in pieces."""
-    parts = []
+def quantize_weight(weight, bits: int, symmetric: bool = True):
+    """Round-to-nearest codes (C, d) int8 and scales (C,) fp32 of each row of weight, in pieces; for asymmetric rows
+    their zero points (C,) int32, else None. Codes and zero points are centred, less 2^(b−1)."""
+    codes, scales, zeros, half = [], [], [], 2 ** (bits - 1)
     for part in weight.split(4096):
-        scale, zero_point = quant_params(part.float(), bits, symmetric=True)
-        parts.append(((quantize(part.float(), scale, zero_point, bits) - zero_point).to(torch.int8), scale[:, 0]))
-    codes, scales = zip(*parts, strict=True)
-    return torch.cat(codes), torch.cat(scales)
+        scale, zero_point = quant_params(part.float(), bits, symmetric)
+        codes.append((quantize(part.float(), scale, zero_point, bits) - half).to(torch.int8))
+        scales.append(scale[:, 0])
+        zeros.append((zero_point[:, 0] - half).to(torch.int32))
+    return torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros)
 
 
 class TAC(nn.Module):

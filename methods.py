@@ -22,8 +22,8 @@ def fit_starquant(weight, bias, inputs: baselines.Inputs, config, generator, pro
         start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
     start = _cast(start, x)
     P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
-                         config.batch, config.schedule, bias, generator, progress)
-    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias), record
+                         config.batch, config.schedule, bias, config.symmetric, generator, progress)
+    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias, config.symmetric), record
 
 
 def _cast(P, like):
@@ -40,8 +40,9 @@ class QuantConfig:
     """Everything that determines a quantized checkpoint besides the model and the calibration tokens."""
 
     method: str = "starquant"  # one of METHODS
-    wbits: int = 4  # weight bits, 2-8, symmetric per output channel (Section 3.1)
+    wbits: int = 4  # weight bits, 2-8, per output channel (Section 3.1)
     abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
+    weights: str = "symmetric"  # grid of the weights; "asymmetric" is Eq. 4 for them, too (rtn and starquant)
     transform: str = "kronecker"  # P = P1 ⊗ P2, "dense" (App. B to the letter), or "none": no SGAT (Table 2)
     allocation: str = "random"  # start of P: "random" (App. B: Gaussian, orthogonalized) or "closed_form"
     state_fraction: int = 32  # d_m = d_u = d / 32 (App. B); 0 for no gates
@@ -69,7 +70,8 @@ class QuantConfig:
     states: str = "masked"  # token states of the segments: masked copies, or "rollout" (own trajectory)
     seed: int = 0
 
-    CHOICES: ClassVar = {"transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
+    CHOICES: ClassVar = {"weights": ("symmetric", "asymmetric"),
+                         "transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "centre": ("state", "joint", "none"),
                          "gain": ("unit", "none"), "inputs": ("quantized", "fp"), "states": ("masked", "rollout"),
@@ -89,8 +91,14 @@ class QuantConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:
             raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
+        if not self.symmetric and self.method not in ("rtn", "starquant"):
+            raise ConfigError(f"weights asymmetric is for methods rtn and starquant, not {self.method}.")
         if self.state_fraction == 1:
             raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.weights == "symmetric"
 
     @property
     def compensated(self) -> bool:

@@ -68,7 +68,7 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
     linears, h = 0, c.head_dim
     for fused, (rows, d) in linear_shapes(c).items():
         numbers = sum(map(prod, factor_shapes(config, d, fused in ("qkv", "gate_up"))))
-        numbers += rows + rows * (fused == "qkv" and c.qkv_bias)  # scales and biases
+        numbers += rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
         numbers += 2 * (config.method in ("flatquant", "freeact", "starquant+"))  # clipping
         numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
         linears += code_bytes(rows, d, config.wbits) + 4 * numbers

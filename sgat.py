@@ -125,7 +125,7 @@ def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch
 
 
 def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,
-             schedule="constant", bias=None, generator=None, progress=lambda loss: None):
+             schedule="constant", bias=None, symmetric=True, generator=None, progress=lambda loss: None):
     """App. B: train P on Eq. 15 and return (P with the least held-out loss, record of the losses).
 
     x (S, L, d) inputs and y (S, L, C) full-precision outputs of S calibration segments, state (S, L), weight (C, d),
@@ -134,7 +134,7 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     norm = float(y.square().sum(-1).mean()) or 1.0
 
     def loss_of(rows, P):
-        return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias) / norm
+        return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias, symmetric) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 

@@ -83,15 +83,6 @@ def quant_params(x, bits: int, symmetric: bool = False):
     return scale, ste_round(-low / scale)
 
 
-def clip_range(x, clip):
-    """Each row limited to (c_0 min, c_1 max) of itself, clip (..., 2): what FlatQuant's learnable clipping does.
-
-    The quantizer takes its range from what is left, so clamping the values and shrinking the range are one thing.
-    """
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
-
-
 def fake_quantize(x, bits: int, symmetric: bool = False):
     """Q(x), Eqs. 2-4 per row: quantize and dequantize, in fp32 or wider; differentiable (also through s and z)."""
     y = x if x.dtype == torch.float64 else x.float()
@@ -103,49 +94,6 @@ def fake_quantize(x, bits: int, symmetric: bool = False):
     # the grid may end half a step above the largest number of the dtype
     largest = torch.finfo(x.dtype).max
     return y.clamp(-largest, largest).to(x.dtype)
-
-
-class FakeQuantize(torch.autograd.Function):
-    """Eqs. 2-4 with the gradient of `quant_params`, `quantize` and `dequantize` written out (tested equal): one mask
-    and one copy kept for it instead of a dozen, which decides whether an 8B layer's weight can be trained through."""
-
-    @staticmethod
-    def forward(ctx, x, bits, symmetric):
-        scale, zero_point = quant_params(x, bits, symmetric)
-        rounded = (x / scale).round_().add_(zero_point)
-        codes = rounded.clamp(0, 2**bits - 1)
-        inside = codes == rounded
-        x_hat = codes.sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, x_hat, inside, scale)
-        ctx.bits, ctx.symmetric = bits, symmetric
-        return x_hat
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, x_hat, inside, scale = ctx.saved_tensors
-        # through the rounding: ∂X̂/∂X = [inside]
-        out = grad * inside
-        # ∂X̂/∂s = (X_int − z) − [inside] X/s, nothing where s is held at its least value
-        d_scale = ((grad * x_hat).sum(-1, keepdim=True) - (out * x).sum(-1, keepdim=True)) / scale
-        d_scale = d_scale * (scale > torch.finfo(torch.float32).tiny)
-        if ctx.symmetric:
-            # s = max|X| / (2^(b−1) − 1)
-            size = x.abs()
-            share = x.sign() * d_scale / (2 ** (ctx.bits - 1) - 1)
-            return _add_at(out, size == size.amax(-1, keepdim=True), share), None, None
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        # ∂X̂/∂z = s ([inside] − 1),  z = −X_min / s; divided by s, whose square may be 0
-        d_zero = out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)
-        d_scale = d_scale + d_zero * (low / scale)
-        # s = (X_max − X_min) / (2ᵇ − 1)
-        share = d_scale / (2**ctx.bits - 1)
-        out = _add_at(out, x == low, -share - d_zero)
-        return _add_at(out, x == high, share), None, None
-
-
-def _add_at(x, where, amount):
-    """x plus each row's amount at `where`, shared equally among the entries."""
-    return torch.where(where, x + amount / where.sum(-1, keepdim=True).clamp_min(1), x)
 
 
 def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
@@ -268,14 +216,16 @@ def fold_weight(weight, P):
     return apply_basis(weight, P if is_orthogonal(P) else inverse_transpose(P))
 
 
-def sgat_linear(x, state, P, weight, d_m: int, d_u: int, abits: int | None = 4, wbits: int | None = 4, bias=None):
+def sgat_linear(x, state, P, weight, d_m: int, d_u: int, abits: int | None = 4, wbits: int | None = 4, bias=None,
+                symmetric: bool = True):
     """Eq. 13, fake-quantized: split by state, transform, quantize, one shared weight, scatter back.
 
-    x (..., d), state (...), weight (C, d) -> (..., C). `None` bits leave that side in full precision.
+    x (..., d), state (...), weight (C, d) -> (..., C). `None` bits leave that side in full precision; `symmetric` is
+    the grid of the weight.
     """
     folded = fold_weight(weight, P)
     # W̃ = Q_w(P_e Wᵀ)
-    folded = fake_quantize(folded, wbits, symmetric=True) if wbits else folded
+    folded = fake_quantize(folded, wbits, symmetric) if wbits else folded
     gates = subspace_gates(x.shape[-1], d_m, d_u, x.device, x.dtype)
     outputs = []
     for x_s, gate in zip(split_by_state(x, state), gates, strict=True):
@@ -292,12 +242,13 @@ def reconstruction_loss(y, y_hat):
     return (y - y_hat).square().sum(-1).mean()
 
 
-def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None):
+def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None,
+              symmetric: bool = True):
     """Eqs. 15/29: the same error, state by state; equal to Eq. 14 of the scattered output, so one gate per token does.
 
     x (..., d) input, y (..., C) full-precision output. Everything is differentiable in P.
     """
-    folded = fake_quantize(fold_weight(weight, P), wbits, symmetric=True)
+    folded = fake_quantize(fold_weight(weight, P), wbits, symmetric)
     phi = transform(x, P, state_gate(state, x.shape[-1], d_m, d_u, x.dtype))
     y_hat = linear(fake_quantize(phi, abits), folded)
     # L = E_t Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖_F²
@@ -318,18 +269,6 @@ def tac_apply(z, M, bias):
     blocks = rearrange(z, "... (b g) -> ... b g", g=M.shape[-1])
     # Z_tac,b = Ẑ_b M_bᵀ + 1 d_bᵀ
     return (einsum(blocks, M, "... b g, b h g -> ... b h") + bias).flatten(-2)
-
-
-def tac_value(v, M, bias):
-    """Eq. 17 moved to the value side: v (..., H, L, h) -> (..., H, L, h), for g | h and one value head per query head.
-
-    The rows of A = softmax(Q Kᵀ / √h) sum to one, so the correction passes through it exactly.
-    """
-    # (A V) Mᵀ + 1 dᵀ = A (V Mᵀ + 1 dᵀ),  as A 1 = 1
-    if v.shape[-1] % M.shape[-1] or v.shape[-3] * v.shape[-1] != M.shape[0] * M.shape[-1]:
-        raise ValueError(f"TAC blocks of {M.shape[-1]} do not lie within {v.shape[-3]} value heads of {v.shape[-1]}.")
-    tokens = rearrange(v, "... n l h -> ... l (n h)")
-    return rearrange(tac_apply(tokens, M, bias), "... l (n h) -> ... n l h", n=v.shape[-3])
 
 
 def tac_fit(z_fp, z_q, block_size: int = 16, damping: float = 3e-4, smoothing: float = 0.15, shrinkage: float = 0.55):
@@ -407,6 +346,73 @@ def smooth_singular_values(M, eta: float):
 def shrink_to_identity(M, alpha: float):
     """M_final = (1 − α) M_sv + α I: α = 1 leaves only the mean correction."""
     return (1 - alpha) * M + alpha * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+
+
+# ---- Beside the paper ----------------------------------------------------------------------------------------------
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Eqs. 2-4 with the gradient of `quant_params`, `quantize` and `dequantize` written out (tested equal): one mask
+    and one copy kept for it instead of a dozen, which decides whether an 8B layer's weight can be trained through."""
+
+    @staticmethod
+    def forward(ctx, x, bits, symmetric):
+        scale, zero_point = quant_params(x, bits, symmetric)
+        rounded = (x / scale).round_().add_(zero_point)
+        codes = rounded.clamp(0, 2**bits - 1)
+        inside = codes == rounded
+        x_hat = codes.sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, x_hat, inside, scale)
+        ctx.bits, ctx.symmetric = bits, symmetric
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x_hat, inside, scale = ctx.saved_tensors
+        # through the rounding: ∂X̂/∂X = [inside]
+        out = grad * inside
+        # ∂X̂/∂s = (X_int − z) − [inside] X/s, nothing where s is held at its least value
+        d_scale = ((grad * x_hat).sum(-1, keepdim=True) - (out * x).sum(-1, keepdim=True)) / scale
+        d_scale = d_scale * (scale > torch.finfo(torch.float32).tiny)
+        if ctx.symmetric:
+            # s = max|X| / (2^(b−1) − 1)
+            size = x.abs()
+            share = x.sign() * d_scale / (2 ** (ctx.bits - 1) - 1)
+            return _add_at(out, size == size.amax(-1, keepdim=True), share), None, None
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        # ∂X̂/∂z = s ([inside] − 1),  z = −X_min / s; divided by s, whose square may be 0
+        d_zero = out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)
+        d_scale = d_scale + d_zero * (low / scale)
+        # s = (X_max − X_min) / (2ᵇ − 1)
+        share = d_scale / (2**ctx.bits - 1)
+        out = _add_at(out, x == low, -share - d_zero)
+        return _add_at(out, x == high, share), None, None
+
+
+def _add_at(x, where, amount):
+    """x plus each row's amount at `where`, shared equally among the entries."""
+    return torch.where(where, x + amount / where.sum(-1, keepdim=True).clamp_min(1), x)
+
+
+def clip_range(x, clip):
+    """Each row limited to (c_0 min, c_1 max) of itself, clip (..., 2): what FlatQuant's learnable clipping does.
+
+    The quantizer takes its range from what is left, so clamping the values and shrinking the range are one thing.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
+
+
+def tac_value(v, M, bias):
+    """Eq. 17 moved to the value side: v (..., H, L, h) -> (..., H, L, h), for g | h and one value head per query head.
+
+    The rows of A = softmax(Q Kᵀ / √h) sum to one, so the correction passes through it exactly.
+    """
+    # (A V) Mᵀ + 1 dᵀ = A (V Mᵀ + 1 dᵀ),  as A 1 = 1
+    if v.shape[-1] % M.shape[-1] or v.shape[-3] * v.shape[-1] != M.shape[0] * M.shape[-1]:
+        raise ValueError(f"TAC blocks of {M.shape[-1]} do not lie within {v.shape[-3]} value heads of {v.shape[-1]}.")
+    tokens = rearrange(v, "... n l h -> ... l (n h)")
+    return rearrange(tac_apply(tokens, M, bias), "... l (n h) -> ... n l h", n=v.shape[-3])
 
 
 def tac_ridge(z_fp, z_q, block_size: int = 16, damping: float = 3e-4):

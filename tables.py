@@ -42,6 +42,7 @@ METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmq
            "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
            "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": {"transform": "dense"},
            "starquant+ (ours)": PLUS}
+ASYMMETRIC = {"weights": "asymmetric"}
 EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
 RAW_GAIN = {"starquant+, gain as GPTQ leaves it": PLUS | {"gain": "none"}}
 TABLES = {
@@ -58,6 +59,8 @@ TABLES = {
           "gates, no TAC, closed-form P, trained": NO_TAC | CLOSED,
           "gates, TAC, closed-form P, trained": CLOSED,
           "the same with paired TAC": CLOSED | {"tac": "ridge"},
+          "neither, asymmetric weights": RTN | ASYMMETRIC,
+          "SGAT + TAC, asymmetric weights": ASYMMETRIC,
           "QuaRot": QUAROT,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
@@ -81,7 +84,8 @@ REFERENCE = {
     "1": {"STaR-Quant": "DLLMQuant++"},
     "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
           "the same, no gates": "SGAT + TAC (STaR-Quant)",
-          "gates, no TAC, closed-form P, trained": "SGAT only", "QuaRot": "SGAT + TAC (STaR-Quant)",
+          "gates, no TAC, closed-form P, trained": "SGAT only", "neither, asymmetric weights": "neither (RTN)",
+          "SGAT + TAC, asymmetric weights": "SGAT + TAC (STaR-Quant)", "QuaRot": "SGAT + TAC (STaR-Quant)",
           **dict.fromkeys(RAW_GAIN, "starquant+"), "starquant+, states weigh alike": "starquant+",
           "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
           "starquant+ with paired TAC": "starquant+", "starquant+, dense balance": "starquant+"},

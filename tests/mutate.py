@@ -126,7 +126,7 @@ MUTATIONS = [
      "return self.shifted(y.reshape(*x.shape[:-1], C), state)", KERN),
     ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
      "return y.reshape(*x.shape[:-1], C).to(x.dtype)", BAL),
-    ("layers.py", "x - self.mean.to(x.dtype)[state.long()]", "x - self.mean.to(x.dtype)[1 - state.long()]", BAL),
+    ("layers.py", "(x - self.mean[state.long()])", "(x - self.mean[1 - state.long()])", BAL),
     ("layers.py", "y + self.shift[state.long()]", "y + self.shift[0]", BAL),
     ("layers.py", '(tensors.get("mean"), tensors.get("shift"))', "(None, None)", CAL),
     # ---- balance.py
@@ -224,8 +224,10 @@ MUTATIONS = [
     ("sgat.py", '(10 if name.startswith("clip") else 1)', "1", "test_baselines.py", SGAT),
     ("sgat.py", "scheduler.step()", "pass", SGAT),
     ("sgat.py", "optimizer.zero_grad(set_to_none=True)", "pass", SGAT),
-    ("sgat.py", "return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias) / norm",
-     "return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias)", SGAT),
+    ("sgat.py", "abits, wbits, bias, symmetric) / norm", "abits, wbits, bias, symmetric)", SGAT),
+    ("layers.py", "zeros.append((zero_point[:, 0] - half)", "zeros.append(zero_point[:, 0]", KERN),
+    ("starquant.py", "folded = fake_quantize(fold_weight(weight, P), wbits, symmetric)",
+     "folded = fake_quantize(fold_weight(weight, P), wbits, True)", EQ),
     # ---- sampling.py
     ("sampling.py", "logits.exp() / (-noise.log()) ** temperature", "logits.exp() / -noise.log()", MODEL),
     ("sampling.py", "unconditional + (cfg_scale + 1) * (conditional - unconditional)",

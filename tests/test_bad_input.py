@@ -278,6 +278,7 @@ ARGUMENTS = [
     ("calibrate", ["--set", "tac_block=0"], "tac_block 0 is not between"),
     ("calibrate", ["--set", "balance_block=0"], "balance_block 0 is not between"),
     ("calibrate", ["--set", "head_bits=5"], "head_bits 5 is not one of 16, 8, 4"),
+    ("calibrate", ["--set", "weights=asymmetric", "--method", "gptq"], "is for methods rtn and starquant, not gptq"),
     ("calibrate", ["--set", "state_fraction=1"], "state_fraction 1 gives each state the whole width"),
     ("calibrate", ["--set", "embed_bits=4"], "embed_bits 4 needs head_bits 8 or 4"),
     ("calibrate", ["--seed", "-1"], "seed -1 is not between"),

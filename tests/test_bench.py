@@ -64,7 +64,8 @@ def test_saving_at_published_shapes(name, embed_bits):
 def test_embedding_rounds_each_row_to_its_own_grid(seed, V, D, bits):
     weight = torch.randn(V, D, generator=torch.Generator().manual_seed(seed))
     ids = torch.arange(V).flip(0)[None]
-    codes, scale = quantize_weight(weight, bits)
+    codes, scale, zero = quantize_weight(weight, bits)
+    assert zero is None
     out = QuantEmbedding.fold(weight, bits)(ids)[0]
     assert torch.equal(out, scale.flip(0)[:, None] * codes.flip(0))
     assert ((out - weight.flip(0)).abs() <= scale.flip(0)[:, None] * 0.5001).all()

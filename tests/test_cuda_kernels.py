@@ -210,7 +210,8 @@ def test_slices_fit_the_cache():
                 width = cuda_kernels.slice_width(M, N, K, packed)
                 assert 0 < width <= N
                 assert width == N or width % 256 == 0
-                assert width == N or width == 2048 or 4 * M * width <= cuda_kernels.L2_BYTES
+                assert width == N or 4 * M * width <= cuda_kernels.L2_BYTES
+                assert width == N or not packed or K * width <= cuda_kernels.L2_BYTES
 
 
 # ---- indexing, emulated --------------------------------------------------------------------------------------------

@@ -207,14 +207,14 @@ class TestEq15:
         got = starquant.sgat_loss(x, y, state, P, w, 2, 3, 4, 3)
         assert float(got) == pytest.approx(loop_loss(x, y, state, dense, w, 2, 3, 4, 3), rel=1e-9)
 
-    @given(state=st.lists(st.booleans(), min_size=1, max_size=9), split=splits(), seed=seeds)
-    def test_equals_eq14_of_the_scattered_output(self, state, split, seed):
+    @given(state=st.lists(st.booleans(), min_size=1, max_size=9), split=splits(), seed=seeds, symmetric=st.booleans())
+    def test_equals_eq14_of_the_scattered_output(self, state, split, seed, symmetric):
         P = orthogonal(12, seed)
         x, y = randn(len(state), 12, seed=seed), randn(len(state), 7, seed=seed + 1)
         w, b = randn(7, 12, seed=seed + 2), randn(7, seed=seed + 3)
         state = torch.tensor(state)
-        y_hat = starquant.sgat_linear(x, state, P, w, *split, bias=b)
-        torch.testing.assert_close(starquant.sgat_loss(x, y, state, P, w, *split, bias=b),
+        y_hat = starquant.sgat_linear(x, state, P, w, *split, bias=b, symmetric=symmetric)
+        torch.testing.assert_close(starquant.sgat_loss(x, y, state, P, w, *split, bias=b, symmetric=symmetric),
                                    starquant.reconstruction_loss(y, y_hat), **TOLERANCE)
 
     def test_gradient_in_P_against_finite_differences(self):

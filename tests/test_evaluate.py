@@ -157,9 +157,17 @@ class TestCommand:
         monkeypatch.setattr(evaluate.tables, "make", lambda *a: asked.append(a) or {"rows": []})
         assert evaluate.main(["--table", "2", "--problems", "9", "--seeds", "4", "--device", "cpu"]) == 0
         assert evaluate.main(["--table", "2", "--quick", "--device", "cpu"]) == 0
-        (name, run, seeds, quick), (_, short, once, _) = asked
-        assert (name, run.problems, seeds, quick) == ("2", 9, 4, False)
+        assert evaluate.main(["--table", "2", "--fresh", "--device", "cpu"]) == 0
+        (name, run, seeds, quick, fresh), (_, short, once, _, _), (*_, again) = asked
+        assert (name, run.problems, seeds, quick, fresh, again) == ("2", 9, 4, False, False, True)
         assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 24, True, 24, 1)
+
+    @pytest.mark.parametrize("given", [[], ["--weights", "int8"]])
+    def test_weights_are_resident_as_asked(self, given, monkeypatch):
+        asked = []
+        monkeypatch.setattr(evaluate, "load_model", lambda *a: asked.append(a) or load_model(*a))
+        assert evaluate.main(["--prompt", "Ann", "--gen-length", "2", "--device", "cpu", *given]) == 0
+        assert [a[3] for a in asked] == [given[-1] if given else "packed"]
 
     def test_an_interruption_ends_in_130(self, monkeypatch, capsys):
         def interrupt(*args):

@@ -281,16 +281,18 @@ class TestQuantLinear:
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize("gates", [(0, 0), (2, 3)])
     @pytest.mark.parametrize("with_bias", [False, True])
-    def test_equals_its_reference_and_eq13(self, kind, bits, gates, with_bias):
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_equals_its_reference_and_eq13(self, kind, bits, gates, with_bias, symmetric):
         x, weight = randn(2, 5, 24), randn(7, 24, seed=1)
         state = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
         bias = randn(7, seed=2) if with_bias else None
-        layer = QuantLinear.fold(weight, factors(kind), *gates, abits=bits, wbits=bits, bias=bias)
+        layer = QuantLinear.fold(weight, factors(kind), *gates, abits=bits, wbits=bits, bias=bias, symmetric=symmetric)
+        assert (layer.weight_zero is None) == symmetric
         y = layer(x, state)
         assert y.shape == (2, 5, 7)
         torch.testing.assert_close(y, layer.reference(x, state), rtol=1e-5, atol=1e-5)
         P = factors(kind) or torch.ones(24)
-        want = starquant.sgat_linear(x, state, P, weight, *gates, bits, bits, bias)
+        want = starquant.sgat_linear(x, state, P, weight, *gates, bits, bits, bias, symmetric)
         torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -330,6 +332,14 @@ class TestQuantLinear:
         x = randn(5, 24, seed=1).to(dtype)
         assert layer(x).dtype == layer.reference(x).dtype == dtype
         assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_asymmetric_codes_fill_the_range_of_each_row(self, bits):
+        weight = randn(7, 25) + 0.5
+        layer = QuantLinear.fold(weight, wbits=bits, symmetric=False)
+        assert (layer.codes().amin(1) == -(2 ** (bits - 1))).all()
+        assert (layer.codes().amax(1) == 2 ** (bits - 1) - 1).all()
+        torch.testing.assert_close(layer.weight(), starquant.fake_quantize(weight, bits))
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_codes_are_those_of_the_symmetric_quantizer(self, bits):

@@ -36,7 +36,7 @@ def tensor_bytes(path) -> int:
 
 
 SETTINGS = [*(("method", m) for m in sorted(METHODS)), ("set", "transform=dense"),
-            ("set", "transform=none"), ("set", "tac=none"),
+            ("set", "transform=none"), ("set", "tac=none"), ("set", "weights=asymmetric"),
             ("set", "head_bits=8"), ("set", "head_bits=4"), ("set", "kv_bits=4"), ("set", "tac_block=3"),
             ("wbits", "3"), ("wbits", "5")]
 
