@@ -130,7 +130,7 @@ _HARMLESS = {
 
 _LLADA = _HARMLESS | {
     "d_model": (int, REQUIRED), "n_layers": (int, REQUIRED), "n_heads": (int, REQUIRED),
-    "n_kv_heads": ((int, None), None), "multi_query_attention": (Only(None, False), None),
+    "n_kv_heads": ((int, None), None), "multi_query_attention": ((bool, None), None),
     "mlp_hidden_size": ((int, None), None), "mlp_ratio": (int, 4), "vocab_size": (int, REQUIRED),
     # The official defaults of these (50304, true, 10000, 1e-5) fit no published model: a config must say them.
     "embedding_size": ((int, None), REQUIRED), "weight_tying": (bool, REQUIRED), "rope_theta": (float, REQUIRED),
@@ -145,6 +145,7 @@ _LLADA = _HARMLESS | {
     # initialization, training, unused parts of switched-off features; sequence length is not enforced by RoPE
     "attention_layer_norm_with_affine": (bool, ABSENT), "alibi_bias_max": (float, ABSENT),
     "flash_attention": (bool, ABSENT), "max_sequence_length": (int, ABSENT), "residual_dropout": (float, ABSENT),
+    "tie_word_embeddings": (bool, ABSENT),  # weight_tying decides
     "embedding_dropout": (float, ABSENT), "init_device": ((str, None), ABSENT), "init_fn": (str, ABSENT),
     "init_std": (float, ABSENT), "init_cutoff_factor": ((float, None), ABSENT), "precision": ((str, None), ABSENT),
 }
@@ -156,9 +157,11 @@ def read_llada(raw: dict) -> ModelConfig:
     rows = c["vocab_size"] if c["embedding_size"] is None else c["embedding_size"]
     if rows < c["vocab_size"]:
         raise ConfigError(f"config.json: embedding_size {rows} is below vocab_size {c['vocab_size']}.")
-    n_kv_heads = c["n_heads"] if c["n_kv_heads"] is None else c["n_kv_heads"]
-    if c["multi_query_attention"] is False and n_kv_heads != c["n_heads"]:
-        raise ConfigError(f"config.json: multi_query_attention = False contradicts n_kv_heads = {n_kv_heads}.")
+    told = {None: c["n_kv_heads"], True: 1, False: c["n_heads"]}[c["multi_query_attention"]]
+    n_kv_heads = c["n_heads"] if told is None else told
+    if c["n_kv_heads"] not in (None, n_kv_heads):
+        raise ConfigError(f"config.json: multi_query_attention = {c['multi_query_attention']} contradicts n_kv_heads = "
+                          f"{c['n_kv_heads']}.")
     return ModelConfig(
         family="llada", d_model=c["d_model"], n_layers=c["n_layers"], n_heads=c["n_heads"], n_kv_heads=n_kv_heads,
         head_dim=_head_dim(c["d_model"], c["n_heads"]),
@@ -173,7 +176,8 @@ _QWEN = _HARMLESS | {
     "num_key_value_heads": ((int, None), REQUIRED), "intermediate_size": (int, REQUIRED), "vocab_size": (int, REQUIRED),
     "mask_token_id": (int, REQUIRED), "eos_token_id": ((int, None), None), "rope_theta": (float, REQUIRED),
     "rms_norm_eps": (float, REQUIRED), "tie_word_embeddings": (bool, False), "hidden_act": (Only("silu"), "silu"),
-    "rope_scaling": (Only(None), None), "use_sliding_window": (Only(False), False), "use_mrope": (Only(False), False),
+    "rope_scaling": (Only(None, {"rope_type": "default"}), None), "use_sliding_window": (Only(False), False),
+    "use_mrope": (Only(False), False),
     # only used where use_sliding_window is true; sequence length is not enforced by RoPE
     "sliding_window": ((int, None), ABSENT), "max_window_layers": ((int, None), ABSENT),
     "max_position_embeddings": (int, ABSENT),
@@ -193,11 +197,13 @@ def _qwen(c: dict, raw: dict, **switches) -> ModelConfig:
 
 def read_dream(raw: dict) -> ModelConfig:
     """Dream-v0-Base, -Instruct, Dream-Coder, DiffuCoder (`model_type: Dream`)."""
-    for key in ("block_size", "head_dim"):
-        if key in raw:
+    c = _read({k: v for k, v in raw.items() if k not in ("block_size", "head_dim")},
+              _QWEN | {"attention_bias": (bool, ABSENT)})  # its q, k, v have biases, whatever this says
+    for key, ours in {"block_size": None, "head_dim": _head_dim(c["hidden_size"], c["num_attention_heads"])}.items():
+        if raw.get(key, ours) != ours:
             raise ConfigError(f"config.json has key {key!r}: this is DreamReasoner's block-causal Qwen3 under Dream's "
                               f"model_type, which is not implemented here.")
-    return _qwen(_read(raw, _QWEN), raw, family="dream", qkv_bias=True, positions_skip_padding=True, logit_shift=True)
+    return _qwen(c, raw, family="dream", qkv_bias=True, positions_skip_padding=True, logit_shift=True)
 
 
 def read_a2d(raw: dict) -> ModelConfig:

@@ -68,9 +68,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, config: ModelConfig, dtype):
-    """cos, sin of position · θ^(-2j/h), each (..., L, h): both halves alike, for the half rotation."""
+    """cos, sin of position / θ^(2j/h), each (..., L, h): both halves alike, for the half rotation."""
     h = config.head_dim
-    inv_freq = config.rope_theta ** (-torch.arange(0, h, 2, device=positions.device).float() / h)
+    # in the official code's order: θ^(−2j/h) is one unit in the last place off, which position 4000 makes 10⁻³
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, h, 2, device=positions.device).float() / h)
     angle = positions[..., None].float() * inv_freq
     angle = torch.cat((angle, angle), -1)
     dtype = torch.float32 if config.rope_fp32 else dtype

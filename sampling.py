@@ -1,7 +1,7 @@
 """Denoising, one step at a time: LLaDA's semi-autoregressive sampler and Dream's sampler.
 
 The sequence is prompt + [MASK] x gen_length. In each step the model predicts every masked token of the whole sequence
-at once, some predictions are committed, the others stay masked; nothing is ever masked again.
+at once, some predictions are committed, the others stay masked.
 
 | algorithm | confidence of a prediction | how many are committed |
 |---|---|---|
@@ -62,8 +62,9 @@ def guided_logits(model, ids, prompt, cfg_scale: float, attention_mask=None, whe
 
 
 def most_confident(confidence, count: int):
-    """True at the `count` largest entries of each row of confidence (B, L)."""
-    return confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
+    """True at the `count` largest entries of each row of confidence (B, L); ties as `topk` breaks them, which the
+    official code calls: end-of-text held back by `confidence_eos_eot_inf` or a nucleus of one token ties exactly."""
+    return torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, confidence.topk(count).indices, True)
 
 
 # ---- LLaDA ---------------------------------------------------------------------------------------------------------
@@ -119,8 +120,10 @@ def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int |
 def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
     """Predicted tokens and their confidence, each (N,), for logits (N, V)."""
     probs = filtered_probs(logits, temperature, top_p, top_k)
-    if temperature > 0 and len(probs):
-        probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
+    probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
+    # in bf16 Categorical may refuse such sums, and the official code then takes the best tokens, without a draw
+    drawn = temperature > 0 and len(probs) > 0 and bool(((probs_sum_1.sum(-1) - 1).abs() < 1e-6).all())
+    if drawn:
         x0 = torch.multinomial(probs_sum_1, 1, replacement=True, generator=generator)[:, 0]
         confidence = probs.gather(-1, x0[:, None])[:, 0]
     else:
@@ -133,23 +136,29 @@ def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
     return x0, confidence
 
 
-def dream_step(logits, ids, masked, share, algorithm, temperature, top_p, top_k, alg_temp, generator):
-    """Predictions and committed positions, each (B, L), of one step that commits `share` of the masked tokens."""
-    x0 = ids.clone()
+def dream_step(logits, ids, masked, share, algorithm, temperature, top_p, top_k, alg_temp, mask_id, generator):
+    """Predictions and chosen positions, each (B, L), of one step that commits `share` of the masked tokens.
+
+    As many are chosen in every row as the mean row has left. A row with fewer (its prompt held fewer [MASK], it
+    predicted one, or weights underflow at a tiny alg_temp) then loses tokens: the official code writes [MASK] over
+    them, and so does this.
+    """
+    x0 = torch.where(masked, ids, mask_id)
     if algorithm == "origin":
         chance = torch.rand(int(masked.sum()), device=ids.device, generator=generator)
         committed = torch.zeros_like(masked).masked_scatter(masked, chance < share)
+        x0 = ids.clone()
         x0[committed], _ = dream_choice(logits[committed], algorithm, temperature, top_p, top_k, generator)
         return x0, committed
     confidence = torch.full(ids.shape, -torch.inf, dtype=logits.dtype, device=ids.device)
     x0[masked], confidence[masked] = dream_choice(logits[masked], algorithm, temperature, top_p, top_k, generator)
     count = int(masked.sum() / len(ids) * share)
     if not alg_temp or count == 0:
-        return x0, most_confident(confidence, count) & masked
-    weight = torch.softmax(confidence.float() / alg_temp, -1)
-    weight = torch.where(masked, weight.clamp_min(1e-30), 1e-37)  # masked first, and never too few to draw
-    chosen = torch.multinomial(weight, count, generator=generator)
-    return x0, torch.zeros_like(masked).scatter(-1, chosen, True) & masked
+        return x0, most_confident(confidence, count)
+    weight, done = torch.softmax(confidence / alg_temp, -1), ~masked.any(-1, keepdim=True)
+    # a finished row has no weights: the official code stops with an error, here the row stays as it is
+    chosen = torch.multinomial(weight.masked_fill(done, 1.0), count, generator=generator)
+    return x0, torch.zeros_like(masked).scatter(-1, chosen, True) & ~done
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------
@@ -198,6 +207,8 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
     # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
     never_confident = ([eot_id] if temperature > 0 else [eos_id, eot_id]) if confidence_eos_eot_inf else []
 
+    if prompt_ids.ndim != 2:
+        raise ValueError(f"the prompt has shape {list(prompt_ids.shape)}, not (batch, length).")
     B, start = prompt_ids.shape
     ids = torch.cat((prompt_ids, prompt_ids.new_full((B, gen_length), model.mask_id)), 1)
     if attention_mask is not None:
@@ -220,13 +231,12 @@ def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | 
             x0, confidence = llada_choice(logits, algorithm, temperature, never_confident, generator)
             confidence = confidence.masked_fill(~masked, -torch.inf)
             confidence[:, end:] = -torch.inf
-            committed = most_confident(confidence, count) & masked
+            chosen = most_confident(confidence, count) & masked
         else:
-            x0, committed = dream_step(logits, ids, masked, amount, algorithm, temperature, top_p, top_k, alg_temp,
-                                       generator)
-        committed &= x0 != model.mask_id  # a predicted [MASK] changes nothing
-        ids = torch.where(committed, x0, ids)
-        yield Step(index, ids, committed)
+            x0, chosen = dream_step(logits, ids, masked, amount, algorithm, temperature, top_p, top_k, alg_temp,
+                                    model.mask_id, generator)
+        ids = torch.where(chosen, x0, ids)
+        yield Step(index, ids, chosen & (ids != model.mask_id))  # a predicted [MASK] commits nothing
 
 
 @wraps(denoise, assigned=())

@@ -23,7 +23,7 @@ from likelihood import (
     suffix_greedy_prediction,
 )
 from model import denoise, generate, load_model
-from sampling import block_schedule, filtered_probs, guided_logits, time_schedule
+from sampling import block_schedule, dream_step, filtered_probs, guided_logits, time_schedule
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = {f: load_model(FIXTURES / f, "cpu") for f in ("llada", "dream")}
@@ -181,16 +181,70 @@ def test_seeds_decide_and_the_global_generator_is_one_of_them():
 
 
 def test_alg_temp_draws_positions_by_confidence():
-    """Tending to 0 it takes the most confident, and where weights underflow every token is still committed."""
+    """Tending to 0 it takes the most confident."""
     model, args = biased(MODELS["dream"], 250, -100.0), {"steps": 6, "gen_length": 12, "algorithm": "maskgit_plus"}
     greedy = [s.committed for s in denoise(model, PROMPT, **args)]
     torch.manual_seed(0)
-    tiny = [s.committed for s in denoise(model, PROMPT, alg_temp=1e-6, **args)]
-    assert [int(c.sum()) for c in greedy] == [int(c.sum()) for c in tiny]
-    assert sum(int(c.sum()) for c in tiny) == 12
-    assert torch.equal(greedy[0], tiny[0])  # the first step commits one position, the surest
+    tiny = next(denoise(model, PROMPT, alg_temp=1e-6, **args)).committed
+    assert int(tiny.sum()) == 1
+    assert torch.equal(greedy[0], tiny)  # the first step commits one position, the surest
     hot = [s.committed for s in denoise(model, PROMPT, alg_temp=1e6, **args)]
     assert not all(torch.equal(a, b) for a, b in zip(greedy, hot, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.2}, {"alg_temp": 0.5}, {"temperature": 0.7},
+                                     {"temperature": 0.7, "top_k": 1, "alg_temp": 0.1}])
+def test_uneven_rows_and_ties_are_the_official_rule(algorithm, options):
+    """The step written out as the official code has it: the number from the mean row, positions by `topk` or drawn,
+    [MASK] written where a row has no masked position left; ties (one token in the nucleus) as `topk` breaks them."""
+    model = MODELS["dream"]
+    prompts, T, alg_temp = torch.cat((PROMPT, PROMPT)), options.get("temperature", 0.0), options.get("alg_temp")
+    if not alg_temp:  # drawing from a row without masks is an error in the official code
+        prompts[1, 2:6] = 250  # the second row has four masks more
+    ids = F.pad(prompts, (0, 6), value=250)
+    torch.manual_seed(5)
+    for share in time_schedule(5, 1e-3):
+        masked = ids == 250
+        p = filtered_probs(model(ids)[masked], T, options.get("top_p"), options.get("top_k"))
+        if T > 0:
+            x0 = torch.distributions.Categorical(probs=p).sample()
+            confidence = p.gather(-1, x0[:, None])[:, 0]
+        else:
+            confidence, x0 = p.max(-1)
+        if algorithm == "topk_margin":
+            best = p.sort(-1, descending=True).values
+            confidence = best[:, 0] - best[:, 1]
+        if algorithm == "entropy":
+            confidence = (p * torch.log(p + 1e-10)).sum(-1)
+        count = int(masked.sum() / 2 * share)
+        full = torch.full(ids.shape, -torch.inf)
+        full[masked] = confidence
+        predicted = torch.full_like(ids, 250)
+        predicted[masked] = x0
+        if count:
+            where = torch.multinomial((full / alg_temp).softmax(-1), count) if alg_temp else full.topk(count).indices
+            rows = torch.arange(2)[:, None]
+            ids[rows, where] = predicted[rows, where]
+    torch.manual_seed(5)
+    got = generate(model, prompts, steps=5, gen_length=6, algorithm=algorithm, **options)
+    assert torch.equal(got, ids)
+
+
+def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
+    """Where the official code stops with an error: a row of the batch has no [MASK] left."""
+    ids = torch.cat((PROMPT, PROMPT))
+    ids[1, 2:8] = 250
+    x0, chosen = dream_step(MODELS["dream"](ids), ids, ids == 250, 1.0, "entropy", 0.0, None, None, 0.5, 250,
+                            torch.Generator().manual_seed(0))
+    assert not bool(chosen[0].any())
+    assert int(chosen[1].sum()) == 3
+    assert bool((x0[chosen] != ids[chosen]).all())
+
+
+def test_a_prompt_of_one_dimension_is_named():
+    with pytest.raises(ValueError, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
+        generate(MODELS["llada"], PROMPT[0, :1].expand(19), steps=1, gen_length=1)
 
 
 def test_temperature_samples_the_models_distribution():
@@ -232,7 +286,7 @@ def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
         x0 = noisy.argmax(-1)
         noisy[:, :, EOS] = logits[:, :, EOT] = -torch.inf
         p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0].masked_fill(ids != 250, -torch.inf)
-        best = int(p.argmax())
+        best = int(p[0].topk(1).indices)  # end of text ties at 0
         ids[0, best] = x0[0, best]
     args = {"steps": 8, "gen_length": 8, "temperature": temperature}
     torch.manual_seed(0)

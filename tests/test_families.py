@@ -213,7 +213,7 @@ WRONG = [
     (LLADA, "embedding_size", 128), (LLADA, "residual_dropout", "0"), (LLADA, "use_cache", "no"),
     (LLADA, "quantization_config", "int4"), (LLADA, "mlp_ratio", "4"),
     (DREAM, "use_sliding_window", True), (DREAM, "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-    (DREAM, "use_mrope", True), (DREAM, "hidden_act", "gelu"), (DREAM, "attention_bias", False),
+    (DREAM, "use_mrope", True), (DREAM, "hidden_act", "gelu"),
     (DREAM, "hidden_size", 66), (DREAM, "num_key_value_heads", 3), (DREAM, "tie_word_embeddings", "false"),
     (DREAM, "block_size", 4), (DREAM, "head_dim", None), (DREAM, "attention_dropout", None),
     (A2D, "layer_types", ["full_attention", "sliding_attention"]), (A2D, "attention_bias", True),
@@ -223,6 +223,17 @@ WRONG = [
 SAYS = {"mask_token_id": "mask_id", "rms_norm_eps": "norm_eps", "hidden_size": "model dimension", "n_heads": "heads",
         "n_kv_heads": "n_kv_heads|key-value heads", "num_key_value_heads": "key-value heads",
         "head_dim": "head dimension|head_dim"}
+
+
+@pytest.mark.parametrize(("base", "extra", "same"), [
+    (LLADA, {"multi_query_attention": True, "n_kv_heads": None}, {"n_kv_heads": 1}),
+    (LLADA, {"multi_query_attention": True, "n_kv_heads": 1}, {"n_kv_heads": 1}),
+    (LLADA, {"tie_word_embeddings": True}, {}), (DREAM, {"head_dim": DREAM["hidden_size"] // DREAM[
+        "num_attention_heads"]}, {}), (DREAM, {"attention_bias": False}, {}),
+    (DREAM, {"rope_scaling": {"rope_type": "default"}}, {}), (A2D, {"rope_scaling": {"rope_type": "default"}}, {})])
+def test_what_the_official_code_ignores_or_derives_is_accepted(base, extra, same):
+    got, want = read_config(base | extra), read_config(base | same)
+    assert replace(got, raw={}) == replace(want, raw={})
 
 
 @pytest.mark.parametrize(("base", "key", "value"), WRONG)

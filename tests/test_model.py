@@ -128,6 +128,16 @@ class TestRope:
                     assert float(got[0, head, i, j]) == pytest.approx(want[0], abs=2e-5)
                     assert float(got[0, head, i, j + 4]) == pytest.approx(want[1], abs=2e-5)
 
+    @pytest.mark.parametrize("theta", [10000.0, 500000.0, 1e6])
+    def test_frequencies_are_the_official_ones_to_the_last_bit(self, theta):
+        """1.0 / (theta ** (arange(0, h, 2).float() / h)): one unit in the last place is seen at position 4000."""
+        positions = torch.arange(4096)
+        cos, sin = rope_table(positions, tiny_config(rope_theta=theta, head_dim=128), torch.float32)
+        inverse = 1.0 / (theta ** (torch.arange(0, 128, 2).float() / 128))
+        angle = torch.cat([torch.outer(positions.float(), inverse)] * 2, -1)
+        assert torch.equal(cos, angle.cos())
+        assert torch.equal(sin, angle.sin())
+
     def test_scores_depend_on_distance_only(self):
         q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         config = tiny_config()
