@@ -23,7 +23,7 @@ from likelihood import (
     suffix_greedy_prediction,
 )
 from model import denoise, generate, load_model
-from sampling import block_schedule, dream_step, filtered_probs, guided_logits, time_schedule
+from sampling import block_schedule, dream_choice, dream_step, filtered_probs, guided_logits, time_schedule
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = {f: load_model(FIXTURES / f, "cpu") for f in ("llada", "dream")}
@@ -229,6 +229,27 @@ def test_uneven_rows_and_ties_are_the_official_rule(algorithm, options):
     torch.manual_seed(5)
     got = generate(model, prompts, steps=5, gen_length=6, algorithm=algorithm, **options)
     assert torch.equal(got, ids)
+
+
+def test_probabilities_that_do_not_sum_to_one_are_the_official_rule():
+    """In bf16 `Categorical` refuses some sums; the official code then takes the best tokens and draws nothing."""
+    kinds = set()
+    for seed in range(40):
+        logits = (3 * torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))).bfloat16()
+        p = filtered_probs(logits, 1.0, None, None)
+        torch.manual_seed(seed)
+        try:
+            want, kind = torch.distributions.Categorical(probs=p).sample(), "drawn"
+        except ValueError:
+            want, kind = p.argmax(-1), "best"
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        got, confidence = dream_choice(logits, "maskgit_plus", 1.0, None, None, None)
+        assert torch.equal(got, want)
+        assert torch.equal(confidence, p.gather(-1, want[:, None])[:, 0])
+        assert torch.equal(torch.rand(1), after)
+        kinds.add(kind)
+    assert kinds == {"drawn", "best"}
 
 
 def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
