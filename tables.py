@@ -70,6 +70,8 @@ TABLES = {
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
           "starquant+, no centring": PLUS | {"centre": "none"},
           "starquant+ with paired TAC": PLUS | {"tac": "ridge"},
+          "starquant+, blocks of 16": PLUS | {"balance_block": 16},
+          "starquant+, blocks of 192": PLUS | {"balance_block": 192},
           "starquant+, dense balance": PLUS | {"balance": "dense"}},
     "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
     "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
@@ -88,7 +90,8 @@ REFERENCE = {
           "SGAT + TAC, asymmetric weights": "SGAT + TAC (STaR-Quant)", "QuaRot": "SGAT + TAC (STaR-Quant)",
           **dict.fromkeys(RAW_GAIN, "starquant+"), "starquant+, states weigh alike": "starquant+",
           "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
-          "starquant+ with paired TAC": "starquant+", "starquant+, dense balance": "starquant+"},
+          **{f"starquant+{row}": "starquant+" for row in (" with paired TAC", ", blocks of 16", ", blocks of 192",
+                                                          ", dense balance")}},
     "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
     "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")}
     | {f"{row} {bits}": f"starquant+ (ours) {bits}" for row in RAW_GAIN for bits in ("W4A3", "W3A4", "W3A3", "W2A4")},
