@@ -197,12 +197,15 @@ def _qwen(c: dict, raw: dict, **switches) -> ModelConfig:
 
 def read_dream(raw: dict) -> ModelConfig:
     """Dream-v0-Base, -Instruct, Dream-Coder, DiffuCoder (`model_type: Dream`)."""
-    c = _read({k: v for k, v in raw.items() if k not in ("block_size", "head_dim")},
+    reasoner = "this is DreamReasoner's block-causal Qwen3 under Dream's model_type, which is not implemented here."
+    if "block_size" in raw:
+        raise ConfigError(f"config.json has key 'block_size': {reasoner}")
+    c = _read({k: v for k, v in raw.items() if k != "head_dim"},
               _QWEN | {"attention_bias": (bool, ABSENT)})  # its q, k, v have biases, whatever this says
-    for key, ours in {"block_size": None, "head_dim": _head_dim(c["hidden_size"], c["num_attention_heads"])}.items():
-        if raw.get(key, ours) != ours:
-            raise ConfigError(f"config.json has key {key!r}: this is DreamReasoner's block-causal Qwen3 under Dream's "
-                              f"model_type, which is not implemented here.")
+    head_dim = _head_dim(c["hidden_size"], c["num_attention_heads"])
+    if raw.get("head_dim", head_dim) != head_dim:
+        raise ConfigError(f"config.json: head_dim = {raw['head_dim']!r} is not hidden_size / num_attention_heads = "
+                          f"{head_dim}: {reasoner}")
     return _qwen(c, raw, family="dream", qkv_bias=True, positions_skip_padding=True, logit_shift=True)
 
 

@@ -267,7 +267,7 @@ def test_harmless_keys_change_nothing():
 
 def test_look_alikes_are_refused_by_name():
     with pytest.raises(ConfigError, match="DreamReasoner"):
-        read_config(DREAM | {"head_dim": 16, "block_size": 32, "architectures": ["DreamForCausalLM"]})
+        read_config(DREAM | {"head_dim": 16, "block_size": 32, "architectures": ["DreamForCausalLM"], "theirs": 1})
     with pytest.raises(ConfigError, match="'qwen2' is not supported: its config is that of a causal model"):
         read_config(A2D_QWEN2 | {"model_type": "qwen2"})
     for other in ({}, {"model_type": None}, {"model_type": ["llada"]}, {"model_type": "llada2_moe"}, []):
