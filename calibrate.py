@@ -355,13 +355,14 @@ def run(args) -> dict:
     for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} {getattr(args, name)} is below {low}.")
-    ours = hub_id(args.model) is None and (resolve(args.model) / "training.json").exists()
-    texts = calibration_texts(args, embedded=ours)  # before gigabytes are downloaded
+    early = args.data or hub_id(args.model)
+    texts = calibration_texts(args, embedded=False) if early else None  # before gigabytes are downloaded
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
+    texts = texts if early else calibration_texts(args, judged)
     plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype,
                            args.spill)
     if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one
