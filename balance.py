@@ -20,8 +20,10 @@ the weights are set such that every output channel keeps its size (`unit_gain`).
 What each part is worth stands in results/table-2-nelbo.md; masked tokens counting double (`mask_weight`) made no
 difference there. Trials on development seeds, whose runs are not kept, spoke against correcting the weight for Q(X) or
 the 16-bit stream by least squares, a corrected output bias, weighing by confidence or by 1/t, second moments of the
-loss's gradients in place of WᵀW, and TAC from statistics (`tac=ridge` is on request). They spoke for a second stage of
-blocks across the first, and, within the noise, for tokens weighted by their gradients; neither is worth its cost.
+loss's gradients in place of WᵀW, a second stage of blocks across the first in place of the rotation, and TAC from
+statistics (`tac=ridge` is on request). They spoke for such a stage on top of the rotation, and, within the noise, for
+tokens weighted by their gradients; neither is worth its cost. Larger blocks are better and cost more: the table has
+blocks of 16 and 192, too.
 """
 
 import torch
