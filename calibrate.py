@@ -314,14 +314,12 @@ def config_from(args) -> QuantConfig:
     return QuantConfig(**values)
 
 
-def calibration_texts(args, embedded: bool) -> list[str] | None:
-    """The documents of --data; the embedded model needs none, it has its own."""
-    if args.data:
-        return data.read_texts(data.find_texts(args.data))
-    if not embedded:
+def calibration_texts(args) -> list[str]:
+    """The documents of --data, which every model but the embedded one needs."""
+    if not args.data:
         raise data.DataError(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
                              f"or --data FILE, a .txt, .jsonl or .parquet.")
-    return None
+    return data.read_texts(data.find_texts(args.data))
 
 
 def calibration_tokens(args, tokenizer, texts: list[str] | None):
@@ -356,13 +354,14 @@ def run(args) -> dict:
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} {getattr(args, name)} is below {low}.")
     early = args.data or hub_id(args.model)
-    texts = calibration_texts(args, embedded=False) if early else None  # before gigabytes are downloaded
+    texts = calibration_texts(args) if early else None  # before gigabytes are downloaded
     judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise CheckpointError(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
-    texts = texts if early else calibration_texts(args, judged)
+    if not early and not judged:
+        calibration_texts(args)  # says what is missing
     plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype,
                            args.spill)
     if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one

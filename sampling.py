@@ -120,9 +120,11 @@ def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int |
 def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
     """Predicted tokens and their confidence, each (N,), for logits (N, V)."""
     probs = filtered_probs(logits, temperature, top_p, top_k)
-    probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
-    # in bf16 Categorical may refuse such sums, and the official code then takes the best tokens, without a draw
-    drawn = temperature > 0 and len(probs) > 0 and bool(((probs_sum_1.sum(-1) - 1).abs() < 1e-6).all())
+    drawn = temperature > 0 and len(probs) > 0
+    if drawn:
+        probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
+        # in bf16 Categorical may refuse such sums, and the official code then takes the best tokens, without a draw
+        drawn = bool(((probs_sum_1.sum(-1) - 1).abs() < 1e-6).all())
     if drawn:
         x0 = torch.multinomial(probs_sum_1, 1, replacement=True, generator=generator)[:, 0]
         confidence = probs.gather(-1, x0[:, None])[:, 0]
@@ -143,13 +145,13 @@ def dream_step(logits, ids, masked, share, algorithm, temperature, top_p, top_k,
     predicted one, or weights underflow at a tiny alg_temp) then loses tokens: the official code writes [MASK] over
     them, and so does this.
     """
-    x0 = torch.where(masked, ids, mask_id)
     if algorithm == "origin":
         chance = torch.rand(int(masked.sum()), device=ids.device, generator=generator)
-        committed = torch.zeros_like(masked).masked_scatter(masked, chance < share)
+        chosen = torch.zeros_like(masked).masked_scatter(masked, chance < share)
         x0 = ids.clone()
-        x0[committed], _ = dream_choice(logits[committed], algorithm, temperature, top_p, top_k, generator)
-        return x0, committed
+        x0[chosen], _ = dream_choice(logits[chosen], algorithm, temperature, top_p, top_k, generator)
+        return x0, chosen
+    x0 = torch.full_like(ids, mask_id)
     confidence = torch.full(ids.shape, -torch.inf, dtype=logits.dtype, device=ids.device)
     x0[masked], confidence[masked] = dream_choice(logits[masked], algorithm, temperature, top_p, top_k, generator)
     count = int(masked.sum() / len(ids) * share)

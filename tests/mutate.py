@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 EQ, EQ_SGAT, EQ_TAC = "test_equations.py", "test_equations_sgat.py", "test_equations_tac.py"
 QUANT = "test_quantizer.py"
 KERN, SGAT = "test_kernels.py", "test_sgat.py"
-MODEL, FAM, CAL, DREAM, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_dream.py",
+MODEL, FAM, CAL, SAMPLE, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_sampling.py",
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
 
@@ -185,10 +185,10 @@ MUTATIONS = [
      "torch.rsqrt(y.var(-1, keepdim=True) + self.eps)", MODEL, FAM),
     ("model.py", "torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)",
      "torch.rsqrt(y.pow(2).mean(-1, keepdim=True))", MODEL, FAM),
-    ("model.py", "return self.weight * y.to(x.dtype)", "return (self.weight * y).to(x.dtype)", MODEL, FAM, DREAM),
+    ("model.py", "return self.weight * y.to(x.dtype)", "return (self.weight * y).to(x.dtype)", MODEL, FAM, SAMPLE),
     ("model.py", "1.0 / config.rope_theta ** (torch", "config.rope_theta ** (torch", MODEL, FAM),
     ("model.py", "torch.cat((-second, first), -1) * sin", "torch.cat((second, -first), -1) * sin", MODEL, FAM),
-    ("model.py", "dtype = torch.float32 if config.rope_fp32 else dtype", "dtype = torch.float32", MODEL, FAM, DREAM),
+    ("model.py", "dtype = torch.float32 if config.rope_fp32 else dtype", "dtype = torch.float32", MODEL, FAM, SAMPLE),
     ("model.py", "return rope(q, *table), rope(k, *table), v", "return rope(q, *table), k, v", MODEL, FAM),
     ("model.py", "q, k = self.q_norm(q), self.k_norm(k)", "q, k = self.k_norm(q), self.q_norm(k)", FAM),
     ("model.py", "return x + self.down(F.silu(gate) * up, state)",
@@ -200,11 +200,11 @@ MUTATIONS = [
     ("model.py", "z = self.tac(self.attention(", "z = (self.attention(", CAL, "test_baselines.py"),
     ("model.py", "state = ids == self.mask_id  # taken here, once", "state = ids != self.mask_id", MODEL, CAL),
     ("model.py", "positions = (attention_mask.long().cumsum(-1) - 1)",
-     "positions = attention_mask.long().cumsum(-1)", DREAM, FAM),
+     "positions = attention_mask.long().cumsum(-1)", SAMPLE, FAM),
     ("model.py", "mask = keep[:, None, None, :]  # keys that may be seen",
-     "mask = keep[:, None, :, None]", MODEL, FAM, DREAM),
+     "mask = keep[:, None, :, None]", MODEL, FAM, SAMPLE),
     ("model.py", "torch.cat((hidden[:, :1], hidden[:, :-1]), 1)",
-     "torch.cat((hidden[:, 1:], hidden[:, -1:]), 1)", DREAM, FAM),
+     "torch.cat((hidden[:, 1:], hidden[:, -1:]), 1)", SAMPLE, FAM),
     ("model.py", "return self.head(hidden) * self.config.logit_scale", "return self.head(hidden)", FAM),
     ("model.py", "return self.norm(x)", "return x", MODEL, FAM),
     # ---- sgat.py
@@ -235,20 +235,20 @@ MUTATIONS = [
     ("sampling.py", "yield end, n + (i < remainder)", "yield end, n + (i >= steps_per_block - remainder)", MODEL),
     ("sampling.py", "confidence[:, end:] = -torch.inf", "pass", MODEL),
     ("sampling.py", "confidence = confidence.masked_fill(~masked, -torch.inf)", "pass", MODEL),
-    ("sampling.py", "chosen & (ids != model.mask_id))", "chosen)", MODEL, DREAM),
-    ("sampling.py", "x0 = torch.where(masked, ids, mask_id)", "x0 = ids.clone()", DREAM),
-    ("sampling.py", "- 1).abs() < 1e-6).all())", "- 1).abs() < 1).all())", DREAM),
-    ("sampling.py", "scatter(-1, chosen, True) & ~done", "scatter(-1, chosen, True)", DREAM),
+    ("sampling.py", "chosen & (ids != model.mask_id))", "chosen)", MODEL, SAMPLE),
+    ("sampling.py", "x0 = torch.full_like(ids, mask_id)", "x0 = ids.clone()", SAMPLE),
+    ("sampling.py", "- 1).abs() < 1e-6).all())", "- 1).abs() < 1).all())", SAMPLE),
+    ("sampling.py", "scatter(-1, chosen, True) & ~done", "scatter(-1, chosen, True)", SAMPLE),
     ("model.py", "1.0 / config.rope_theta ** (", "config.rope_theta ** -(", MODEL),
     ("sampling.py", "[1 - t[i + 1] / t[i] for i in range(steps - 1)] + [1]",
-     "[1 - t[i + 1] / t[i] for i in range(steps)]", DREAM),
+     "[1 - t[i + 1] / t[i] for i in range(steps)]", SAMPLE),
     ("sampling.py", "outside = ordered.softmax(-1).cumsum(-1) > top_p",
-     "outside = ordered.softmax(-1).cumsum(-1) < top_p", DREAM),
-    ("sampling.py", "confidence = best[:, 0] - best[:, 1]", "confidence = best[:, 1] - best[:, 0]", DREAM),
+     "outside = ordered.softmax(-1).cumsum(-1) < top_p", SAMPLE),
+    ("sampling.py", "confidence = best[:, 0] - best[:, 1]", "confidence = best[:, 1] - best[:, 0]", SAMPLE),
     ("sampling.py", "confidence = (probs * (probs + 1e-10).log()).sum(-1)",
-     "confidence = -(probs * (probs + 1e-10).log()).sum(-1)", DREAM),
+     "confidence = -(probs * (probs + 1e-10).log()).sum(-1)", SAMPLE),
     ("sampling.py", "count = int(masked.sum() / len(ids) * share)",
-     "count = round(float(masked.sum() / len(ids) * share))", DREAM),
+     "count = round(float(masked.sum() / len(ids) * share))", SAMPLE),
 ]
 
 
