@@ -122,7 +122,7 @@ def parse(argv):
                         "channels of scale C (1: off)")
     parser.add_argument("--nelbo", action="store_true", help="a table by its likelihoods (NELBO and KL) alone")
     parser.add_argument("--quick", action="store_true", help="a table in minutes: one seed, one epoch, few examples, a "
-                        "fifth of the calibration segments")
+                        "sixth of the calibration segments")
     parser.add_argument("--fresh", action="store_true", help="measure every cell of a table again, also finished ones")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
@@ -156,7 +156,7 @@ def run(args) -> dict:
         device = distributed.start(pick_device(args.device))
         run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device)), args.seeds
         if args.quick:
-            run, seeds = replace(run, problems=24, nelbo=True, segments=24), 1
+            run, seeds = replace(run, problems=20, nelbo=True, segments=20), 1
         return tables.make(args.table, run, seeds, args.quick, args.fresh)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     if args.tasks:

@@ -7,7 +7,7 @@ tables are there: `--fresh` measures them again. Rows pool the examples of all s
 bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
 example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. `--stress c` gives the
 model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
-examples, one seed, one epoch on a fifth of the segments.
+examples, one seed, one epoch on a sixth of the segments.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
