@@ -6,12 +6,16 @@ leave errors that grow with ‖X P‖² ‖P⁻¹ Wᵀ‖². With Σ_x = L_x L_x
     T = S^−a Uᵀ L_wᵀ:   T Σ_x Tᵀ = S^(2−2a),   T^−ᵀ WᵀW T⁻¹ = S^2a,   P = Tᵀ H
 
 H a Hadamard rotation, which spreads S evenly over the channels. a = ½ gives both sides the same second moment and the
-product its least value. But GPTQ, which knows the activations, leaves less of the weights' error the more uneven they
-are: `exponent` takes a below ½, the lower the fewer bits weights have. The result does not depend on the scales of the
-input channels: outlier channels made by a norm gain or by v_proj and up_proj cancel. Block by block, with a = ½, this
-is WUSH (arXiv 2512.00956). `kind`: "dense" (d² multiplications a token: the most accurate, for small d), "block"
-(diagonal blocks of 64, which with the Kronecker Hadamard cost 2.7 % of LLaDA-8B's linears and 3.6 % of Dream-7B's),
-"kronecker" (T1 ⊗ T2, as cheap as the Hadamard alone).
+product its least value. The result does not depend on the scales of the input channels: outlier channels made by a norm
+gain or by v_proj and up_proj cancel. Block by block, with a = ½, this is WUSH (arXiv 2512.00956). `kind`: "block"
+(diagonal blocks of 64, H across and inside of them), "dense" (d² multiplications a token: the most accurate, for small
+d), "kronecker" (T1 ⊗ T2, the cheapest).
+
+Both sides are then rounded against each other: the weights by GPTQ, which knows the activations, and, at run time, the
+activations by feedback, which knows the weights (`feedback.py`). The more uneven the one side is, the less is left of
+the other's error. So S, sorted in every block, is not spread between ranks: H mixes what has the same rank in all
+blocks, and then inside the blocks. `exponent` gives the uneven share to the side that has more bits. Blocks of 64, what
+mixes them and feedback cost 2.5 % of LLaDA-8B's linears and 3.9 % of Dream-7B's.
 
 Before it every token loses the mean of its state, whose exact output is added behind the integer product: masked tokens
 share most of what they carry (in the first layer all of it), and what is shared needs no bits. Behind it the scales of
@@ -20,7 +24,8 @@ the weights are set such that every output channel keeps its size (`unit_gain`).
 What each part is worth stands in results/table-2-nelbo.md; masked tokens counting double (`mask_weight`) made no
 difference there. Trials on development seeds, whose runs are not kept, spoke against correcting the weight for Q(X) or
 the 16-bit stream by least squares, a corrected output bias, weighing by confidence or by 1/t, second moments of the
-loss's gradients in place of WᵀW, a second stage of blocks across the first in place of the rotation, and TAC from
+loss's gradients in place of WᵀW, a second stage of blocks across the first in place of the rotation, a rotation that
+makes all conditional variances equal (geometric mean decomposition: the range of tokens suffers), and TAC from
 statistics (`tac=ridge` is on request). They spoke for such a stage on top of the rotation, and, within the noise, for
 tokens weighted by their gradients; neither is worth its cost. Larger blocks are better and cost more: the table has
 blocks of 16 and 192, too.
@@ -29,14 +34,15 @@ blocks of 16 and 192, too.
 import torch
 from einops import einsum, rearrange
 
+from feedback import diagonal_blocks, feedback_matrix, rounding_order
 from gptq import gptq, hessian, shrunk_scale
-from hadamard import rotation
+from hadamard import hadamard_sizes, spread
+from kernels import fake_quantize_rows
 from layers import QuantLinear
-from starquant import Kronecker, apply_basis, clip_range, fake_quantize, fold_weight, linear, tac_block_size
+from starquant import Kronecker, apply_basis, fold_weight, linear, tac_block_size
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-EXPONENTS = tuple(i / 20 for i in range(11))
-WEIGHT_COST = 4.0
+EXPONENTS = tuple(i / 20 for i in range(16))
 
 
 def _cholesky(moment, damping: float):
@@ -77,52 +83,59 @@ def conditional_variance(spectrum):
     return torch.trapezoid(before / (after * omega[:, 0]), before)
 
 
-def exponent(S, wbits: int, abits: int) -> float:
-    """The a of EXPONENTS with the least predicted error of both quantizers, for all singular values S (any shape).
+def exponent(S, wbits: int, abits: int, feedback: bool = True) -> float:
+    """The a of EXPONENTS with the least predicted error of both quantizers, for all singular values S (n, b).
 
-    A bit takes three quarters of a quantizer's noise away. An error of weights counts WEIGHT_COST times, a factor
-    chosen on development seeds before there was `unit_gain`, with which 1 does as well at W4A4 and W3A4 (in the noise).
+    A bit takes three quarters of a quantizer's noise away. What GPTQ leaves of the weights' error depends on all
+    channels, what feedback leaves of the activations' on a block, whose spectrum is the mean of all.
 
-        4^−abits mean(S^(2−2a)) mean(S^2a)  +  WEIGHT_COST 4^−wbits conditional_variance(S^(2−2a)) mean(S^2a)
+        4^−abits mean(S^(2−2a)) conditional_variance(mean_n(S^2a)) + 4^−wbits conditional_variance(S^(2−2a)) mean(S^2a)
+
+    Without feedback mean(S^2a) takes the place of its conditional variance.
     """
     predicted = []
     for a in EXPONENTS:
-        x, w = S.pow(2 - 2 * a), S.pow(2 * a).mean()
-        predicted.append(float(w * (4.0**-abits * x.mean() + WEIGHT_COST * 4.0**-wbits * conditional_variance(x))))
+        x, w = S.pow(2 - 2 * a), S.pow(2 * a)
+        left = conditional_variance(w.mean(0)) if feedback else w.mean()
+        predicted.append(float(4.0**-abits * x.mean() * left + 4.0**-wbits * conditional_variance(x) * w.mean()))
     return EXPONENTS[predicted.index(min(predicted))]
-
-
-def diagonal_blocks(matrix, size: int):
-    """(d, d) -> (d / size, size, size)."""
-    blocks = rearrange(matrix, "(n i) (m j) -> n m i j", i=size, j=size)
-    return blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weights=None, block: int = 64,
                    choose=lambda S: 0.5):
     """Factors of P = Tᵀ H for inputs x (N, d), each weighing token_weights (N,), and weight (C, d); fp32.
 
-    choose: gives the exponent a for the singular values S.
+    choose: gives the exponent a for the singular values S (n, b).
     """
-    H = rotation(x.shape[1], generator)
-    H = Kronecker(*(f.to(x.device) for f in H))
+    d = x.shape[1]
     if kind == "kronecker":
         X = x.double() if token_weights is None else x.double() * token_weights.double().sqrt()[:, None]
-        tensors = [rearrange(t, "n (i j) -> n i j", i=len(H.P1)) for t in (X, weight.double())]
+        sizes = hadamard_sizes(d)
+        tensors = [rearrange(t, "n (i j) -> n i j", i=sizes[0]) for t in (X, weight.double())]
         # E[X Xᵀ] and E[Xᵀ X]: the moments of each factor, for both sides
         rows = [einsum(t, t, "n i k, n j k -> i j") for t in tensors]
         columns = [einsum(t, t, "n k i, n k j -> i j") for t in tensors]
         (S1, R1), (S2, R2) = aligned(*rows), aligned(*columns)
         a = choose(S1[:, None] * S2)
-        P = [Kronecker(balance(S1, R1, a).mT @ H.P1, balance(S2, R2, a).mT @ H.P2)]
-    else:
-        moments = hessian(x, token_weights), weight.double().mT @ weight.double()
-        # the largest block that divides d; dense is one block
-        size = x.shape[1] if kind == "dense" else tac_block_size(x.shape[1], block)
-        S, R = aligned(*(diagonal_blocks(m, size) for m in moments))
-        T = balance(S, R, choose(S))
-        P = [T[0].mT @ H.dense()] if kind == "dense" else [T.mT, H]
-    return [Kronecker(*(p.to(x) for p in f)) if isinstance(f, Kronecker) else f.to(x) for f in P]
+        H1, H2 = (spread(n, generator).to(x.device) for n in sizes)
+        return [Kronecker((balance(S1, R1, a).mT @ H1).to(x), (balance(S2, R2, a).mT @ H2).to(x))]
+    moments = hessian(x, token_weights), weight.double().mT @ weight.double()
+    # the largest block that divides d; dense is one block
+    size = d if kind == "dense" else tac_block_size(d, block)
+    S, R = aligned(*(diagonal_blocks(m, size) for m in moments))
+    T = balance(S, R, choose(S))
+    # blockdiag(Tᵀ) (H1 ⊗ H2) = blockdiag(Tᵀ H2) (H1 ⊗ I): spreading inside a block costs nothing on top of T
+    P = T.mT @ spread(size, generator).to(x.device)
+    return [P[0].to(x)] if size == d else [P.to(x), spread(d // size, generator).to(x)]
+
+
+def in_order(P: list, weight):
+    """P with the columns of its blocks in `rounding_order`, one order for all blocks: weight (C, d)."""
+    inner = P[0].P2 if isinstance(P[0], Kronecker) else P[0]
+    folded = fold_weight(weight, P).double()
+    order = rounding_order(diagonal_blocks(folded.mT @ folded, inner.shape[-1]).mean(0))
+    inner = inner[..., order]
+    return [Kronecker(P[0].P1, inner) if isinstance(P[0], Kronecker) else inner, *P[1:]]
 
 
 def evenly(x, token_weights, rows: int = 4096):
@@ -131,16 +144,16 @@ def evenly(x, token_weights, rows: int = 4096):
     return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]
 
 
-def best_clip(x, folded, bits: int, token_weights=None):
+def best_clip(x, folded, bits: int, token_weights=None, feedback=None):
     """Factor c of CLIPS: every token's range shrunk to c times itself costs least output error ‖(Q(x) − x) Wᵀ‖², (2,).
 
-    x (N, d) transformed, folded (C, d). The largest value of many is far out; clipping it refines the steps of all the
-    others.
+    x (N, d) transformed, folded (C, d), feedback as in `kernels.quantize_rows`. The largest value of many is far out;
+    clipping it refines the steps of all the others.
     """
-    x, weights = evenly(x, token_weights)
+    x, weights = evenly(x, token_weights, 1024)
     losses = []
     for c in CLIPS:
-        error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - x
+        error = fake_quantize_rows(x, bits, x.new_full((2,), c), feedback) - x
         losses.append(float(((error @ folded.mT).square().sum(-1) * weights).sum()))
     return x.new_full((2,), CLIPS[losses.index(min(losses))])
 
@@ -167,7 +180,8 @@ def state_means(x, masked):
 
 
 def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
-    """Centring, balance, clipping, GPTQ, unit gain; masked tokens weigh `mask_weight` times as much in the last four.
+    """Centring, balance, GPTQ, feedback, clipping, unit gain; masked tokens weigh `mask_weight` times as much in all of
+    them but the first.
 
         Y^s = Q_a((X^s − μ_s) P) Q_w(P⁻¹ Wᵀ) diag(γ) + μ_s Wᵀ
     """
@@ -176,18 +190,21 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     if config.centre != "none":
         means = state_means(x, masked) if config.centre == "state" else x.mean(0).expand(2, -1).contiguous()
         x, centre = x - means[masked.long()], (means, means @ weight.mT)
-    given = config.exponent >= 0
+    given, feedback = config.exponent >= 0, config.rounding == "feedback"
     P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block,
-                       lambda S: config.exponent if given else exponent(S, config.wbits, config.abits))
+                       lambda S: config.exponent if given else exponent(S, config.wbits, config.abits, feedback))
+    P = in_order(P, weight) if feedback else P
     x, folded = apply_basis(x, P), fold_weight(weight, P)
-    clip = best_clip(x, folded, config.abits, token_weights)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
+    W = scale[:, None] * codes
+    V = feedback_matrix(W, P[0][-1].shape[-1]) if feedback else None
+    clip = best_clip(x, W, config.abits, token_weights, V)
     record = {"clip": float(clip[0])}
     if config.gain == "unit":
         few, weights = evenly(x, token_weights)
-        y_hat = linear(fake_quantize(clip_range(few, clip), config.abits), scale[:, None] * codes)
+        y_hat = linear(fake_quantize_rows(few, config.abits, clip, V), W)
         gain = unit_gain(linear(few, folded), y_hat, weights)
         # s_c ← γ_c s_c
         scale, record["gain"] = scale * gain, float(gain.mean())
-    fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip, centre=centre)
+    fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip, centre=centre, feedback=V)
     return fitted, record

@@ -265,10 +265,11 @@ def check_quantized(checkpoint: Checkpoint) -> None:
         need(f"{start}weight_scale", (rows,))
 
     def factor(name, d):
-        """A diagonal (d,), a matrix (d, d) or blocks (n, b, b), n b = d."""
+        """A diagonal (d,), blocks (n, b, b), n b = d, or a matrix (n, n), for n < d across n blocks."""
         shape = shapes[name]
-        n = shape[0] if len(shape) == 3 and shape[0] and d % shape[0] == 0 else 1
-        need(name, {1: (d,), 3: (n, d // n, d // n)}.get(len(shape), (d, d)))
+        divides = shape and shape[0] and d % shape[0] == 0
+        n = shape[0] if divides else 1 if len(shape) == 3 else d
+        need(name, {1: (d,), 3: (n, d // n, d // n)}.get(len(shape), (n, n)))
 
     bits, head_bits = integer(q, "weight_bits", 2, 8), integer(q, "head_bits", 2, 16, 16)
     integer(q, "activation_bits", 2, 8)
@@ -290,6 +291,9 @@ def check_quantized(checkpoint: Checkpoint) -> None:
             optional(f"{start}weight_zero", (rows,), "I32")
             optional(f"{start}bias", (rows,))
             optional(f"{start}clip", (2,))
+            if f"{start}feedback" in shapes:
+                n = next(iter(shapes[f"{start}feedback"]), 1) or 1
+                need(f"{start}feedback", (n, d // n, d // n), "BF16")
             if f"{start}mean" in shapes or f"{start}shift" in shapes:
                 need(f"{start}mean", (2, d))
                 need(f"{start}shift", (2, rows))

@@ -1,9 +1,10 @@
-"""The integer linear on a GPU: four one-pass CUDA kernels around `torch._int_mm`.
+"""The integer linear on a GPU: five one-pass CUDA kernels around `torch._int_mm`.
 
 PyTorch operations would walk over the activations about ten times (gate, minimum, maximum, divide, round, add, clamp,
 cast, ... and again after the product), and on a GPU these walks cost more than the int8 product saves. So there is
 
     quantize_rows    gate by token state, per-token scale and zero point, codes      one read of x, one write of codes
+    feedback         the same codes rounded by feedback (starquant+)                 one read of x, one write of codes
     unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
     torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
     epilogue         zero point, both scales, bias, int32 -> bf16 or fp32            one read, one write
@@ -29,9 +30,11 @@ from functools import cache
 import torch
 
 import kernels
+from starquant import clip_range
 
 THREADS = 256
 TAC_BLOCK = 16
+FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
 L2_BYTES = 24 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
 
 SOURCE = r"""
@@ -112,6 +115,39 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     }
 }
 
+// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread takes one token's part of a block and
+// goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
+// numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
+extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
+                                    signed char* codes, int M, int K, int bits) {
+    __shared__ float shared_V[FEEDBACK_BLOCK * FEEDBACK_BLOCK];
+    const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
+    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
+        shared_V[k] = __uint_as_float((unsigned)mine[k] << 16);
+    __syncthreads();
+    int m = blockIdx.x * THREADS + threadIdx.x;
+    if (m >= M) return;
+    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
+    float v[FEEDBACK_BLOCK];
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 4) load4(x + at + i, v + i);
+    float levels = (1 << bits) - 1, half = 1 << (bits - 1), s = scale[m], z = zero[m] + half;
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i++) {
+        float q = fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[i], s)), z), 0.0f), levels);
+        // e = x_i - s (q - z);  x_j <- x_j - e V_ij, j > i
+        float e = __fsub_rn(v[i], __fmul_rn(s, __fsub_rn(q, z)));
+        e = __uint_as_float(round_bf16(e) << 16);
+#pragma unroll
+        for (int j = i + 1; j < FEEDBACK_BLOCK; j++) v[j] -= e * shared_V[i * FEEDBACK_BLOCK + j];
+        v[i] = q - half;
+    }
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 4)
+        *(char4*)(codes + at + i) = make_char4((signed char)v[i], (signed char)v[i + 1], (signed char)v[i + 2],
+                                               (signed char)v[i + 3]);
+}
+
 // Four signed 4-bit numbers in the low halves of four bytes -> four signed bytes, without carries between them.
 __device__ unsigned sign_extend4(unsigned n) { return (((n ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u; }
 
@@ -165,13 +201,14 @@ extern "C" __global__ void tac(const real* z, const float* M, const float* bias,
     }
 }
 """
-NAMES = ("quantize_rows", "unpack_int4", "epilogue", "tac")
+NAMES = ("quantize_rows", "feedback", "unpack_int4", "epilogue", "tac")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 def source(dtype) -> str:
     """The CUDA source for activations of this dtype."""
-    return f"#define REAL {TYPES[dtype]}\n#define THREADS {THREADS}\n#define TAC_BLOCK {TAC_BLOCK}\n{SOURCE}"
+    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK}
+    return "".join(f"#define {k} {v}\n" for k, v in {"REAL": TYPES[dtype], **numbers}.items()) + SOURCE
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -224,6 +261,15 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int):
     return codes, scale, zero
 
 
+def feedback(x, V, scale, zero, codes, bits: int):
+    """Round x (M, K) by feedback into codes (≥ M, K): V (K/64, 64, 64) bf16, scale and zero (M,) of `quantize_rows`.
+
+    The integers of `kernels.feedback_codes`.
+    """
+    (M, K), x = x.shape, x.contiguous()
+    _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits])
+
+
 def unpack_int4(packed, out):
     """Rows of packed codes (n, K / 2) uint8 into out (n, K) int8, both contiguous, n K a multiple of 32."""
     count = packed.numel() // 16
@@ -258,14 +304,18 @@ def slice_width(M: int, N: int, K: int, packed: bool) -> int:
     return min(N, max(256, width // 256 * 256))
 
 
-def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None):
+def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
+               clip=None, V=None):
     """Φ-gate, quantize, multiply, dequantize: x (M, K) transformed activations -> (M, N) in x's dtype.
 
-    weight: (N, K/2) uint8 packed or (N, K) int8; w_scale (N,) fp32, w_sum, w_zero (N,) int32, bias (N,) fp32.
+    weight: (N, K/2) uint8 packed or (N, K) int8; w_scale (N,) fp32, w_sum, w_zero (N,) int32, bias (N,) fp32; clip (2,)
+    and V (K/64, 64, 64), the feedback, without gates only.
     """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    codes, scale, zero = quantize_rows(x, state, d_m, d_u, bits)
+    codes, scale, zero = quantize_rows(x if clip is None else clip_range(x, clip.to(x.dtype)), state, d_m, d_u, bits)
+    if V is not None:
+        feedback(x, V, scale, zero, codes, bits)
     # Σ_k (X_c − z_c), only for asymmetric weights
     x_sum = None if w_zero is None else codes[:M].sum(-1, dtype=torch.int32) - K * zero
     width = slice_width(codes.shape[0], N, K, packed)
@@ -307,7 +357,7 @@ def ready(index: int) -> bool:
 
 
 def self_check(device) -> str | None:
-    """The four kernels against the eager formulas, on a ragged number of rows, both dtypes: the first that differs."""
+    """The five kernels against the eager formulas, on a ragged number of rows, both dtypes: the first that differs."""
     g = torch.Generator().manual_seed(0)
     M, K, N, d_m, d_u = 37, 1040, 272, 24, 40
     state = (torch.rand(M, generator=g) < 0.5).to(device)
@@ -327,6 +377,12 @@ def self_check(device) -> str | None:
         if not (torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1])
                 and torch.equal(zero[:, None], want[2].int()) and not codes[M:].any()):
             return f"quantize_rows ({TYPES[dtype]})"
+        few, V = x[:, : 16 * FEEDBACK_BLOCK], 0.1 * torch.randn(16, *2 * (FEEDBACK_BLOCK,), generator=g)
+        few, V = few.contiguous(), V.to(device, torch.bfloat16)
+        codes, scale, zero = quantize_rows(few, None, 0, 0, 4)
+        feedback(few, V, scale, zero, codes, 4)
+        if not torch.equal(codes[:M], kernels.quantize_rows(few, 4, None, V)[0]):
+            return f"feedback ({TYPES[dtype]})"
         y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero)
         if not torch.equal(y, kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float").to(dtype)):
             return f"epilogue ({TYPES[dtype]})"

@@ -27,9 +27,15 @@ def output_error(error, H):
 
 
 def damped(H, damping: float):
-    """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (d, d)"""
-    dead = H.diagonal() == 0
-    return H + torch.diag(damping * H.diagonal().mean() + dead.to(H))
+    """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (..., d, d)"""
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    return H + torch.diag_embed(damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H))
+
+
+def inverse_factor(H, damping: float):
+    """U (..., d, d), upper triangular, H⁻¹ = UᵀU of the damped H: row i holds the inverse Hessian of the columns ≥ i,
+    up to U_ii."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(H, damping))), upper=True)
 
 
 def round_columns(weight, scale, bits: int):
@@ -66,8 +72,7 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
     W, H = weight.double().clone(), H.double()
     scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()
     W[:, H.diagonal() == 0] = 0
-    # H⁻¹ = UᵀU, U upper triangular: row i of U holds the inverse Hessian of the columns ≥ i, up to U_ii
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(H, damping))), upper=True)
+    U = inverse_factor(H, damping)
     codes = torch.empty_like(W)
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])

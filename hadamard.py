@@ -7,7 +7,7 @@ or 2(q + 1) (q ≡ 1 mod 4, Paley II). Together they reach 192, 576, 704, 4096, 
 """
 
 from functools import cache
-from math import isqrt
+from math import isqrt, pi
 
 import torch
 
@@ -74,8 +74,19 @@ def rotation(d: int, generator: torch.Generator):
     QuaRot draws one sign per channel; signs that factor as the Kronecker product does cost nothing at run time. The
     sign of an input channel is what is random: row i of P is the image of channel i.
     """
-    factors = []
-    for n in hadamard_sizes(d):
-        signs = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-        factors.append((signs * hadamard(n)).double() / n**0.5)
-    return Kronecker(*factors)
+    return Kronecker(*(spread(n, generator) for n in hadamard_sizes(d)))
+
+
+def hartley(n: int):
+    """The discrete Hartley transform, orthogonal for every n, entries at most √2 times as large as 1/√n; float64."""
+    # cas(2π i j / n) / √n,  cas = cos + sin
+    i = torch.arange(n)
+    angle = 2 * pi / n * (torch.outer(i, i) % n).double()
+    return (angle.cos() + angle.sin()) / n**0.5
+
+
+def spread(n: int, generator: torch.Generator):
+    """D H, orthogonal, spreads every channel over all n: D random signs, H a Hadamard matrix over √n, evenly, or where
+    none is in reach the Hartley transform; (n, n) float64."""
+    signs = torch.randint(2, (n, 1), generator=generator) * 2 - 1
+    return signs * (hadamard(n).double() / n**0.5 if exists(n) else hartley(n))

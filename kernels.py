@@ -29,6 +29,9 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+
+from starquant import clip_range
 
 # ---- packing -------------------------------------------------------------------------------------------------------
 
@@ -112,30 +115,61 @@ def int_matmul(a, w, largest: int = 128 * 128, use: str | None = None):
 # ---- the quantized linear ------------------------------------------------------------------------------------------
 
 
-def quantize_rows(x, bits: int):
+def quantize_rows(x, bits: int, clip=None, feedback=None):
     """Per-token asymmetric quantization (Eqs. 2-4), centred: x (M, K) -> codes (M, K) int8, scale, zero (M, 1) fp32.
 
-    The same integers as `starquant.quantize` minus 2^(bits-1); one expression per pass over the data.
+    The same integers as `starquant.quantize` minus 2^(bits-1); one expression per pass over the data. clip (2,) narrows
+    the range of every token (`clip_range`); feedback (n, b, b) rounds by feedback within it (`feedback_codes`).
     """
-    x = x.float()
-    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    levels, half, given = 2**bits - 1, 2 ** (bits - 1), x.float()
+    x = given if clip is None else clip_range(given, clip.float())
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     steps = x.new_full((), levels)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
     scale = (high / steps - low / steps).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.round(-low / scale)
-    codes = torch.round(x / scale).add_(zero).clamp_(0, levels).sub_(half).to(torch.int8)
+    if feedback is None:
+        codes = torch.round(x / scale).add_(zero).clamp_(0, levels).sub_(half).to(torch.int8)
+    else:
+        codes = feedback_codes(given, scale, zero - half, feedback, bits)
     return codes, scale, zero - half
 
 
+def fake_quantize_rows(x, bits: int, clip=None, feedback=None):
+    """s (X_c − z) of `quantize_rows`, the activations that the integers stand for: x (..., K) -> (..., K) fp32."""
+    codes, scale, zero = quantize_rows(x.reshape(-1, x.shape[-1]), bits, clip, feedback)
+    return (scale * (codes - zero)).reshape(x.shape)
+
+
+def feedback_codes(x, scale, zero, feedback, bits: int):
+    """Codes (M, K) int8 of x (M, K) fp32 on the grid of `quantize_rows` (scale, zero (M, 1)), rounded by feedback.
+
+    Channel after channel of a block, for all tokens and blocks at once: what one channel loses to rounding (and to
+    clipping) changes the channels of its block that are still open, as `feedback.py` says. feedback (n, b, b) bf16, of
+    which the part above the diagonal counts. Errors are rounded to bf16, too: a product of two bf16 numbers is exact in
+    fp32, so that a fused multiply-add and a product with a subtraction give the same bits on every device.
+    """
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    open_ = rearrange(x, "m (n b) -> b n m", n=len(feedback)).clone(memory_format=torch.contiguous_format)
+    V, codes = rearrange(feedback.float(), "n i j -> i j n 1"), torch.empty_like(open_, dtype=torch.int8)
+    scale, zero = scale.mT, zero.mT
+    for i in range(len(V)):
+        # X_c,i = clamp(round(x_i / s) + z);  e = x_i − s (X_c,i − z);  x_j ← x_j − e V_ij, j > i
+        q = torch.round(open_[i] / scale).add_(zero + half).clamp_(0, levels).sub_(half)
+        e = (open_[i] - scale * (q - zero)).to(torch.bfloat16).float()
+        open_[i + 1 :].addcmul_(e, V[i, i + 1 :], value=-1)
+        codes[i] = q
+    return rearrange(codes, "b n m -> m (n b)").contiguous()
+
+
 def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,
-               use: str | None = None):
+               use: str | None = None, clip=None, feedback=None):
     """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
 
     weight (N, K) int8 centred codes (the float fallback also takes them in fp32), weight_scale (N,) fp32, weight_sum
-    (N,) int32 = rowsum(weight), weight_zero (N,) int32 or None for symmetric weights. NaN turns into code 0 silently:
-    calibration checks its activations first.
+    (N,) int32 = rowsum(weight), weight_zero (N,) int32 or None for symmetric weights; clip and feedback as in
+    `quantize_rows`. NaN turns into code 0 silently: calibration checks its activations first.
     """
-    codes, scale, zero = quantize_rows(x, bits)
+    codes, scale, zero = quantize_rows(x, bits, clip, feedback)
     acc = int_matmul(codes, weight, 2 ** (bits + weight_bits - 2), use)
     # X_c W_cᵀ − z_c rowsum(W_c): exact in int32
     acc = acc - zero.to(torch.int32) * weight_sum

@@ -25,14 +25,14 @@ class QuantLinear(nn.Module):
 
     Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
     d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`); `centre` takes the mean of a
-    token's state off before P and adds that mean's output μ_s Wᵀ behind the integers, exactly. Weight codes of at most
-    4 bits are stored two a byte, wider ones as int8.
+    token's state off before P and adds that mean's output μ_s Wᵀ behind the integers, exactly; `feedback` rounds
+    activations by feedback (`feedback.py`). Weight codes of at most 4 bits are stored two a byte, wider ones as int8.
     """
 
     def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None,
-                 centre=(None, None)):
+                 centre=(None, None), feedback=None):
         """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
-        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens."""
+        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens, feedback (d/b, b, b)."""
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
         self.packed, self._bases = wbits <= 4, {}
@@ -43,6 +43,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("clip", clip)
         self.register_buffer("mean", centre[0])
         self.register_buffer("shift", centre[1])
+        self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16))
         self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
@@ -70,7 +71,8 @@ class QuantLinear(nn.Module):
         packed = tensors["weight_packed"]
         codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
         layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                    tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")))
+                    tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")),
+                    tensors.get("feedback"))
         layer.weight_packed = packed
         return layer
 
@@ -122,9 +124,6 @@ class QuantLinear(nn.Module):
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x
 
-    def clipped(self, rows):
-        return rows if self.clip is None else clip_range(rows, self.clip.to(rows.dtype))
-
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
 
@@ -132,22 +131,28 @@ class QuantLinear(nn.Module):
         """
         C = self.weight_packed.shape[0]
         gated = self.d_m or self.d_u  # the kernels gate rows after this point, and clipping follows the gate
-        if (self.clip is None or not gated) and cuda_kernels.usable(x, C):
-            rows = self.clipped(apply_basis(self.centred(x, state), self.basis(x))).reshape(-1, self.in_features)
+        known = self.feedback is None or self.feedback.shape[-1] == cuda_kernels.FEEDBACK_BLOCK
+        if (self.clip is None or not gated) and known and cuda_kernels.usable(x, C):
+            rows = apply_basis(self.centred(x, state), self.basis(x)).reshape(-1, self.in_features)
             y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
                                         self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
-                                        self.bias, self.weight_zero)
+                                        self.bias, self.weight_zero, self.clip, self.feedback)
         else:
-            rows = self.clipped(self.transformed(x, state)).reshape(-1, self.in_features)
+            rows = self.transformed(x, state).reshape(-1, self.in_features)
             # the float fallback multiplies fp32: unpack straight into it
             codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
             y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                                   self.bias, self.weight_zero)
+                                   self.bias, self.weight_zero, None, self.clip, self.feedback)
         return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
-        y = linear(fake_quantize(self.clipped(self.transformed(x, state)), self.abits), self.weight())
+        rows = self.transformed(x, state)
+        if self.feedback is None:
+            rows = fake_quantize(rows if self.clip is None else clip_range(rows, self.clip), self.abits)
+        else:
+            rows = kernels.fake_quantize_rows(rows, self.abits, self.clip, self.feedback)
+        y = linear(rows, self.weight())
         return self.shifted(y if self.bias is None else y + self.bias, state).to(x.dtype)
 
 

@@ -60,6 +60,7 @@ class QuantConfig:
     balance_block: int = 64  # starquant+: size of the blocks
     exponent: float = -1.0  # starquant+: a of its balance; below 0: by the bits of weights and activations
     centre: str = "state"  # starquant+: mean taken off before the transform, of each "state", "joint", or "none"
+    rounding: str = "feedback"  # starquant+: of activations, by "feedback" against the weights or to "nearest"
     gain: str = "unit"  # starquant+: "unit" keeps the size of every output channel, "none" takes what GPTQ leaves
     mask_weight: float = 2.0  # starquant+: weight of a masked token against an unmasked one
     kv_bits: int = 16  # bits of K and V in attention (Section 3.3 and Fig. 3; DLLMQuant's IA-AQ)
@@ -74,7 +75,8 @@ class QuantConfig:
                          "transform": ("kronecker", "dense", "none"), "allocation": ("random", "closed_form"),
                          "schedule": ("constant", "cosine"), "tac": ("statistics", "ridge", "none"),
                          "balance": ("block", "kronecker", "dense"), "centre": ("state", "joint", "none"),
-                         "gain": ("unit", "none"), "inputs": ("quantized", "fp"), "states": ("masked", "rollout"),
+                         "rounding": ("feedback", "nearest"), "gain": ("unit", "none"),
+                         "inputs": ("quantized", "fp"), "states": ("masked", "rollout"),
                          "head_bits": (16, 8, 4), "embed_bits": (0, 8, 4)}
     RANGES: ClassVar = {"wbits": (2, 8), "abits": (2, 8), "state_fraction": (0, 10**6), "lr": (0, 10),
                         "epochs": (0, 10**4), "batch": (1, 10**6), "tac_block": (1, 10**4), "damping": (0, 10),

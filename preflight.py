@@ -50,8 +50,10 @@ def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
         case "starquant":
             return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
         case "starquant+":
-            rotation, b = square(hadamard_sizes(d)), tac_block_size(d, config.balance_block)
-            return {"dense": [(d, d)], "kronecker": rotation, "block": [(d // b, b, b), *rotation]}[config.balance]
+            if config.balance == "kronecker":
+                return square(hadamard_sizes(d))
+            b = d if config.balance == "dense" else tac_block_size(d, config.balance_block)
+            return square([d]) if b == d else [(d // b, b, b), (d // b, d // b)]
     return []
 
 
@@ -67,10 +69,14 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 
     linears, h = 0, c.head_dim
     for fused, (rows, d) in linear_shapes(c).items():
-        numbers = sum(map(prod, factor_shapes(config, d, fused in ("qkv", "gate_up"))))
+        factors = factor_shapes(config, d, fused in ("qkv", "gate_up"))
+        numbers = sum(map(prod, factors))
         numbers += rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
         numbers += 2 * (config.method in ("flatquant", "freeact", "starquant+"))  # clipping
         numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
+        if config.method == "starquant+" and config.rounding == "feedback":
+            # V in bf16, blocks as wide as those of P
+            linears += 2 * d * (factors[-1][0] if config.balance == "kronecker" else factors[0][-1])
         linears += code_bytes(rows, d, config.wbits) + 4 * numbers
     z = c.n_heads * h
     linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated

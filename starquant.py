@@ -116,7 +116,8 @@ class Kronecker(NamedTuple):
 
 
 def apply_basis(x, P):
-    """X P for one factor (dense (d, d), Kronecker, diagonal (d,), block-diagonal (n, b, b)) or a list of factors."""
+    """X P for a list of factors or one: dense (d, d), Kronecker, diagonal (d,), block-diagonal (n, b, b) or across n
+    blocks, P ⊗ I (n, n)."""
     if isinstance(P, Kronecker):
         x = rearrange(x, "... (i j) -> ... i j", i=P.P1.shape[0])
         # x (P1 ⊗ P2) = P1ᵀ · mat(x) · P2
@@ -129,6 +130,9 @@ def apply_basis(x, P):
         return x * P
     if P.ndim == 3:
         return einsum(rearrange(x, "... (n b) -> ... n b", n=P.shape[0]), P, "... n b, n b c -> ... n c").flatten(-2)
+    if P.shape[0] < x.shape[-1]:
+        # x (P ⊗ I) = Pᵀ · mat(x)
+        return (P.mT @ rearrange(x, "... (n b) -> ... n b", n=P.shape[0])).flatten(-2)
     return x @ P
 
 

@@ -45,6 +45,7 @@ METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmq
 ASYMMETRIC = {"weights": "asymmetric"}
 EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
 RAW_GAIN = {"starquant+, gain as GPTQ leaves it": PLUS | {"gain": "none"}}
+NEAREST = {"starquant+, activations rounded to nearest": PLUS | {"rounding": "nearest"}}
 TABLES = {
     "1": METHODS,
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
@@ -64,7 +65,7 @@ TABLES = {
           "QuaRot": QUAROT,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
-          **EVEN,
+          **NEAREST,
           **RAW_GAIN,
           "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
           "starquant+, one mean for both states": PLUS | {"centre": "joint"},
@@ -76,9 +77,10 @@ TABLES = {
     "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
     "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
           for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
-    "low-bit": {f"{name} W{w}A{a}": (METHODS | EVEN | RAW_GAIN)[name] | {"wbits": w, "abits": a}
+    "low-bit": {f"{name} W{w}A{a}": (METHODS | NEAREST | EVEN | RAW_GAIN)[name] | {"wbits": w, "abits": a}
                 for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
-                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *EVEN, *RAW_GAIN)
+                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *NEAREST, *EVEN,
+                             *RAW_GAIN)
                 if 8 not in (w, a) or name in ("RTN", "starquant+ (ours)")},  # which side costs: two methods tell
 }
 # rows whose counterpart is another than the row above; None: they have none
@@ -94,7 +96,8 @@ REFERENCE = {
                                                           ", dense balance")}},
     "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
     "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")}
-    | {f"{row} {bits}": f"starquant+ (ours) {bits}" for row in RAW_GAIN for bits in ("W4A3", "W3A4", "W3A3", "W2A4")},
+    | {f"{row} {bits}": f"starquant+ (ours) {bits}" for row in EVEN | RAW_GAIN
+       for bits in ("W4A3", "W3A4", "W3A3", "W2A4")},
 }
 
 

@@ -16,7 +16,7 @@ from baselines import AWQ_EXPONENTS, METHODS, Inputs, awq_loss, awq_scale, cgq_w
 from calibrate import QuantConfig, quantize_block, quantize_model
 from families import read_config
 from gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
-from hadamard import exists, hadamard, hadamard_sizes, rotation
+from hadamard import exists, hadamard, hadamard_sizes, hartley, rotation, spread
 from layers import QuantLinear
 from model import FUSED, DiffusionLM
 from sgat import initial_basis
@@ -75,6 +75,19 @@ class TestHadamard:
         one = torch.zeros(d, dtype=torch.float64)
         one[d // 3] = 1
         assert float((apply_basis(one, P).abs() - d**-0.5).abs().max()) < 1e-12
+
+    @pytest.mark.parametrize("n", [1, 3, 5, 6, 9, 14, 37])
+    def test_hartley_is_orthogonal_and_nearly_even_for_every_order(self, n):
+        H = hartley(n)
+        assert float((H @ H.T - torch.eye(n)).abs().max()) < 1e-12
+        assert float(H.abs().max()) <= (2 / n) ** 0.5 + 1e-12
+
+    @pytest.mark.parametrize("n", [1, 3, 9, 64])
+    def test_spread_takes_hadamard_where_it_is_in_reach(self, n):
+        P = spread(n, generator())
+        assert float((P @ P.T - torch.eye(n)).abs().max()) < 1e-12
+        assert (float((P.abs() - n**-0.5).abs().max()) < 1e-12) == exists(n)
+        assert torch.equal(P.abs(), spread(n, generator(1)).abs())  # only the signs are random
 
     def test_what_does_not_follow_is_named(self):
         assert not exists(92)

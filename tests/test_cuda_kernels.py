@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import cuda_kernels
 import kernels
+from feedback import feedback_matrix
 from graphs import GraphedModel
 from layers import TAC, QuantLinear
 from model import load_model
-from starquant import Kronecker, attention_value, tac_apply, tac_value
+from starquant import Kronecker, attention_value, clip_range, tac_apply, tac_value
 
 HERE = Path(__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -74,7 +75,7 @@ def test_sources_compile_with_nvrtc(dtype):
 def cpp_library(folder: Path, dtype):
     lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda_kernels.source(dtype)]
     for name in cuda_kernels.NAMES:
-        meets = "true" if name == "quantize_rows" else "false"
+        meets = "true" if name in ("quantize_rows", "feedback") else "false"
         lines.append(f"extern \"C\" void launch_{name}(int gx, int gy, int threads, void** args) "
                      f"{{ launch({name}, gx, gy, threads, {meets}, args); }}")
     source, library = folder / f"{cuda_kernels.TYPES[dtype]}.cpp", folder / f"{cuda_kernels.TYPES[dtype]}.so"
@@ -146,6 +147,28 @@ def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric
     assert torch.equal(y, want.to(dtype))
 
 
+def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
+    """Feedback through the kernel against its eager twin: every integer equal."""
+    g = torch.Generator().manual_seed(seed)
+    K = 64 * blocks
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    x[0] = 0
+    V = feedback_matrix(torch.randn(K, K, generator=g), 64).to(device)
+    clip = torch.full((2,), 0.75, device=device) if clipped else None
+    w = torch.randint(-8, 8, (32, K), generator=g, dtype=torch.int8).to(device)
+    ones, sums = torch.ones(32, device=device), kernels.row_sums(w)
+    rows = x if clip is None else clip_range(x, clip.to(dtype))
+    codes, scale, zero = cuda_kernels.quantize_rows(rows, None, 0, 0, bits)
+    cuda_kernels.feedback(x, V, scale, zero, codes, bits)
+    assert torch.equal(codes[:M], kernels.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
+    assert not codes[M:].any()
+    y = cuda_kernels.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
+    want = scale[:, None] * ((codes[:M].double() - zero[:, None]) @ w.double().mT).float()
+    assert torch.equal(y, want.to(dtype))
+    if dtype == torch.float32:
+        assert torch.equal(y, kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V))
+
+
 def check_tac(device, dtype, rows, blocks):
     g = torch.Generator().manual_seed(rows)
     z = torch.randn(1, rows, blocks * 16, generator=g).to(device, dtype)
@@ -166,7 +189,8 @@ class TestOnCpu:
 
     @pytest.mark.parametrize(("name", "broken", "wrong"), [
         ("quantize_rows (float)", "half = 1 << (bits - 1)", "half = 1 << bits"), ("unpack_int4", "0x5140", "0x5410"),
-        ("epilogue (float)", "zero[m] * w_sum", "zero[m] + w_sum"), ("tac (float)", "sum += m[j + i]", "sum += m[j]")])
+        ("feedback (float)", "v[j] -= e", "v[j] += e"), ("epilogue (float)", "zero[m] * w_sum", "zero[m] + w_sum"),
+        ("tac (float)", "sum += m[j + i]", "sum += m[j]")])
     def test_self_check_names_a_broken_kernel(self, name, broken, wrong, on_cpu, tmp_path, monkeypatch):
         assert broken in cuda_kernels.SOURCE
         monkeypatch.setattr(cuda_kernels, "SOURCE", cuda_kernels.SOURCE.replace(broken, wrong))
@@ -177,6 +201,11 @@ class TestOnCpu:
            st.booleans(), st.sampled_from([None, True, False]), st.booleans(), st.booleans())
     def test_any_shape(self, seed, M, K16, N16, dtype, packed, masked, asymmetric, has_bias):
         check_linear("cpu", seed, M, 16 * K16, 16 * N16, dtype, 4, packed, masked, asymmetric, has_bias)
+
+    @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 3), st.sampled_from(DTYPES),
+           st.sampled_from([2, 4, 8]), st.booleans())
+    def test_feedback(self, seed, M, blocks, dtype, bits, clipped):
+        check_feedback("cpu", seed, M, blocks, dtype, bits, clipped)
 
     @pytest.mark.parametrize("packed", [True, False])
     def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
@@ -385,6 +414,11 @@ class TestOnGpu:
     @pytest.mark.parametrize("masked", [None, True, False])
     def test_linear(self, dtype, M, K, N, packed, masked):
         check_linear("cuda", 0, M, K, N, dtype, 4, packed, masked, masked is None, True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("clipped", [True, False])
+    def test_feedback(self, dtype, clipped):
+        check_feedback("cuda", 0, 1000, 64, dtype, 4, clipped)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_tac(self, dtype):

@@ -270,10 +270,10 @@ def factors(kind):
     kronecker = Kronecker(orthogonal(4, 1), orthogonal(6, 2))
     blocks = torch.stack([orthogonal(8, s) * torch.linspace(0.5, 2, 8) for s in range(3)])
     return {"none": [], "diagonal": [diagonal], "dense": [orthogonal(24)], "kronecker": [kronecker],
-            "block-diagonal": [blocks], "two": [diagonal, kronecker]}[kind]
+            "block-diagonal": [blocks], "two": [diagonal, kronecker], "across blocks": [blocks, orthogonal(3)]}[kind]
 
 
-KINDS = ("none", "diagonal", "dense", "kronecker", "block-diagonal", "two")
+KINDS = ("none", "diagonal", "dense", "kronecker", "block-diagonal", "two", "across blocks")
 
 
 class TestQuantLinear:
