@@ -131,16 +131,17 @@ extern "C" __global__ void feedback(const real* x, const float* scale, const int
     float v[FEEDBACK_BLOCK];
 #pragma unroll
     for (int i = 0; i < FEEDBACK_BLOCK; i += 4) load4(x + at + i, v + i);
-    float levels = (1 << bits) - 1, half = 1 << (bits - 1), s = scale[m], z = zero[m] + half;
+    float s = scale[m], z = zero[m], low = -(1 << (bits - 1)) - z, high = (1 << (bits - 1)) - 1 - z;
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
 #pragma unroll
     for (int i = 0; i < FEEDBACK_BLOCK; i++) {
-        float q = fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[i], s)), z), 0.0f), levels);
-        // e = x_i - s (q - z);  x_j <- x_j - e V_ij, j > i
-        float e = __fsub_rn(v[i], __fmul_rn(s, __fsub_rn(q, z)));
-        e = __uint_as_float(round_bf16(e) << 16);
+        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
+        float r = fminf(fmaxf(rintf(v[i]), low), high);
+        float e = __uint_as_float(round_bf16(__fsub_rn(v[i], r)) << 16);
 #pragma unroll
         for (int j = i + 1; j < FEEDBACK_BLOCK; j++) v[j] -= e * shared_V[i * FEEDBACK_BLOCK + j];
-        v[i] = q - half;
+        v[i] = r + z;
     }
 #pragma unroll
     for (int i = 0; i < FEEDBACK_BLOCK; i += 4)

@@ -143,22 +143,23 @@ def fake_quantize_rows(x, bits: int, clip=None, feedback=None):
 def feedback_codes(x, scale, zero, feedback, bits: int):
     """Codes (M, K) int8 of x (M, K) fp32 on the grid of `quantize_rows` (scale, zero (M, 1)), rounded by feedback.
 
-    Channel after channel of a block, for all tokens and blocks at once: what one channel loses to rounding (and to
-    clipping) changes the channels of its block that are still open, as `feedback.py` says. feedback (n, b, b) bf16, of
-    which the part above the diagonal counts. Errors are rounded to bf16, too: a product of two bf16 numbers is exact in
-    fp32, so that a fused multiply-add and a product with a subtraction give the same bits on every device.
+    Channel after channel of a block, for all tokens and blocks at once and in units of their steps: what one channel
+    loses to rounding (and to clipping) changes the channels of its block that are still open, as `feedback.py` says.
+    feedback (n, b, b) bf16, of which the part above the diagonal counts. Errors are rounded to bf16, too: a product of
+    two bf16 numbers is exact in fp32, so that a fused multiply-add and a product with a subtraction give the same bits
+    on every device.
     """
-    levels, half = 2**bits - 1, 2 ** (bits - 1)
-    open_ = rearrange(x, "m (n b) -> b n m", n=len(feedback)).clone(memory_format=torch.contiguous_format)
-    V, codes = rearrange(feedback.float(), "n i j -> i j n 1"), torch.empty_like(open_, dtype=torch.int8)
-    scale, zero = scale.mT, zero.mT
+    u, zero = rearrange(x / scale, "m (n b) -> b n m", n=len(feedback)).contiguous(), zero.mT
+    V = rearrange(feedback.float(), "n i j -> i j n 1")
+    low, high = -(2 ** (bits - 1)) - zero, 2 ** (bits - 1) - 1 - zero
     for i in range(len(V)):
-        # X_c,i = clamp(round(x_i / s) + z);  e = x_i − s (X_c,i − z);  x_j ← x_j − e V_ij, j > i
-        q = torch.round(open_[i] / scale).add_(zero + half).clamp_(0, levels).sub_(half)
-        e = (open_[i] - scale * (q - zero)).to(torch.bfloat16).float()
-        open_[i + 1 :].addcmul_(e, V[i, i + 1 :], value=-1)
-        codes[i] = q
-    return rearrange(codes, "b n m -> m (n b)").contiguous()
+        # r = clamp(⌊u_i⌉),  e = u_i − r,  u_j ← u_j − e V_ij, j > i
+        r = torch.round(u[i]).clamp_(low, high)
+        e = (u[i] - r).to(torch.bfloat16).float()
+        u[i + 1 :].addcmul_(e, V[i, i + 1 :], value=-1)
+        u[i] = r
+    # X_c = r + z
+    return rearrange(u.add_(zero), "b n m -> m (n b)").to(torch.int8)
 
 
 def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,

@@ -24,6 +24,7 @@ KERN, SGAT = "test_kernels.py", "test_sgat.py"
 MODEL, FAM, CAL, SAMPLE, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_sampling.py",
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
+FEED, CUDA = "test_feedback.py", "test_cuda_kernels.py"
 
 MUTATIONS = [
     # ---- starquant.py: quantizers
@@ -131,22 +132,42 @@ MUTATIONS = [
     ("layers.py", '(tensors.get("mean"), tensors.get("shift"))', "(None, None)", CAL),
     # ---- balance.py
     ("balance.py", "S.pow(-a)[..., None] * R", "S.pow(a)[..., None] * R", BAL),
-    ("balance.py", "x, w = S.pow(2 - 2 * a), S.pow(2 * a).mean()", "x, w = S.pow(2 * a), S.pow(2 - 2 * a).mean()", BAL),
-    ("balance.py", "WEIGHT_COST * 4.0**-wbits", "WEIGHT_COST * 4.0**-abits", BAL),
+    ("balance.py", "x, w = S.pow(2 - 2 * a), S.pow(2 * a)", "x, w = S.pow(2 * a), S.pow(2 - 2 * a)", BAL),
+    ("balance.py", "4.0**-wbits * conditional", "4.0**-abits * conditional", BAL),
+    ("balance.py", "conditional_variance(w.mean(0)) if feedback else w.mean()", "w.mean()", BAL),
+    ("balance.py", "T.mT @ spread(size, generator)", "T @ spread(size, generator)", BAL),
+    ("balance.py", "inner = inner[..., order]", "inner = inner[..., order.flip(0)]", BAL),
+    ("balance.py", "config.wbits, config.abits, feedback))", "config.wbits, config.abits, True))", BAL),
     ("balance.py", "torch.linalg.svd(L_w.mT @ L_x)", "torch.linalg.svd(L_x.mT @ L_w)", BAL),
     ("balance.py", "for rows in (~masked, masked)", "for rows in (masked, ~masked)", BAL),
     ("balance.py", "rows.sum().clamp_min(1)", "rows.sum()", BAL),
-    ("balance.py", "error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - x",
-     "error = fake_quantize(clip_range(x, x.new_full((2,), c)), bits) - clip_range(x, x.new_full((2,), c))", BAL),
+    ("balance.py", "x.new_full((2,), c), feedback) - x",
+     "x.new_full((2,), c), feedback) - fake_quantize_rows(x, 8, x.new_full((2,), c))", BAL),
     ("balance.py", "token_weights.double().sqrt()[:, None]", "token_weights.double()[:, None]", BAL),
     ("balance.py", "means @ weight.mT", "means.flip(0) @ weight.mT", BAL),
     ("balance.py", "2 * both > own, own / both, 1.0)", "2 * both > own, both / own, 1.0)", BAL),
     ("balance.py", "2 * both > own, own / both, 1.0)", "own > 0, own / both, 1.0)", BAL),
-    ("balance.py", "fake_quantize(clip_range(few, clip), config.abits)", "few", BAL),
+    ("balance.py", "fake_quantize_rows(few, config.abits, clip, V)", "few", BAL),
     ("balance.py", "= scale * gain, float", "= scale, float", BAL),
     ("balance.py", "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]",
      "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
     ("tables.py", '{"segments": self.segments}', "{}", TABLES),
+    # ---- feedback.py
+    ("feedback.py", "weight.mT @ weight, size), damping)", "weight.mT @ weight, size), 1)", FEED),
+    ("feedback.py", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None])", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None, :])",
+     FEED),
+    ("feedback.py", ".triu(1)", ".triu(0)", FEED),
+    ("feedback.py", "torch.where(left, M.diagonal(), torch.inf).argmin()",
+     "torch.where(left, M.diagonal(), -torch.inf).argmax()", FEED),
+    ("feedback.py", "M = M - torch.outer(M[:, i], M[i]) / M[i, i]", "M = M - torch.outer(M[:, i], M[i])", FEED),
+    ("feedback.py", "order[::-1]", "order", FEED),
+    ("kernels.py", "-(2 ** (bits - 1)) - zero", "-(2 ** (bits - 1))", FEED),
+    ("kernels.py", "(u[i] - r).to(torch.bfloat16).float()", "u[i] - r", FEED),
+    ("kernels.py", "addcmul_(e, V[i, i + 1 :], value=-1)", "addcmul_(e, V[i, i + 1 :], value=1)", FEED),
+    ("kernels.py", "codes = feedback_codes(given, scale", "codes = feedback_codes(x, scale", FEED),
+    ("cuda_kernels.py", "v[i] = r + z;", "v[i] = r - z;", CUDA),
+    ("cuda_kernels.py", "+ blockIdx.y * FEEDBACK_BLOCK;", "+ blockIdx.y;", CUDA),
+    ("cuda_kernels.py", "(_blocks(M), K // FEEDBACK_BLOCK)", "(M // THREADS, K // FEEDBACK_BLOCK)", CUDA),
     # ---- metrics.py, tables.py
     ("metrics.py", "(want.exp() * (want - got)).sum(-1)", "(got.exp() * (got - want)).sum(-1)", EVAL),
     ("metrics.py", "placed.sum(-1) / t[rows] / region[rows].sum(-1)", "placed.sum(-1) / region[rows].sum(-1)", EVAL),

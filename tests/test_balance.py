@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,12 +23,13 @@ from balance import (
     conditional_variance,
     evenly,
     exponent,
+    in_order,
     state_means,
     unit_gain,
 )
 from baselines import Inputs
 from calibrate import QuantConfig
-from feedback import feedback_matrix
+from feedback import diagonal_blocks, feedback_matrix, rounding_order
 from gptq import gptq, hessian, shrunk_scale
 from hadamard import rotation
 from kernels import fake_quantize_rows
@@ -191,6 +193,19 @@ class TestBasis:
         assert all(hadamard.exists(width // 64) for width in (d, ffn))
 
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_in_order_permutes_inside_the_blocks_and_leaves_nothing_to_order(self, kind):
+        x, weight = layer(dtype=torch.float32)
+        P = balanced_basis(x, weight, kind, generator(), None, 32)
+        ordered = in_order(P, weight)
+        b = (P[0].P2 if kind == "kronecker" else P[0]).shape[-1]
+        old, new = (rearrange(apply_basis(x, p), "t (n b) -> b n t", b=b) for p in (P, ordered))
+        same = (old[:, None] - new).abs().amax((-1, -2)) < 1e-4 * x.abs().max()
+        assert same.sum(0).tolist() == same.sum(1).tolist() == [1] * b  # the same channels, in all blocks alike
+        folded = fold_weight(weight, ordered).double()
+        assert rounding_order(diagonal_blocks(folded.mT @ folded, b).mean(0)).tolist() == list(range(b))
+
+
 class TestFit:
     def test_few_tokens_stand_for_all_with_their_own_weights(self):
         x = torch.arange(20.0).view(10, 2)
@@ -229,6 +244,21 @@ class TestFit:
             assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
             errors[method] = float((fitted(x, state) - inputs.y).norm())
         assert errors["starquant+"] < 0.95 * errors["quarot"]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_feedback_pays(self, kind):
+        """On inputs and weights with spectra of their own; it is fitted to the weight as it was rounded."""
+        x, weight = layer(dtype=torch.float32)
+        inputs, errors = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool)), {}
+        for rounding in ("feedback", "nearest"):
+            config = QuantConfig(method="starquant+", balance=kind, balance_block=32, rounding=rounding, gain="none")
+            fitted, _ = calibrate.METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            errors[rounding] = float((fitted(inputs.x, inputs.state) - inputs.y).norm())
+            if rounding == "feedback":
+                assert torch.equal(fitted.feedback, feedback_matrix(fitted.weight(), fitted.feedback.shape[-1]))
+            else:
+                assert fitted.feedback is None
+        assert errors["feedback"] < {"kronecker": 0.97}.get(kind, 0.9) * errors["nearest"]  # its blocks are of 8
 
     def test_centring_is_exact_and_leaves_shared_parts_without_error(self):
         """Masked tokens that are all alike, as in the first layer, come out exactly whatever the bits."""

@@ -114,13 +114,13 @@ class TestCodes:
         codes, scale, zero = kernels.quantize_rows(x, bits, clip, V)
         levels, half = 2**bits - 1, 2 ** (bits - 1)
         for m, row in enumerate(x.numpy()):
-            s, z, v = scale[m].numpy()[0], zero[m].numpy()[0] + np.float32(half), row.copy()
+            z, u = zero[m].numpy()[0] + np.float32(half), row / scale[m].numpy()[0]
             for i in range(len(row)):
-                q = np.clip(np.round(v[i] / s) + z, 0, levels).astype(np.float32)
+                q = np.clip(np.round(u[i]) + z, 0, levels).astype(np.float32)
                 assert int(codes[m, i]) == int(q) - half
-                e = torch.tensor(v[i] - s * (q - z)).bfloat16().float().numpy()
+                e = torch.tensor(u[i] - (q - z)).bfloat16().float().numpy()
                 for j in range(i + 1, (i // b + 1) * b):
-                    v[j] = v[j] - e * V[i // b, i % b, j % b].float().numpy()
+                    u[j] = u[j] - e * V[i // b, i % b, j % b].float().numpy()
 
     def test_the_grid_is_that_of_the_clipped_token(self):
         x, V, clip = correlated(16, 8).float(), feedback_matrix(correlated(24, 8, 1), 8), torch.tensor([0.8, 0.8])
