@@ -142,6 +142,13 @@ class TestCodes:
             half = slice(8 * n, 8 * n + 8)
             assert torch.equal(kernels.feedback_codes(x[:, half], scale, zero, V[n : n + 1], 4), codes[:, half])
 
+    def test_errors_are_bf16(self):
+        """0.3 is 0.3008 in bf16: of 0.8004 less that remains 0.4996, which rounds down; on a grid of step 1."""
+        x = torch.tensor([[0.3, 0.8004, 0.0, 15.0]])
+        codes, scale, _ = kernels.quantize_rows(x, 4, None, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]] * 2))
+        assert scale.item() == 1
+        assert (codes + 8).tolist() == [[0, 0, 0, 15]]
+
     def test_leaves_its_input_alone(self):
         for shape in ((1, 8), (5, 8)):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

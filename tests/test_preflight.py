@@ -49,6 +49,7 @@ class TestDisk:
     @pytest.mark.parametrize("extra", [
         ["--method", "starquant+", "--set", "balance=dense"], ["--method", "starquant+", "--set", "balance=kronecker"],
         ["--method", "starquant+", "--set", "tac=ridge"], ["--method", "starquant+", "--set", "balance_block=16"],
+        ["--method", "starquant+", "--set", "rounding=nearest"],
         ["--method", "quarot", "--set", "kv_bits=4", "--set", "softmax_bits=8"],
         ["--method", "dllmquant++", "--set", "kv_bits=4"], ["--set", "head_bits=8", "--set", "embed_bits=4"]])
     def test_bytes_are_exact_for_combinations(self, extra, small_folder, tmp_path):
