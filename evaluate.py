@@ -156,7 +156,7 @@ def run(args) -> dict:
         device = distributed.start(pick_device(args.device))
         run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device)), args.seeds
         if args.quick:
-            run, seeds = replace(run, problems=20, nelbo=True, segments=20), 1
+            run, seeds = replace(run, problems=16, nelbo=True, segments=20), 1
         return tables.make(args.table, run, seeds, args.quick, args.fresh)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     if args.tasks:

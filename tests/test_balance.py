@@ -345,7 +345,7 @@ class TestGain:
         tokens, region = data.calibration_set(model.tokenizer, 16, 64, 0)
         (ids, where), *_ = metrics.nelbo_set(model.tokenizer, 16, 0)
         for gain in ("unit", "none"):
-            config = QuantConfig(method="starquant+", wbits=2, gain=gain)
+            config = QuantConfig(method="starquant+", wbits=2, gain=gain, rounding="nearest")
             judged = calibrate.quantize_model(model, tokens, config, region)
             divergence[gain] = float(metrics.losses(judged, ids, where, 1, reference=model)["kl"].mean())
         assert divergence["unit"] < 0.7 * divergence["none"]

@@ -160,7 +160,7 @@ class TestCommand:
         assert evaluate.main(["--table", "2", "--fresh", "--device", "cpu"]) == 0
         (name, run, seeds, quick, fresh), (_, short, once, _, _), (*_, again) = asked
         assert (name, run.problems, seeds, quick, fresh, again) == ("2", 9, 4, False, False, True)
-        assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 20, True, 20, 1)
+        assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 16, True, 20, 1)
 
     @pytest.mark.parametrize("given", [[], ["--weights", "int8"]])
     def test_weights_are_resident_as_asked(self, given, monkeypatch):
