@@ -267,9 +267,12 @@ def check_quantized(checkpoint: Checkpoint) -> None:
     def factor(name, d):
         """A diagonal (d,), blocks (n, b, b), n b = d, or a matrix (n, n), for n < d across n blocks."""
         shape = shapes[name]
-        divides = shape and shape[0] and d % shape[0] == 0
-        n = shape[0] if divides else 1 if len(shape) == 3 else d
+        n = blocks(shape, d) or (1 if len(shape) == 3 else d)
         need(name, {1: (d,), 3: (n, d // n, d // n)}.get(len(shape), (n, n)))
+
+    def blocks(shape, d):
+        """The first size of a shape where it divides d, else 0."""
+        return shape[0] if shape and shape[0] and d % shape[0] == 0 else 0
 
     bits, head_bits = integer(q, "weight_bits", 2, 8), integer(q, "head_bits", 2, 16, 16)
     integer(q, "activation_bits", 2, 8)
@@ -292,7 +295,7 @@ def check_quantized(checkpoint: Checkpoint) -> None:
             optional(f"{start}bias", (rows,))
             optional(f"{start}clip", (2,))
             if f"{start}feedback" in shapes:
-                n = next(iter(shapes[f"{start}feedback"]), 1) or 1
+                n = blocks(shapes[f"{start}feedback"], d) or 1
                 need(f"{start}feedback", (n, d // n, d // n), "BF16")
             if f"{start}mean" in shapes or f"{start}shift" in shapes:
                 need(f"{start}mean", (2, d))
