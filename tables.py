@@ -5,7 +5,8 @@ keeps it under a key of what determines it, the code apart (the commit stands be
 share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
 tables are there: `--fresh` measures them again. Rows pool the examples of all seeds; ± is half a 95 %
 bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
-example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. `--stress c` gives the
+example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. The mean of the three
+tasks is counted from 16 bit on the same problems, which takes out how hard these are. `--stress c` gives the
 model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
 examples, one seed, one epoch on a sixth of the segments.
 
@@ -33,6 +34,7 @@ from layers import QuantLinear
 from model import load_model
 from stress import stress
 
+TASKS = (*metrics.TASKS, "cloze")
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells.jsonl"
 FIRST_SEED = 10
@@ -249,8 +251,12 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
             other = (reference or {}).get(label, above)
             if other in measured:
                 row["against"] = {"setting": other} | {k: metrics.bootstrap(values[k] - measured[other][k])
-                                                       for k in ("kl", "nelbo", "math", "code", "cloze") if k in values}
+                                                       for k in ("kl", "nelbo", *TASKS) if k in values}
             measured[label], above = values, label
+        if set(TASKS) <= values.keys():
+            # every task has as many problems: the mean over problems is the mean of the tasks, paired with 16 bit
+            lost = values if label == "16-bit" else {k: values[k] - base[k] for k in TASKS}
+            row["mean"] = metrics.bootstrap(torch.cat([lost[k] for k in TASKS]))
         out.append(row)
     return out
 
@@ -259,14 +265,14 @@ def pooled(cells: list[dict], measure: str):
     return torch.tensor([x for c in cells for x in c["values"][measure]], dtype=torch.float64)
 
 
-def interval(triple, scale: float = 100) -> str:
+def interval(triple, scale: float = 100, sign: str = "") -> str:
     mean, low, high = triple
-    return f"{scale * mean:.1f} ± {scale * (high - low) / 2:.1f}"
+    return f"{scale * mean:{sign}.1f} ± {scale * (high - low) / 2:.1f}"
 
 
 def markdown(record: dict) -> str:
-    measures = [m for m in ("math", "code", "cloze", "tokens") if m in record["rows"][-1]]
-    names = {"tokens": "same tokens %"}
+    measures = [m for m in (*TASKS, "mean", "tokens") if m in record["rows"][-1]]
+    names = {"mean": "mean of the tasks, points from 16 bit", "tokens": "same tokens %"}
     heads = ["setting", "KL from 16 bit, 10⁻³ nats/token", "against the row above (or the one named)", "recovered %",
              "NELBO penalty", *(names.get(m, f"{m} %") for m in measures)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -278,7 +284,7 @@ def markdown(record: dict) -> str:
             other = row["against"]["setting"]
             named = "" if above and other == above["setting"] else f" {other}"
             shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){named}"
-        shown += [interval(row[m]) if m in row else "" for m in measures]
+        shown += [interval(row[m], sign="+" * (m == "mean" and "kl" in row)) if m in row else "" for m in measures]
         lines.append(f"| {' | '.join(shown)} |")
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "
             f"each; ± half a 95 % bootstrap interval over examples, paired differences with their 95 % interval; torch "

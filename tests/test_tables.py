@@ -41,6 +41,23 @@ class TestRows:
         assert better["against"]["kl"][0] == pytest.approx(-0.8)
         assert "against" not in rtn
 
+    def test_mean_of_the_tasks_is_paired_with_16_bit(self):
+        easy, hard = [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]
+        rows = {"16-bit": [cell([1.0], math=easy, code=easy, cloze=hard)],
+                "RTN": [cell([1.0], [0.5], math=[1.0, 0.0, 0.0], code=easy, cloze=hard)],
+                "same": [cell([1.0], [0.5], math=easy, code=easy, cloze=hard)]}
+        base, rtn, same = tables.summarize(rows)
+        assert base["mean"][0] == pytest.approx(4 / 9)
+        assert rtn["mean"][0] == pytest.approx(-1 / 9)
+        assert same["mean"] == (0, 0, 0)  # equal example by example: no noise is left
+        record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 3,
+                  "rows": [base, rtn, same]}
+        lines = tables.markdown(record).splitlines()
+        assert "mean of the tasks, points from 16 bit" in lines[0]
+        assert lines[2].endswith(f"| {tables.interval(base['mean'])} |")
+        assert "| -11.1 ± " in lines[3]
+        assert lines[4].endswith("| +0.0 ± 0.0 |")
+
     def test_recovered_is_against_rtn_of_the_same_bits(self):
         kl = {"16-bit": None, "RTN W4A4": 4.0, "other W4A4": 1.0, "RTN W3A3": 8.0, "other W3A3": 4.0}
         rows = tables.summarize({label: [cell([1.0], value and [value])] for label, value in kl.items()})
