@@ -35,10 +35,11 @@ def fit_rtn(weight, bias, inputs, config, generator, progress):
 # ---- GPTQ and QuaRot -------------------------------------------------------------------------------------------------
 
 
-def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weights=None, search=False):
+def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weights=None, search=False, clip=None):
     """GPTQ in the space of a transform P (none by default); token_weights (S, L) weigh the Hessian.
 
-    search: the per-channel scale of least rounding error instead of max|w| (`mse` in GPTQ's code).
+    search: the per-channel scale of least rounding error instead of max|w| (`mse` in GPTQ's code); clip: factor of
+    every token's range.
     """
     P = list(P)
     rows = None if token_weights is None else token_weights.flatten()
@@ -46,7 +47,8 @@ def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weig
     folded = fold_weight(weight, P) if P else weight
     scale = shrunk_scale(folded, config.wbits) if search else None
     codes, scale = gptq(folded, H, config.wbits, scale)
-    return QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias), {}
+    clip = None if clip is None else scale.new_full((2,), clip)
+    return QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip), {}
 
 
 def quarot_basis(inputs: Inputs, generator):
@@ -62,13 +64,18 @@ def quarot_basis(inputs: Inputs, generator):
     return [1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain), H]
 
 
+QUAROT_CLIP = 0.9  # of 4-bit activations, as its authors set it; with many bits clipping costs more than it brings
+
+
 def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=None):
-    """QuaRot (arXiv 2404.00456): Hadamard rotation, GPTQ weights with the scale search its authors recommend.
+    """QuaRot (arXiv 2404.00456): Hadamard rotation, GPTQ weights with the scale search its authors recommend, and their
+    clipping of activations.
 
     One rotation per input instead of one for the whole residual stream; activations asymmetric, not symmetric.
     """
     P = quarot_basis(inputs, generator)
-    return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True)
+    clip = QUAROT_CLIP if config.abits <= 4 else None
+    return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True, clip=clip)
 
 
 # ---- AWQ -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out FOLDER]
+"""Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out DIR]
 
 The algorithm, one block at a time (Sections 3.2-3.3, Appendices B and C):
 
@@ -38,7 +38,7 @@ from cli import Parser
 from families import ConfigError
 from hadamard import exists, rotation
 from layers import TAC, QuantLinear
-from methods import METHODS, QuantConfig
+from methods import COMPENSATED, METHODS, SETTINGS_OF, QuantConfig
 from model import FUSED, DiffusionLM, check_tensors, load_block, load_model, load_outer, pick_device, quantize_outer
 from output import Output, run_key, survey
 from softmax_value import QuantAttention, ia_aq, softmax_scores
@@ -265,7 +265,8 @@ def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None)
 def parse(argv):
     parser = Parser("calibrate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
-    parser.add_argument("--method", default="starquant", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--method", default="starquant+", help="starquant (the paper), starquant+ (ours, the default), "
+                        + ", ".join(m for m in METHODS if "starquant" not in m))
     parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
     parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
     parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
@@ -311,7 +312,16 @@ def config_from(args) -> QuantConfig:
             values[name] = kinds[name](value)
         except ValueError:
             raise ConfigError(f"--set {item!r}: {value!r} is not a {kinds[name].__name__}.") from None
-    return QuantConfig(**values)
+    config = QuantConfig(**values)
+    for name in (item.partition("=")[0] for item in args.set):
+        if config.method not in SETTINGS_OF.get(name, METHODS):
+            *some, last = SETTINGS_OF[name]
+            raise ConfigError(f"--set {name} is for {', '.join(some) + ' and ' * bool(some)}{last}, not for "
+                              f"{config.method}.")
+        if name == "tac" and config.tac != "none" and not config.compensated:
+            raise ConfigError(f"--set tac={config.tac} is not for {config.method}, which takes "
+                              f"{' or '.join((*COMPENSATED[config.method], 'none'))}.")
+    return config
 
 
 def calibration_texts(args) -> list[str]:

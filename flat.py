@@ -3,7 +3,7 @@
 Both train, per linear, ‖Y − Q_a(X P G_s) Q_w(P⁻¹Wᵀ)‖² (Eq. 15) over the transform and clipping factors:
 
     FlatQuant   P = diag(δ)(P1 ⊗ P2), P_i = U diag(s) Vᵀ invertible; no gates
-    FreeAct     P = P1 ⊗ P2 orthogonal; gates for two token types, d/32 dimensions each
+    FreeAct     P = diag(δ)(P1 ⊗ P2), P_i orthogonal; gates for two token types, d/32 dimensions each
 
 Without clipping and gates the orthogonal form is STaR-Quant's. FlatQuant's code minimizes a block's output error on
 16-bit inputs; here the loss is per linear behind the quantized prefix, as for STaR-Quant, so that methods differ in
@@ -59,7 +59,9 @@ class FlatParameters(nn.Module):
 
 def folded_weight(weight, P, orthogonal: bool, clip_w=None):
     """The weight in the transformed space, clipped: (C, d)."""
-    folded = transform(weight, P if orthogonal else inverse_transpose(P), 1)
+    # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
+    P = [p if isinstance(p, Kronecker) else 1 / p for p in P] if orthogonal else inverse_transpose(P)
+    folded = transform(weight, P, 1)
     return folded if clip_w is None else clip_range(folded, clip_w)
 
 
@@ -87,16 +89,22 @@ def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int, orthog
     return QuantLinear(codes, scale[:, 0], P, d_s, d_s, config.abits, config.wbits, bias, clip=clip_x), record
 
 
-def fit_flatquant(weight, bias, inputs, config, generator, progress):
-    """FlatQuant with its recommended options: per-channel diagonal, clipping of weights and activations."""
+def channel_scale(inputs, weight):
+    """Start of the per-channel diagonal δ, (d,)."""
     x_max = inputs.x.abs().amax((0, 1)).clamp_min(1e-5)
     w_max = weight.abs().amax(0).clamp_min(1e-5)
     # x · w_max^(1−α) / x_max^α, α = 0.3
-    diagonal = w_max**0.7 / x_max**0.3
+    return w_max**0.7 / x_max**0.3
+
+
+def fit_flatquant(weight, bias, inputs, config, generator, progress):
+    """FlatQuant: per-channel diagonal, clipping of weights and activations."""
+    diagonal = channel_scale(inputs, weight)
     return fit_flat(weight, bias, inputs, config, generator, progress, 0, orthogonal=False, diagonal=diagonal)
 
 
 def fit_freeact(weight, bias, inputs, config, generator, progress):
-    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), clipping."""
+    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), diagonal, clipping."""
     d_s = weight.shape[1] // config.state_fraction if config.state_fraction else 0
-    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True)
+    diagonal = channel_scale(inputs, weight)
+    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True, diagonal=diagonal)

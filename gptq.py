@@ -28,8 +28,10 @@ def output_error(error, H):
 
 def damped(H, damping: float):
     """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (..., d, d)"""
+    H = H.clone()  # and no other matrix of its size: for an 8B model it is a gigabyte
     diagonal = H.diagonal(dim1=-2, dim2=-1)
-    return H + torch.diag_embed(damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H))
+    diagonal += damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H)
+    return H
 
 
 def inverse_factor(H, damping: float):
@@ -69,18 +71,19 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
     scale (C, 1): fixed before the first column, max|w| / (2^(b−1) − 1) by default. Columns are taken in order, in
     blocks of `block`: inside a block every column updates the next ones at once, the columns behind it once per block.
     """
-    W, H = weight.double().clone(), H.double()
+    W, H = weight.to(torch.float64, copy=True), H.double()
     scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()
     W[:, H.diagonal() == 0] = 0
     U = inverse_factor(H, damping)
-    codes = torch.empty_like(W)
+    codes = torch.empty_like(W, dtype=torch.int8)
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
         errors = torch.empty_like(W[:, start:end])
         for i in range(start, end):
-            codes[:, i] = round_columns(W[:, i : i + 1], scale, bits)[:, 0]
+            q = round_columns(W[:, i : i + 1], scale, bits)[:, 0]
+            codes[:, i] = q.to(torch.int8)
             # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
-            errors[:, i - start] = (W[:, i] - scale[:, 0] * codes[:, i]) / U[i, i]
+            errors[:, i - start] = (W[:, i] - scale[:, 0] * q) / U[i, i]
             W[:, i + 1 : end] -= errors[:, i - start, None] * U[i, i + 1 : end]
         W[:, end:] -= errors @ U[start:end, end:]
-    return codes.to(torch.int8), scale[:, 0].float()
+    return codes, scale[:, 0].float()

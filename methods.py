@@ -31,6 +31,19 @@ def _cast(P, like):
 
 
 METHODS = {**baselines.METHODS, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
+# settings that not every method has, and the methods that have them; the others count for all
+_TRAINED, _OURS = ("flatquant", "freeact", "starquant"), ("starquant+",)
+SETTINGS_OF = {
+    "weights": ("rtn", "starquant"), "transform": ("starquant",), "allocation": ("starquant",),
+    "state_fraction": ("freeact", "starquant"),
+    "lr": _TRAINED, "epochs": _TRAINED, "batch": _TRAINED, "schedule": _TRAINED,
+    "tac": ("starquant", *_OURS), "tac_block": ("starquant", *_OURS), "damping": ("starquant", *_OURS),
+    "smoothing": ("starquant",), "shrinkage": ("starquant",),
+    "tac_samples": (*baselines.DLLMQUANT, "starquant", *_OURS),
+    "balance": _OURS, "balance_block": _OURS, "exponent": _OURS, "centre": _OURS, "rounding": _OURS, "gain": _OURS,
+    "mask_weight": _OURS,
+}
+SECOND_ORDER = ("gptq", "quarot", *baselines.DLLMQUANT, *_OURS)  # round weights by GPTQ
 # methods with TAC, and the kinds they take: on top of starquant+ the paper's statistics lose and ridge is on request
 COMPENSATED = {"starquant": ("statistics", "ridge"), "starquant+": ("ridge",)}
 
@@ -39,7 +52,7 @@ COMPENSATED = {"starquant": ("statistics", "ridge"), "starquant+": ("ridge",)}
 class QuantConfig:
     """Everything that determines a quantized checkpoint besides the model and the calibration tokens."""
 
-    method: str = "starquant"  # one of METHODS
+    method: str = "starquant"  # one of METHODS: the paper's here, of the command `starquant+`
     wbits: int = 4  # weight bits, 2-8, per output channel (Section 3.1)
     abits: int = 4  # activation bits, 2-8, asymmetric per token (Eq. 4)
     weights: str = "symmetric"  # grid of the weights; "asymmetric" is Eq. 4 for them, too (rtn and starquant)
@@ -93,8 +106,9 @@ class QuantConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:
             raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
-        if not self.symmetric and self.method not in ("rtn", "starquant"):
-            raise ConfigError(f"weights asymmetric is for methods rtn and starquant, not {self.method}.")
+        if not self.symmetric and self.method not in SETTINGS_OF["weights"]:
+            raise ConfigError(f"weights asymmetric is for {' and '.join(SETTINGS_OF['weights'])}, not for "
+                              f"{self.method}.")
         if self.state_fraction == 1:
             raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
 
@@ -105,4 +119,4 @@ class QuantConfig:
     @property
     def compensated(self) -> bool:
         """Whether this method stores TAC."""
-        return self.tac in COMPENSATED.get(self.method, ())
+        return self.method in COMPENSATED and self.tac in COMPENSATED[self.method]

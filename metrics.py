@@ -184,10 +184,15 @@ def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
 
 
 def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and percentile interval of the mean over examples: (mean, low, high). values (n,) or a paired difference."""
+    """Mean and percentile interval of the mean: (mean, low, high). values (n,) over examples, or (S, n) over S
+    calibration seeds and, within each that is drawn, its examples; a paired difference alike."""
     g = torch.Generator().manual_seed(seed)
     values = torch.as_tensor(values, dtype=torch.float64)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(-1)
+    if values.ndim == 1:
+        values = values[None]
+    S, n = values.shape
+    seeds = torch.randint(S, (draws, S, 1), generator=g) if S > 1 else torch.zeros(draws, 1, 1, dtype=torch.long)
+    means = values[seeds, torch.randint(n, (draws, S, n), generator=g)].mean((-1, -2))
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(values.mean()), float(low), float(high)
 

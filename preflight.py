@@ -20,6 +20,7 @@ from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
 from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
 from hadamard import exists, hadamard_sizes
 from memory import code_bytes
+from methods import SECOND_ORDER
 from model import FUSED, synchronize
 from output import OURS
 from sgat import kronecker_sizes
@@ -43,10 +44,8 @@ def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
             return [(d,)]
         case "quarot" | "dllmquant++":
             return [(d,)] * behind_norm + square(hadamard_sizes(d))
-        case "flatquant":
+        case "flatquant" | "freeact":
             return [(d,), *square(kronecker_sizes(d))]
-        case "freeact":
-            return square(kronecker_sizes(d))
         case "starquant":
             return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
         case "starquant+":
@@ -72,7 +71,9 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
         factors = factor_shapes(config, d, fused in ("qkv", "gate_up"))
         numbers = sum(map(prod, factors))
         numbers += rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
-        numbers += 2 * (config.method in ("flatquant", "freeact", "starquant+"))  # clipping
+        clipped = config.method in ("flatquant", "freeact", "starquant+") or (config.method in ROTATED
+                                                                               and config.abits <= 4)
+        numbers += 2 * clipped
         numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
         if config.method == "starquant+" and config.rounding == "feedback":
             # V in bf16, blocks as wide as those of P
@@ -96,23 +97,26 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 # ---- memory, from below ----------------------------------------------------------------------------------------------
 
 
-def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False) -> dict[str, int]:
+def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False, gptq: bool = False) -> dict:
     """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
 
+    gptq: the method rounds weights by GPTQ, in float64: second moment, its factor, the weight and its codes.
     Of what is spilled to disk nothing is counted but the 16-bit stream while it leaves the embedding, which is gone
     when the blocks come. Scratch of the optimizer, attention and integer products is on top and depends on the device.
     """
     shapes = list(linear_shapes(c).values())  # in the order they are fitted
     # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
     stages = [(0 if spilled else tokens * sum(d for _, d in shapes[i + 1 :]) * itemsize,
-               4 * (tokens * (rows + d) + rows * d)) for i, (rows, d) in enumerate(shapes)]
-    later, fit = max(stages, key=sum)
+               4 * (tokens * (rows + d) + rows * d), gptq * (16 * d * d + 9 * rows * d))
+              for i, (rows, d) in enumerate(shapes)]
+    later, fit, second_order = max(stages, key=sum)
     parts = {
         "embedding": c.vocab_size * c.d_model * itemsize,
         "one block": sum(map(prod, shapes)) * itemsize,
         "both streams": 0 if spilled else 2 * tokens * c.d_model * itemsize,
         "fitting a linear": fit,
         "inputs of later linears": later,
+        **({"GPTQ": second_order} if gptq else {}),
     }
     outer, stream = parts["embedding"], tokens * c.d_model * itemsize
     return parts | {"total": max(outer + stream, sum(parts.values()) - outer)}
@@ -189,7 +193,8 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
         if room > free_there:
             raise CheckpointError(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "
                                   f"lower --segments or --length or choose another folder.")
-    memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None), free_memory(device)
+    memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None,
+                                     config.method in SECOND_ORDER), free_memory(device)
     if available is not None and memory["total"] > available:
         raise CheckpointError(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
                               f"{available / 1e9:.4g} GB are free; lower --segments or --length"

@@ -3,12 +3,13 @@
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
 keeps it under a key of what determines it, the code apart (the commit stands beside it): a long run resumes, tables
 share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
-tables are there: `--fresh` measures them again. Rows pool the examples of all seeds; ± is half a 95 %
-bootstrap interval over examples. Every row is compared with the row above it, or with the one that REFERENCE names,
-example by example, in KL divergence from the 16-bit model: that has a fifth of NELBO's noise. The mean of the three
-tasks is counted from 16 bit on the same problems, which takes out how hard these are. `--stress c` gives the
-model outlier channels first; `--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few
-examples, one seed, one epoch on a sixth of the segments.
+tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval over calibration seeds and, within
+each, its examples. Every row is compared with the row above it, or with the one that REFERENCE names, example by
+example, in KL divergence from the 16-bit model, which has less noise than NELBO; three seeds are few, so * marks a
+difference whose interval is clear of 0 and on whose sign all seeds agree. The mean of the three tasks is counted from
+16 bit on the same problems, which takes out how hard these are. `--stress c` gives the model outlier channels first;
+`--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few examples, one seed, one epoch on a
+sixth of the segments.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
@@ -40,9 +41,10 @@ CELLS = RESULTS / "cells.jsonl"
 FIRST_SEED = 10
 RTN, NO_TAC, NO_GATES, UNTRAINED = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}
 CLOSED, PLUS, QUAROT = {"allocation": "closed_form"}, {"method": "starquant+"}, {"method": "quarot"}
-METHODS = {"RTN": RTN, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"}, "QuaRot": QUAROT,
-           "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
-           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": {"transform": "dense"},
+DENSE, KV = {"transform": "dense"}, {"kv_bits": 4}
+METHODS = {"RTN": RTN, "GPTQ": {"method": "gptq"}, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"},
+           "QuaRot": QUAROT, "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
+           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": DENSE,
            "starquant+ (ours)": PLUS}
 ASYMMETRIC = {"weights": "asymmetric"}
 EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
@@ -53,8 +55,10 @@ TABLES = {
     "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
           "SGAT only, its gates switched off": NO_TAC | {"gates": "off"},
           "SGAT + TAC (STaR-Quant)": {},
-          "the same, P dense": {"transform": "dense"},
-          "the same, no gates": NO_GATES,
+          "the same, P dense": DENSE,
+          "P dense, its gates switched off": DENSE | {"gates": "off"},
+          "P dense, no gates": DENSE | NO_GATES,
+          "SGAT + TAC, no gates": NO_GATES,
           "no gates, no TAC": NO_GATES | NO_TAC,
           "no gates, no TAC, random P, untrained": NO_GATES | NO_TAC | UNTRAINED,
           "gates, no TAC, random P, untrained": NO_TAC | UNTRAINED,
@@ -65,6 +69,8 @@ TABLES = {
           "neither, asymmetric weights": RTN | ASYMMETRIC,
           "SGAT + TAC, asymmetric weights": ASYMMETRIC,
           "QuaRot": QUAROT,
+          "QuaRot, K and V in 4 bits": QUAROT | KV,
+          "DLLMQuant++, K and V in 4 bits": {"method": "dllmquant++"} | KV,
           "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
           "starquant+": PLUS,
           **NEAREST,
@@ -88,11 +94,11 @@ TABLES = {
 }
 # rows whose counterpart is another than the row above; None: they have none
 REFERENCE = {
-    "1": {"STaR-Quant": "DLLMQuant++"},
+    "1": {"AWQ": "RTN", "STaR-Quant": "DLLMQuant++"},
     "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
-          "the same, no gates": "SGAT + TAC (STaR-Quant)",
+          "P dense, no gates": "the same, P dense", "SGAT + TAC, no gates": "SGAT + TAC (STaR-Quant)",
           "gates, no TAC, closed-form P, trained": "SGAT only", "neither, asymmetric weights": "neither (RTN)",
-          "SGAT + TAC, asymmetric weights": "SGAT + TAC (STaR-Quant)", "QuaRot": "SGAT + TAC (STaR-Quant)",
+          "SGAT + TAC, asymmetric weights": "SGAT + TAC (STaR-Quant)", "QuaRot": "SGAT + TAC (STaR-Quant)", "starquant+, Kronecker balance": "QuaRot",
           **dict.fromkeys(RAW_GAIN, "starquant+"), "starquant+, states weigh alike": "starquant+",
           "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
           **{f"starquant+{row}": "starquant+" for row in (" with paired TAC", ", blocks of 16", ", blocks of 192",
@@ -234,35 +240,44 @@ def make(number: str, run: Run, seeds: int, quick: bool = False, fresh: bool = F
 
 
 def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
-    """Each setting over the pooled examples of its seeds: means with intervals, and paired differences."""
-    base = {k: pooled(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
+    """Each setting over its seeds and their examples: means with intervals, and paired differences."""
+    base = {k: by_seed(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
     out, measured, above, rtn = [], {}, None, None
     for label, cells in rows.items():
-        values = {k: pooled(cells, k) for k in cells[0]["values"]}
-        row = {"setting": label, **{k: metrics.bootstrap(v) for k, v in values.items()}}
+        values = {k: by_seed(cells, k) for k in cells[0]["values"]}
+        # 16 bit has no calibration: its seeds are more examples
+        row = {"setting": label, **{k: metrics.bootstrap(v.flatten() if label == "16-bit" else v)
+                                    for k, v in values.items()}}
         if label != "16-bit":
             penalty = values["nelbo"] - base["nelbo"]
             row["penalty"] = metrics.bootstrap(penalty)
-            row["kl_by_seed"] = [float(p.mean()) for p in values["kl"].split(len(values["kl"]) // len(cells))]
+            row["kl_by_seed"] = values["kl"].mean(-1).tolist()
             rtn = values["kl"] if "RTN" in label else rtn  # of the same bits: it comes first of them
             if rtn is not None:
                 # share of RTN's divergence that is gone
                 row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())
             other = (reference or {}).get(label, above)
             if other in measured:
-                row["against"] = {"setting": other} | {k: metrics.bootstrap(values[k] - measured[other][k])
-                                                       for k in ("kl", "nelbo", *TASKS) if k in values}
+                differences = {k: values[k] - measured[other][k] for k in ("kl", "nelbo", *TASKS) if k in values}
+                row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
+                row["against"]["significant"] = significant(row["against"]["kl"], differences["kl"])
             measured[label], above = values, label
-        if set(TASKS) <= values.keys():
-            # every task has as many problems: the mean over problems is the mean of the tasks, paired with 16 bit
-            lost = values if label == "16-bit" else {k: values[k] - base[k] for k in TASKS}
-            row["mean"] = metrics.bootstrap(torch.cat([lost[k] for k in TASKS]))
+            if set(TASKS) <= values.keys():
+                # every task has as many problems: the mean over problems is the mean of the tasks
+                row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in TASKS], -1))
         out.append(row)
     return out
 
 
-def pooled(cells: list[dict], measure: str):
-    return torch.tensor([x for c in cells for x in c["values"][measure]], dtype=torch.float64)
+def significant(interval, differences) -> bool:
+    """Whether the interval (mean, low, high) of differences (S, n) is clear of 0 and all seeds have its sign."""
+    by_seed = differences.mean(-1)
+    return interval[1] * interval[2] > 0 and bool((by_seed > 0).all() or (by_seed < 0).all())
+
+
+def by_seed(cells: list[dict], measure: str):
+    """(seeds, examples)"""
+    return torch.tensor([c["values"][measure] for c in cells], dtype=torch.float64)
 
 
 def interval(triple, scale: float = 100, sign: str = "") -> str:
@@ -283,10 +298,11 @@ def markdown(record: dict) -> str:
             mean, low, high = (1000 * v for v in row["against"]["kl"])
             other = row["against"]["setting"]
             named = "" if above and other == above["setting"] else f" {other}"
-            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){named}"
-        shown += [interval(row[m], sign="+" * (m == "mean" and "kl" in row)) if m in row else "" for m in measures]
+            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
+        shown += [interval(row[m], sign="+" * (m == "mean")) if m in row else "" for m in measures]
         lines.append(f"| {' | '.join(shown)} |")
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "
-            f"each; ± half a 95 % bootstrap interval over examples, paired differences with their 95 % interval; torch "
-            f"{record['torch']} on {record['device']}, commit {record['commit']}.")
+            f"each; ± half a 95 % bootstrap interval over seeds and their examples, paired differences with theirs, * "
+            f"where it is clear of 0 and all seeds agree; torch {record['torch']} on {record['device']}, commit "
+            f"{record['commit']}.")
     return "\n".join([*lines, "", note])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import fast
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -41,7 +42,7 @@ def good(small_folder, tmp_path_factory):
         save_file({k: v for k, v in tensors.items() if place[k] == file}, base / "sharded" / file)
     (base / "sharded" / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
     assert calibrate.main(["--model", str(base / "model"), "--out", str(base / "quantized"), "--segments", "9",
-                           "--length", "24", "--problems", "0", "--device", "cpu", "--set", "epochs=0"]) == 0
+                           "--length", "24", *fast(epochs=0)]) == 0
     return base
 
 
@@ -281,7 +282,10 @@ ARGUMENTS = [
     ("calibrate", ["--set", "tac_block=0"], "tac_block 0 is not between"),
     ("calibrate", ["--set", "balance_block=0"], "balance_block 0 is not between"),
     ("calibrate", ["--set", "head_bits=5"], "head_bits 5 is not one of 16, 8, 4"),
-    ("calibrate", ["--set", "weights=asymmetric", "--method", "gptq"], "is for methods rtn and starquant, not gptq"),
+    ("calibrate", ["--set", "weights=asymmetric", "--method", "gptq"], "is for rtn and starquant, not for gptq"),
+    ("calibrate", ["--set", "allocation=closed_form"], "allocation is for starquant, not for starquant+"),
+    ("calibrate", ["--set", "lr=.1", "--method", "rtn"], "lr is for flatquant, freeact and starquant, not for rtn"),
+    ("calibrate", ["--set", "tac=statistics"], "tac=statistics is not for starquant+, which takes ridge or none"),
     ("calibrate", ["--set", "state_fraction=1"], "state_fraction 1 gives each state the whole width"),
     ("calibrate", ["--set", "embed_bits=4"], "embed_bits 4 needs head_bits 8 or 4"),
     ("calibrate", ["--seed", "-1"], "seed -1 is not between"),

@@ -13,7 +13,7 @@ import calibrate
 import flat
 import softmax_value
 from baselines import AWQ_EXPONENTS, METHODS, Inputs, awq_loss, awq_scale, cgq_weights, tmas_ratios
-from calibrate import QuantConfig, quantize_block, quantize_model
+from calibrate import SETTINGS_OF, QuantConfig, quantize_block, quantize_model
 from families import read_config
 from gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
 from hadamard import exists, hadamard, hadamard_sizes, hartley, rotation, spread
@@ -294,6 +294,23 @@ class TestAllMethods:
         assert errors[1] < (0.8 if gated else 0.2) * errors[0]
         assert errors[0] < 1
 
+    @pytest.mark.parametrize("method", list(calibrate.METHODS))
+    def test_a_method_reads_the_settings_that_are_said_to_be_its_own(self, method):
+        """What `--set` refuses has no part in the result."""
+        read = set()
+
+        class Recording(QuantConfig):
+            def __getattribute__(self, name):
+                read.add(name)
+                return super().__getattribute__(name)
+
+        model, ids = small_model(), tokens()
+        tac = "ridge" if method == "starquant+" else "statistics"
+        config = Recording(method=method, tac=tac, kv_bits=8, **QUICK)
+        read.clear()
+        quantize_model(model, ids, config)
+        assert read & SETTINGS_OF.keys() == {name for name, methods in SETTINGS_OF.items() if method in methods}
+
     @pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75, 1])
     @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "quarot", "flatquant", "dllmquant+", "dllmquant++"])
     def test_transform_is_exact_before_quantization(self, method, ratio):
@@ -312,7 +329,8 @@ class TestAllMethods:
                                     lambda _: None)[0]
         state = torch.rand(inputs.x.shape[:2], generator=generator(9)) < ratio
         assert fitted.d_m == fitted.d_u == 1
-        x = apply_basis(fitted.transformed(inputs.x, state), [Kronecker(*(f.mT for f in fitted.P[0]))])
+        diagonal, P = fitted.P
+        x = apply_basis(fitted.transformed(inputs.x, state), [Kronecker(*(f.mT for f in P)), 1 / diagonal])
         y = fitted.transformed(x, state) @ fold_weight(weight, fitted.P).T
         assert torch.allclose(y, x @ weight.T, atol=1e-4)
 

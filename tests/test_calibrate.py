@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import fast
 
 import baselines
 import calibrate
@@ -17,11 +18,9 @@ from layers import TAC, QuantLinear
 from model import FUSED, load_model
 from starquant import state_gate
 
-FAST = ["--segments", "9", "--length", "40", "--problems", "0", "--device", "cpu", "--set", "epochs=1"]
-
 
 def command(model, out, *more):
-    return calibrate.main(["--model", str(model), "--out", str(out), *FAST, *more])
+    return calibrate.main(["--model", str(model), "--out", str(out), "--segments", "9", "--length", "40", *fast(*more)])
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from arguments import fast
 
 import calibrate
 import data
@@ -99,9 +100,8 @@ class TestRollout:
         tokens, region = data.calibration_set(full.tokenizer, 6, 16, 0)
         config = QuantConfig(epochs=0, states="rollout")
         mine = quantize_model(full, tokens, config, region)
-        assert calibrate.main(["--model", str(small_folder), "--states", "rollout", "--set", "epochs=0", "--segments",
-                               "6", "--length", "16", "--device", "cpu", "--problems", "0", "--out",
-                               str(tmp_path / "q")]) == 0
+        assert calibrate.main(["--model", str(small_folder), "--states", "rollout", "--segments", "6", "--length", "16",
+                               "--out", str(tmp_path / "q"), *fast(epochs=0)]) == 0
         ids = torch.where(torch.arange(16) % 3 == 0, full.mask_id, tokens)
         assert torch.equal(mine(ids), load_model(tmp_path / "q", "cpu")(ids))
         other = quantize_model(full, tokens, QuantConfig(epochs=0), region)

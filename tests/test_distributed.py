@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import fast
 
 import calibrate
 import distributed
 from checkpoint import INDEX, sha256
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--segments", "9", "--length", "40", "--problems", "1", "--device", "cpu", "--set", "epochs=1"]
+FAST = ["--segments", "9", "--length", "40", *fast("--problems", "1")]
 
 
 @pytest.fixture

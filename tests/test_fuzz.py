@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from arguments import fast
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,7 @@ SHARD = "model-00001-of-00003.safetensors"
 
 
 def arguments(model, out, *more):
-    return ["--model", str(model), "--out", str(out), "--segments", "3", "--length", "8", "--problems", "0", "--device",
-            "cpu", "--set", "epochs=0", *more]
+    return ["--model", str(model), "--out", str(out), "--segments", "3", "--length", "8", *fast(*more, epochs=0)]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from arguments import fast
 
 from checkpoint import resolve, sha256
-
-FAST = ["--segments", "9", "--length", "24", "--problems", "0", "--device", "cpu", "--set", "epochs=1", "--set",
-        "batch=8"]
 
 
 class Runner:
@@ -23,7 +21,8 @@ class Runner:
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, out, *more, model="tiny", **end):
-        job = {"argv": ["--model", str(model), "--out", str(out), *FAST, *more], "out": str(out), **end}
+        size = ["--segments", "9", "--length", "24", *([] if "--method" in more else ["--set", "batch=8"])]
+        job = {"argv": ["--model", str(model), "--out", str(out), *size, *fast(*more)], "out": str(out), **end}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())

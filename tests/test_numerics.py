@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from arguments import fast
 from safetensors.torch import load_file
 
 import baselines
@@ -19,8 +20,7 @@ BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
 def command(model, out, *more):
-    return calibrate.main(["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", "--problems",
-                           "0", "--device", "cpu", "--set", "epochs=1", *more])
+    return calibrate.main(["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", *fast(*more)])
 
 
 # ---- named -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from arguments import fast
 
 import bench
 import calibrate
@@ -53,8 +54,8 @@ def test_every_method_calibrates_and_its_checkpoint_is_the_model(tmp_path, metho
     for device, folder in ((DEVICE, tmp_path / "a"), ("cpu", tmp_path / "b")):
         spill = tmp_path / f"spill-{device}"
         spill.mkdir(exist_ok=True)
-        assert calibrate.main(["--method", method, "--segments", "8", "--set", "epochs=1", "--problems", "2", "--out",
-                               str(folder), "--device", device, "--spill", str(spill), "--set", "kv_bits=8"]) == 0
+        assert calibrate.main([*fast("--method", method), "--segments", "8", "--problems", "2", "--out", str(folder),
+                               "--device", device, "--spill", str(spill), "--set", "kv_bits=8"]) == 0
         capsys.readouterr()
         records.append([fit["error"] for block in json.loads((folder / "starquant.json").read_text())["blocks"]
                         for fit in block["linears"].values()])

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import fast
 from safetensors import safe_open
 
+import balance
+import baselines
 import calibrate
+import gptq
 import model as model_module
 import preflight
-from calibrate import METHODS, QuantConfig
+from calibrate import METHODS, SETTINGS_OF, QuantConfig, quantize_model
 from checkpoint import INDEX, Checkpoint
 from families import read_config
+from methods import SECOND_ORDER
 from model import DiffusionLM, load_model
 from twins import SHAPES
 
@@ -25,8 +30,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def arguments(model, out, *more):
-    return ["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", "--problems", "0",
-            "--device", "cpu", "--set", "epochs=1", *more]
+    return ["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", *fast(*more)]
 
 
 def tensor_bytes(path) -> int:
@@ -108,9 +112,26 @@ class TestMemory:
         assert spilled["total"] == max(sum(4 * t.numel() for t in [*outer, x]),
                                        sum(v for k, v in spilled.items() if k not in ("total", "embedding")))
 
-    def test_llada_8b_streams_in_less_than_its_weights(self):
+        # GPTQ's second moment, its factor and the weight, and the codes: on top, at the same linear
+        more = preflight.memory_bytes(full.config, tokens, 4, gptq=True)
+        assert more.pop("GPTQ") == 8 * (2 * 64 * 64 + 192 * 64) + 192 * 64
+        assert {**more, "total": 0} == {**parts, "total": 0}
+        few = preflight.memory_bytes(full.config, 1, 4, gptq=True)  # of few tokens at the widest, of 96 channels
+        assert few["GPTQ"] == 8 * (2 * 96 * 96 + 64 * 96) + 64 * 96
+
+    @pytest.mark.parametrize("method", sorted(METHODS))
+    def test_methods_that_round_by_gptq_are_known(self, method, small_folder, monkeypatch):
+        called, full = [], load_model(small_folder, "cpu")
+        for module in (baselines, balance):
+            monkeypatch.setattr(module, "gptq", lambda *a, gptq=gptq.gptq: (called.append(a), gptq(*a))[1])
+        tokens = torch.randint(1000, (9, 24), generator=torch.Generator().manual_seed(0))
+        quantize_model(full, tokens, QuantConfig(method=method, epochs=0))
+        assert bool(called) == (method in SECOND_ORDER)
+
+    @pytest.mark.parametrize("gptq", [False, True])
+    def test_llada_8b_streams_in_less_than_its_weights(self, gptq):
         c = read_config(SHAPES["llada-8b"])
-        total = preflight.memory_bytes(c, 128 * 256, 2)["total"]
+        total = preflight.memory_bytes(c, 128 * 256, 2, gptq=gptq)["total"]
         assert total < 0.6 * 2 * 8_015_581_184
 
     def test_too_little_memory_is_named(self, small_folder, tmp_path, monkeypatch, capsys):
@@ -170,7 +191,7 @@ class TestDryRun:
         assert {p: p.read_bytes() for p in small_folder.iterdir()} == before
         text, result = capsys.readouterr().out.rstrip().rsplit("\n", 1)
         step = json.loads(result)["step"]
-        trained = method in ("starquant", "flatquant", "freeact")
+        trained = method in SETTINGS_OF["epochs"]
         # 5 segments: one batch of 4 and one held out; methods without training are fitted whole
         assert fits == [((5, 24, 64), 0)] * 2 + [((5, 24, 64), 1)] + [((9, 24, 64), 1)] * (not trained)
         assert (step["steps_per_linear"] > 0) == trained

@@ -47,16 +47,28 @@ class TestRows:
                 "RTN": [cell([1.0], [0.5], math=[1.0, 0.0, 0.0], code=easy, cloze=hard)],
                 "same": [cell([1.0], [0.5], math=easy, code=easy, cloze=hard)]}
         base, rtn, same = tables.summarize(rows)
-        assert base["mean"][0] == pytest.approx(4 / 9)
+        assert "mean" not in base
         assert rtn["mean"][0] == pytest.approx(-1 / 9)
         assert same["mean"] == (0, 0, 0)  # equal example by example: no noise is left
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 3,
                   "rows": [base, rtn, same]}
         lines = tables.markdown(record).splitlines()
         assert "mean of the tasks, points from 16 bit" in lines[0]
-        assert lines[2].endswith(f"| {tables.interval(base['mean'])} |")
+        assert lines[2].endswith("|  |")
         assert "| -11.1 ± " in lines[3]
         assert lines[4].endswith("| +0.0 ± 0.0 |")
+
+    def test_intervals_know_the_spread_between_seeds(self):
+        """Two calibrations, each without noise of its own: no number of examples makes their mean certain."""
+        rows = {"16-bit": [cell([1.0] * 50), cell([1.0] * 50)], "RTN": [cell([1.0] * 50, [2.0] * 50)] * 2,
+                "a": [cell([1.0] * 50, [1.0] * 50), cell([1.0] * 50, [2.5] * 50)],
+                "b": [cell([1.0] * 50, [0.9] * 50), cell([1.0] * 50, [0.4] * 50)]}
+        base, _, a, b = tables.summarize(rows)
+        assert a["kl"] == pytest.approx((1.75, 1.0, 2.5))
+        assert base["nelbo"] == (1, 1, 1)
+        assert not a["against"]["significant"]  # better on one seed, worse on the other
+        assert b["against"]["significant"]
+        assert b["against"]["kl"] == pytest.approx((-1.1, -2.1, -0.1))
 
     def test_recovered_is_against_rtn_of_the_same_bits(self):
         kl = {"16-bit": None, "RTN W4A4": 4.0, "other W4A4": 1.0, "RTN W3A3": 8.0, "other W3A3": 4.0}
@@ -73,7 +85,7 @@ class TestRows:
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
                   "rows": [b, c, d]}
         lines = tables.markdown(record).splitlines()
-        assert "(-2000.0 to -2000.0) a |" in lines[3]
+        assert "(-2000.0 to -2000.0) * a |" in lines[3]
 
     def test_every_counterpart_comes_before_its_row(self):
         for number, counterparts in tables.REFERENCE.items():

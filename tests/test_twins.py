@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from arguments import fast
 
 import calibrate
 import twins
@@ -36,8 +37,8 @@ def test_written_checkpoint_calibrates_from_text(name, tmp_path, capsys):
     assert float(model.blocks[0].down.weight.std()) == pytest.approx(0.02, rel=0.05)
 
     text.write_text("It was a bright cold day in April. " * 60)
-    arguments = ["--model", str(folder), "--data", str(text), "--segments", "4", "--length", "16", "--device", "cpu",
-                 "--set", "epochs=1", "--out", str(tmp_path / "out")]
+    arguments = ["--model", str(folder), "--data", str(text), "--segments", "4", "--length", "16",
+                 *fast("--out", str(tmp_path / "out"))]
     assert calibrate.main(arguments) == 0
     quantized, ids = load_model(tmp_path / "out", "cpu"), torch.arange(16)[None]
     assert quantized(ids).shape == (1, 16, 1100)
