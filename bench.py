@@ -317,7 +317,7 @@ def run(args, keep=lambda result: None) -> dict:
               "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
-              "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device()),
+              "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device(), dtype),
               "int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None,
               "ceilings": (top := ceilings(device, dtype, args.repeats))}
     log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})

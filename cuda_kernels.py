@@ -1,19 +1,21 @@
-"""The integer linear on a GPU: five one-pass CUDA kernels around `torch._int_mm`.
+"""The integer linear on a GPU: six one-pass CUDA kernels around `torch._int_mm`.
 
 PyTorch operations would walk over the activations about ten times (gate, minimum, maximum, divide, round, add, clamp,
 cast, ... and again after the product), and on a GPU these walks cost more than the int8 product saves. So there is
 
-    quantize_rows    gate by token state, per-token scale and zero point, codes      one read of x, one write of codes
+    centre           x less the mean of its token's state (starquant+)               one read, one write
+    quantize_rows    gate by token state, clip, per-token scale and zero point, codes  one read of x, one write of codes
     feedback         the same codes rounded by feedback (starquant+)                 one read of x, one write of codes
     unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
     torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
-    epilogue         zero point, both scales, bias, int32 -> bf16 or fp32            one read, one write
+    epilogue         zero point, both scales, bias, mean's output, int32 -> bf16     one read, one write
     tac              Eq. 17 for blocks of 16                                         one read, one write
 
-The sources below are plain CUDA C++ without headers. `torch.cuda._compile_kernel` compiles them at first use with the
-NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Every kernel has its eager twin (`kernels.py`,
-`starquant.tac_apply`); the integer ones agree with it bit for bit, because they use the same IEEE operations in the
-same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast division). `ready` compares both once per device.
+The sources below are plain CUDA C++ without headers. They are compiled at first use, as `torch.cuda._compile_kernel`
+does it, with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Every kernel has its eager twin
+(`kernels.py`, `starquant.tac_apply`); the integer ones agree with it bit for bit, because they use the same IEEE
+operations in the same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast division). `ready` compares both once
+per device.
 
 The weight is walked in slices along N, so that what one slice writes and the next kernel reads (int32 accumulators,
 unpacked codes) is still in the L2 cache. Scratch memory comes from PyTorch's caching allocator, which hands out the
@@ -30,20 +32,24 @@ from functools import cache
 import torch
 
 import kernels
-from starquant import clip_range
 
 THREADS = 256
 TAC_BLOCK = 16
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
-L2_BYTES = 24 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
+L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
+WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
 
-SOURCE = r"""
+COMMON = r"""
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
 __device__ void load4(const float* x, float v[4]) {
     float4 f = *(const float4*)x;
     v[0] = f.x; v[1] = f.y; v[2] = f.z; v[3] = f.w;
+}
+__device__ void load4(const int* x, int v[4]) {
+    int4 i = *(const int4*)x;
+    v[0] = i.x; v[1] = i.y; v[2] = i.z; v[3] = i.w;
 }
 __device__ void load4(const bf16* x, float v[4]) {
     uint2 u = *(const uint2*)x;
@@ -60,10 +66,24 @@ __device__ void store4(bf16* y, const float v[4]) {
 }
 __device__ void store1(float* y, float v) { *y = v; }
 __device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
+"""
+
+LINEAR = r"""
+// x - mu_s of every token's state s: row 0 of mean for unmasked, row 1 for masked tokens.
+extern "C" __global__ void centre(const real* x, const unsigned char* state, const float* mean, real* out, int K) {
+    int row = blockIdx.x, k = 4 * (blockIdx.y * THREADS + threadIdx.x);
+    if (k >= K) return;
+    const float* mu = mean + (state[row] ? K : 0) + k;
+    float v[4];
+    load4(x + (long long)row * K + k, v);
+    for (int j = 0; j < 4; j++) v[j] = __fsub_rn(v[j], mu[j]);
+    store4(out + (long long)row * K + k, v);
+}
 
 // One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
 extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
-                                         int* zero, int M, int K, int d_m, int d_u, int bits) {
+                                         int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
+                                         int has_clip) {
     __shared__ float lows[THREADS], highs[THREADS];
     int row = blockIdx.x, t = threadIdx.x;
     char4* out = (char4*)(codes + (long long)row * K);
@@ -96,6 +116,10 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     __syncthreads();
     low = lows[0];
     high = highs[0];
+    if (has_clip) {  // each token's range narrowed to (c_0 low, c_1 high)
+        low = fmaxf(low, __fmul_rn(low, clip[0]));
+        high = fminf(high, __fmul_rn(high, clip[1]));
+    }
     float levels = (1 << bits) - 1, half = 1 << (bits - 1);
     // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
     float s = fmaxf(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
@@ -105,6 +129,7 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
         signed char c[4];
         for (int j = 0; j < 4; j++) {
             if (k + j >= from && k + j < to) v[j] = 0;
+            v[j] = fminf(fmaxf(v[j], low), high);
             c[j] = (signed char)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
         }
         out[k / 4] = make_char4(c[0], c[1], c[2], c[3]);
@@ -113,40 +138,6 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
         scale[row] = s;
         zero[row] = (int)(z - half);
     }
-}
-
-// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread takes one token's part of a block and
-// goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
-// numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
-extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
-                                    signed char* codes, int M, int K, int bits) {
-    __shared__ float shared_V[FEEDBACK_BLOCK * FEEDBACK_BLOCK];
-    const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
-    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
-        shared_V[k] = __uint_as_float((unsigned)mine[k] << 16);
-    __syncthreads();
-    int m = blockIdx.x * THREADS + threadIdx.x;
-    if (m >= M) return;
-    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
-    float v[FEEDBACK_BLOCK];
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 4) load4(x + at + i, v + i);
-    float s = scale[m], z = zero[m], low = -(1 << (bits - 1)) - z, high = (1 << (bits - 1)) - 1 - z;
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i++) {
-        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
-        float r = fminf(fmaxf(rintf(v[i]), low), high);
-        float e = __uint_as_float(round_bf16(__fsub_rn(v[i], r)) << 16);
-#pragma unroll
-        for (int j = i + 1; j < FEEDBACK_BLOCK; j++) v[j] -= e * shared_V[i * FEEDBACK_BLOCK + j];
-        v[i] = r + z;
-    }
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 4)
-        *(char4*)(codes + at + i) = make_char4((signed char)v[i], (signed char)v[i + 1], (signed char)v[i + 2],
-                                               (signed char)v[i + 3]);
 }
 
 // Four signed 4-bit numbers in the low halves of four bytes -> four signed bytes, without carries between them.
@@ -167,31 +158,41 @@ extern "C" __global__ void unpack_int4(const uint4* packed, uint4* codes, int co
     codes[2 * i + 1] = make_uint4(out[4], out[5], out[6], out[7]);
 }
 
-// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n for one slice of `width` columns; y has N of them.
+// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for one slice of `width` columns; y and
+// shift, the output of the mean of either state, have N of them.
 extern "C" __global__ void epilogue(const int* acc, const float* scale, const int* zero, const int* x_sum,
                                     const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
-                                    real* y, int width, int N, int has_zero, int has_bias) {
+                                    const float* shift, const unsigned char* state, real* y, int width, int N,
+                                    int has_zero, int has_bias, int has_shift) {
     int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
     if (n >= width) return;
-    int4 a = *(const int4*)(acc + (long long)m * width + n);
-    int sums[4] = {a.x, a.y, a.z, a.w};
-    float v[4];
+    int sum[4], wu[4], wz[4];
+    float v[4], ws[4], b[4], sh[4];
+    load4(acc + (long long)m * width + n, sum);
+    load4(w_sum + n, wu);
+    load4(w_scale + n, ws);
+    if (has_zero) load4(w_zero + n, wz);
+    if (has_bias) load4(bias + n, b);
+    if (has_shift) load4(shift + (state[m] ? N : 0) + n, sh);
     for (int j = 0; j < 4; j++) {
-        int sum = sums[j] - zero[m] * w_sum[n + j];
-        if (has_zero) sum -= x_sum[m] * w_zero[n + j];
-        v[j] = __fmul_rn(__fmul_rn((float)sum, scale[m]), w_scale[n + j]);
-        if (has_bias) v[j] = __fadd_rn(v[j], bias[n + j]);
+        sum[j] -= zero[m] * wu[j];
+        if (has_zero) sum[j] -= x_sum[m] * wz[j];
+        v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
+        if (has_bias) v[j] = __fadd_rn(v[j], b[j]);
+        if (has_shift) v[j] = __fadd_rn(v[j], sh[j]);
     }
     store4(y + (long long)m * N + n, v);
 }
 
 // Z_tac = Z M^T + d in blocks of 16 channels: a thread keeps its row of M and walks down the tokens.
-extern "C" __global__ void tac(const real* z, const float* M, const float* bias, real* out, int rows, int C) {
+extern "C" __global__ void tac(const real* __restrict__ z, const float* __restrict__ M,
+                               const float* __restrict__ bias, real* __restrict__ out, int rows, int C) {
     int c = blockIdx.y * THREADS + threadIdx.x;
     if (c >= C) return;
     float m[TAC_BLOCK];
     for (int j = 0; j < TAC_BLOCK; j++) m[j] = M[(long long)c * TAC_BLOCK + j];
-    for (int r = blockIdx.x; r < rows; r += gridDim.x) {
+#pragma unroll 4
+    for (int r = blockIdx.x; r < rows; r += gridDim.x) {  // several rows in flight
         const real* block = z + (long long)r * C + c / TAC_BLOCK * TAC_BLOCK;
         float v[4], sum = bias[c];
         for (int j = 0; j < TAC_BLOCK; j += 4) {
@@ -202,14 +203,67 @@ extern "C" __global__ void tac(const real* z, const float* M, const float* bias,
     }
 }
 """
-NAMES = ("quantize_rows", "feedback", "unpack_int4", "epilogue", "tac")
+FEEDBACK = r"""
+__device__ void load8(const float* x, float* v) { load4(x, v); load4(x + 4, v + 4); }
+__device__ void load8(const bf16* x, float* v) {  // 16 bytes at once: neighbours in a warp read rows far apart
+    uint4 u = *(const uint4*)x;
+    unsigned in[4] = {u.x, u.y, u.z, u.w};
+    for (int j = 0; j < 4; j++) {
+        v[2 * j] = __uint_as_float(in[j] << 16);
+        v[2 * j + 1] = __uint_as_float(in[j] & 0xffff0000u);
+    }
+}
+__device__ unsigned pack4(const float* v) {  // four small integers as signed bytes, the first lowest
+    return ((int)v[0] & 255) | ((int)v[1] & 255) << 8 | ((int)v[2] & 255) << 16 | (unsigned)((int)v[3] & 255) << 24;
+}
+
+// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread takes one token's part of a block and
+// goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
+// numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
+extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
+                                    signed char* codes, int M, int K, int bits) {
+    __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
+    const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
+    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
+        ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
+    __syncthreads();
+    int m = blockIdx.x * THREADS + threadIdx.x;
+    if (m >= M) return;
+    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
+    float v[FEEDBACK_BLOCK];
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(x + at + i, v + i);
+    float s = scale[m], z = zero[m], low = -(1 << (bits - 1)) - z, high = (1 << (bits - 1)) - 1 - z;
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i++) {
+        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
+        float r = fminf(fmaxf(rintf(v[i]), low), high);
+        float e = __uint_as_float(round_bf16(__fsub_rn(v[i], r)) << 16);
+        v[i] = r + z;
+#pragma unroll
+        for (int j = (i + 1) / 4; j < FEEDBACK_BLOCK / 4; j++) {  // four at a time; finished ones lose e * 0
+            float4 w = shared_V[i][j];
+            v[4 * j] -= e * w.x; v[4 * j + 1] -= e * w.y; v[4 * j + 2] -= e * w.z; v[4 * j + 3] -= e * w.w;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 16)
+        *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
+}
+"""
+# feedback is a part by itself: its unrolled loops take seconds to compile, which only those should wait for who use it
+PARTS = {"linear": (LINEAR, ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac")),
+         "feedback": (FEEDBACK, ("feedback",))}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
-def source(dtype) -> str:
-    """The CUDA source for activations of this dtype."""
+def source(dtype, *parts: str) -> str:
+    """The CUDA source of some parts for activations of this dtype."""
     numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK}
-    return "".join(f"#define {k} {v}\n" for k, v in {"REAL": TYPES[dtype], **numbers}.items()) + SOURCE
+    lines = (f"#define {k} {v}\n" for k, v in {"REAL": TYPES[dtype], **numbers}.items())
+    return "".join([*lines, COMMON, *(PARTS[part][0] for part in parts)])
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -217,7 +271,8 @@ def source(dtype) -> str:
 
 @contextmanager
 def _without_cuda_home():
-    """`_compile_kernel` asks for the toolkit's include folder, which wheel-only installations lack and we never use."""
+    """PyTorch's compiler call asks for the toolkit's include folder, which wheel-only installations lack and we never
+    use."""
     from torch.utils import cpp_extension
 
     home = cpp_extension.CUDA_HOME
@@ -229,15 +284,21 @@ def _without_cuda_home():
 
 
 @cache
-def _compiled(index: int, dtype) -> dict:
+def _compiled(index: int, dtype, part: str) -> dict:
+    """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
+    tools, names = torch.cuda._utils, PARTS[part][1]
+    # asked for at every launch, and loading a library takes longer than a small kernel
+    if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
+        tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
     with torch.cuda.device(index), _without_cuda_home():
-        return {name: torch.cuda._compile_kernel(source(dtype), name) for name in NAMES}
+        code, _ = tools._nvrtc_compile(source(dtype, part), names[0])
+        return tools._cuda_load_module(code, list(names))
 
 
 def _launch(name: str, dtype, grid, args) -> None:
-    device = args[0].device
+    device, part = args[0].device, next(part for part, (_, names) in PARTS.items() if name in names)
     with torch.cuda.device(device):
-        _compiled(device.index, dtype)[name]((*grid, *(1,) * (3 - len(grid))), (THREADS, 1, 1), args)
+        _compiled(device.index, dtype, part)[name]((*grid, *(1,) * (3 - len(grid))), (THREADS, 1, 1), args)
 
 
 def _blocks(n: int) -> int:
@@ -247,8 +308,17 @@ def _blocks(n: int) -> int:
 # ---- the kernels as functions --------------------------------------------------------------------------------------
 
 
-def quantize_rows(x, state, d_m: int, d_u: int, bits: int):
-    """Gate and quantize: x (M, K) fp32 or bf16, state (M,) bool -> codes (⌈M⌉32, K) int8, scale (M,), zero (M,) int32.
+def centre(x, mean, state):
+    """x (..., K) less the mean (2, K) fp32 of its token's state (...) bool."""
+    (*_, K), x = x.shape, x.contiguous()
+    out = torch.empty_like(x)
+    _launch("centre", x.dtype, (x.numel() // K, _blocks(K // 4)), [x, state.contiguous(), mean, out, K])
+    return out
+
+
+def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None):
+    """Gate, clip, quantize: x (M, K) fp32 or bf16, state (M,) bool -> codes (⌈M⌉32, K) int8, scale (M,), zero (M,)
+    int32; clip (2,) fp32.
 
     The integers of `kernels.quantize_rows` on gated x; the rows from M on are zero, as `torch._int_mm` wants them.
     """
@@ -258,7 +328,8 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int):
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     zero = torch.empty(M, dtype=torch.int32, device=x.device)
     gates = state.contiguous() if d_m or d_u else codes  # never read without gates
-    _launch("quantize_rows", x.dtype, (rows,), [x, gates, codes, scale, zero, M, K, d_m, d_u, bits])
+    _launch("quantize_rows", x.dtype, (rows,), [x, gates, codes, scale, zero, scale if clip is None else clip, M, K,
+                                                d_m, d_u, bits, int(clip is not None)])
     return codes, scale, zero
 
 
@@ -271,19 +342,22 @@ def feedback(x, V, scale, zero, codes, bits: int):
     _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits])
 
 
-def unpack_int4(packed, out):
-    """Rows of packed codes (n, K / 2) uint8 into out (n, K) int8, both contiguous, n K a multiple of 32."""
+def unpack_int4(packed, out, dtype=torch.float32):
+    """Rows of packed codes (n, K / 2) uint8 into out (n, K) int8, both contiguous, n K a multiple of 32; the kernel of
+    the sources for `dtype` (all are alike)."""
     count = packed.numel() // 16
-    _launch("unpack_int4", torch.float32, (_blocks(count),), [packed, out, count])
+    _launch("unpack_int4", dtype, (_blocks(count),), [packed, out, count])
     return out
 
 
-def epilogue(acc, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y):
-    """acc (≥ M, n) int32 -> y (M, n), a slice of columns of a contiguous (M, N) fp32 or bf16 matrix."""
+def epilogue(acc, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift=None, state=None):
+    """acc (≥ M, n) int32 -> y (M, n), a slice of columns of a contiguous (M, N) fp32 or bf16 matrix; shift (2, n), a
+    slice of columns of (2, N), with state (M,) bool."""
     width = acc.shape[1]
     _launch("epilogue", y.dtype, (y.shape[0], _blocks(width // 4)),
             [acc, scale, zero, scale if x_sum is None else x_sum, w_scale, w_sum, w_sum if w_zero is None else w_zero,
-             w_scale if bias is None else bias, y, width, y.stride(0), int(w_zero is not None), int(bias is not None)])
+             w_scale if bias is None else bias, *((w_scale, w_scale) if shift is None else (shift, state)), y, width,
+             y.stride(0), int(w_zero is not None), int(bias is not None), int(shift is not None)])
 
 
 def tac(z, M, bias):
@@ -300,21 +374,21 @@ def tac(z, M, bias):
 
 
 def slice_width(M: int, N: int, K: int, packed: bool) -> int:
-    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES; 192 tiles of 128 x 256 for many rows."""
-    width = min(L2_BYTES // (4 * M), L2_BYTES // K if packed else N)
+    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES, but enough to keep the GPU busy."""
+    width = max(min(L2_BYTES // (4 * M), L2_BYTES // K if packed else N), WAVE // M)
     return min(N, max(256, width // 256 * 256))
 
 
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
-               clip=None, V=None):
+               clip=None, V=None, shift=None):
     """Φ-gate, quantize, multiply, dequantize: x (M, K) transformed activations -> (M, N) in x's dtype.
 
     weight: (N, K/2) uint8 packed or (N, K) int8; w_scale (N,) fp32, w_sum, w_zero (N,) int32, bias (N,) fp32; clip (2,)
-    and V (K/64, 64, 64), the feedback, without gates only.
+    fp32; V (K/64, 64, 64) bf16, the feedback, without gates only; shift (2, N) fp32 of either state.
     """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    codes, scale, zero = quantize_rows(x if clip is None else clip_range(x, clip.to(x.dtype)), state, d_m, d_u, bits)
+    codes, scale, zero = quantize_rows(x, state, d_m, d_u, bits, clip)
     if V is not None:
         feedback(x, V, scale, zero, codes, bits)
     # Σ_k (X_c − z_c), only for asymmetric weights
@@ -323,28 +397,32 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
     scratch = torch.empty(width, K, dtype=torch.int8, device=x.device) if packed else None
     for n in range(0, N, width):
         part = slice(n, min(n + width, N))
-        w = unpack_int4(weight[part], scratch[: part.stop - n]) if packed else weight[part]
+        w = unpack_int4(weight[part], scratch[: part.stop - n], x.dtype) if packed else weight[part]
         epilogue(torch._int_mm(codes, w.t()), scale, zero, x_sum, w_scale[part], w_sum[part],
-                 None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part])
+                 None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part],
+                 None if shift is None else shift[:, part], state)
     return y
 
 
-def usable(x, N: int) -> bool:
-    """Whether the kernels serve activations x (..., K) and N outputs: a GPU, fp32 or bf16, K and N multiples of 16."""
+def usable(x, N: int, V=None) -> bool:
+    """Whether the kernels serve activations x (..., K), N outputs and the feedback V: a GPU, fp32 or bf16, K and N
+    multiples of 16, blocks of feedback of 64."""
     return (x.is_cuda and x.dtype in TYPES and x.numel() > 0 and x.shape[-1] % 16 == 0 and N % 16 == 0
-            and ready(x.device.index))
+            and (V is None or V.shape[-1] == FEEDBACK_BLOCK)
+            and all(ready(x.device.index, x.dtype, part) for part in ("linear", *(["feedback"] * (V is not None)))))
 
 
 @cache
-def ready(index: int) -> bool:
-    """Compile on this device and compare every kernel with its eager twin once; say so and return False if they fail.
+def ready(index: int, dtype, part: str = "linear") -> bool:
+    """Compile a part on this device and compare its kernels with their eager twins once; say so and return False if
+    they fail.
 
     Run it before a CUDA graph is captured (any warm-up forward does).
     """
     if kernels.backend("cuda") != "int_mm":
         return False  # said already
     try:
-        wrong = self_check(torch.device("cuda", index))
+        wrong = self_check(torch.device("cuda", index), dtype, part)
         if wrong is None:
             return True
         reason = f"{wrong} differs from its eager twin"
@@ -357,40 +435,42 @@ def ready(index: int) -> bool:
     return False
 
 
-def self_check(device) -> str | None:
-    """The five kernels against the eager formulas, on a ragged number of rows, both dtypes: the first that differs."""
+def self_check(device, dtype, part: str) -> str | None:
+    """The kernels of a part against the eager formulas, on a ragged number of rows: the first that differs."""
     g = torch.Generator().manual_seed(0)
-    M, K, N, d_m, d_u = 37, 1040, 272, 24, 40
+    M, K, N, d_m, d_u = 37, 1088, 272, 24, 40
     state = (torch.rand(M, generator=g) < 0.5).to(device)
+    x = torch.randn(M, K, generator=g).to(device, dtype)
+    x[3] = 0
+    clip = torch.tensor([0.9, 0.8], device=device)
+    if part == "feedback":
+        V = 0.1 * torch.randn(K // FEEDBACK_BLOCK, FEEDBACK_BLOCK, FEEDBACK_BLOCK, generator=g)
+        V = V.to(device, torch.bfloat16)
+        codes, scale, zero = quantize_rows(x, None, 0, 0, 4, clip)
+        feedback(x, V, scale, zero, codes, 4)
+        return None if torch.equal(codes[:M], kernels.quantize_rows(x, 4, clip, V)[0]) else "feedback"
     w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8).to(device)
     w_scale, bias = torch.rand(N, generator=g).to(device), torch.randn(N, generator=g).to(device)
     w_zero, packed, w_sum = w[:, 0].int(), kernels.pack_int4(w), w.sum(-1, dtype=torch.int32)
-    if not torch.equal(unpack_int4(packed, torch.empty_like(w)), w):
+    mean, shift = torch.randn(2, K, generator=g).to(device), torch.randn(2, N, generator=g).to(device)
+    if not torch.equal(unpack_int4(packed, torch.empty_like(w), dtype), w):
         return "unpack_int4"
-    for dtype in TYPES:
-        x = torch.randn(M, K, generator=g).to(device, dtype)
-        x[3] = 0
-        column = torch.arange(K, device=device)
-        off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
-        gated = x.masked_fill(off, 0)
-        codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4)
-        want = kernels.quantize_rows(gated, 4)
-        if not (torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1])
-                and torch.equal(zero[:, None], want[2].int()) and not codes[M:].any()):
-            return f"quantize_rows ({TYPES[dtype]})"
-        few, V = x[:, : 16 * FEEDBACK_BLOCK], 0.1 * torch.randn(16, *2 * (FEEDBACK_BLOCK,), generator=g)
-        few, V = few.contiguous(), V.to(device, torch.bfloat16)
-        codes, scale, zero = quantize_rows(few, None, 0, 0, 4)
-        feedback(few, V, scale, zero, codes, 4)
-        if not torch.equal(codes[:M], kernels.quantize_rows(few, 4, None, V)[0]):
-            return f"feedback ({TYPES[dtype]})"
-        y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero)
-        if not torch.equal(y, kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float").to(dtype)):
-            return f"epilogue ({TYPES[dtype]})"
-        z = torch.randn(M, 3 * TAC_BLOCK, generator=g).to(device, dtype)
-        T = torch.randn(3, TAC_BLOCK, TAC_BLOCK, generator=g).to(device)
-        d = torch.randn(3, TAC_BLOCK, generator=g).to(device)
-        want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (3, -1)), T.double()) + d).flatten(-2)
-        if (tac(z, T, d) - want).abs().max() > (1e-4 if dtype == torch.float32 else 0.1):
-            return f"tac ({TYPES[dtype]})"
-    return None
+    if not torch.equal(centre(x, mean, state), (x - mean[state.long()]).to(dtype)):
+        return "centre"
+    column = torch.arange(K, device=device)
+    off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
+    gated = x.masked_fill(off, 0)
+    codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4, clip)
+    want = kernels.quantize_rows(gated, 4, clip)
+    if not (torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1])
+            and torch.equal(zero[:, None], want[2].int()) and not codes[M:].any()):
+        return "quantize_rows"
+    y = int_linear(x, state, d_m, d_u, packed, w_scale, w_sum, 4, True, bias, w_zero, clip, None, shift)
+    want = kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float", clip) + shift[state.long()]
+    if not torch.equal(y, want.to(dtype)):
+        return "epilogue"
+    z = torch.randn(M, 3 * TAC_BLOCK, generator=g).to(device, dtype)
+    T = torch.randn(3, TAC_BLOCK, TAC_BLOCK, generator=g).to(device)
+    d = torch.randn(3, TAC_BLOCK, generator=g).to(device)
+    want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (3, -1)), T.double()) + d).flatten(-2)
+    return "tac" if (tac(z, T, d) - want).abs().max() > (1e-4 if dtype == torch.float32 else 0.1) else None

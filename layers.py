@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("clip", clip)
         self.register_buffer("mean", centre[0])
         self.register_buffer("shift", centre[1])
-        self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16))
+        self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16).contiguous())
         self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
@@ -105,7 +105,7 @@ class QuantLinear(nn.Module):
         key = x.dtype, x.device
         if key not in self._bases:
             cast = [Kronecker(*(p.to(x) for p in P)) if isinstance(P, Kronecker) else P.to(x) for P in self.P]
-            self._bases = {key: cast}
+            self._bases[key] = cast  # beside the others: a recorded CUDA graph may read those
         return self._bases[key]
 
     def centred(self, x, state):
@@ -130,19 +130,19 @@ class QuantLinear(nn.Module):
         The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
         """
         C = self.weight_packed.shape[0]
-        gated = self.d_m or self.d_u  # the kernels gate rows after this point, and clipping follows the gate
-        known = self.feedback is None or self.feedback.shape[-1] == cuda_kernels.FEEDBACK_BLOCK
-        if (self.clip is None or not gated) and known and cuda_kernels.usable(x, C):
-            rows = apply_basis(self.centred(x, state), self.basis(x)).reshape(-1, self.in_features)
-            y = cuda_kernels.int_linear(rows, None if state is None else state.reshape(-1), self.d_m, self.d_u,
-                                        self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.packed,
-                                        self.bias, self.weight_zero, self.clip, self.feedback)
-        else:
-            rows = self.transformed(x, state).reshape(-1, self.in_features)
-            # the float fallback multiplies fp32: unpack straight into it
-            codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
-            y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                                   self.bias, self.weight_zero, None, self.clip, self.feedback)
+        if cuda_kernels.usable(x, C, self.feedback):
+            state = None if state is None else state.contiguous().reshape(-1)
+            rows = x if self.mean is None else cuda_kernels.centre(x, self.mean, state)
+            rows = apply_basis(rows, self.basis(x)).reshape(-1, self.in_features)
+            y = cuda_kernels.int_linear(rows, state, self.d_m, self.d_u, self.weight_packed, self.weight_scale,
+                                        self.weight_sum, self.abits, self.packed, self.bias, self.weight_zero,
+                                        self.clip, self.feedback, self.shift)
+            return y.reshape(*x.shape[:-1], C)
+        rows = self.transformed(x, state).reshape(-1, self.in_features)
+        # the float fallback multiplies fp32: unpack straight into it
+        codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
+        y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits, self.bias,
+                               self.weight_zero, None, self.clip, self.feedback)
         return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)
 
     def reference(self, x, state=None):
@@ -201,8 +201,8 @@ class TAC(nn.Module):
 
     def __init__(self, M, bias):
         super().__init__()
-        self.register_buffer("M", M.float())
-        self.register_buffer("bias", bias.float())
+        self.register_buffer("M", M.float().contiguous())
+        self.register_buffer("bias", bias.float().contiguous())
 
     def forward(self, z):
         if self.M.shape[-1] == cuda_kernels.TAC_BLOCK and cuda_kernels.usable(z, z.shape[-1]):

@@ -9,6 +9,7 @@
 
 #define __global__
 #define __device__ static
+#define __restrict__
 #define __shared__ static  // blocks run one after another, so one copy serves each in turn
 struct Index { int x, y, z; };
 static thread_local Index threadIdx, blockIdx;

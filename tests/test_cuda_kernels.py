@@ -21,11 +21,12 @@ from feedback import feedback_matrix
 from graphs import GraphedModel
 from layers import TAC, QuantLinear
 from model import load_model
-from starquant import Kronecker, attention_value, clip_range, tac_apply, tac_value
+from starquant import Kronecker, apply_basis, attention_value, tac_apply, tac_value
 
 HERE = Path(__file__).parent
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 DTYPES = [torch.float32, torch.bfloat16]
+NAMES = [name for _, names in cuda_kernels.PARTS.values() for name in names]
 
 
 # ---- the sources compile -------------------------------------------------------------------------------------------
@@ -36,13 +37,13 @@ DTYPES = [torch.float32, torch.bfloat16]
                                                      (torch.bfloat16, "sm_90")])
 def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architecture):
     file = tmp_path / "kernels.cu"
-    file.write_text(cuda_kernels.source(dtype))
+    file.write_text(cuda_kernels.source(dtype, *cuda_kernels.PARTS))
     done = subprocess.run(["nvcc", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
                            "-o", str(tmp_path / "out"), str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in cuda_kernels.NAMES:
+    for name in NAMES:
         assert f"entry function '{name}'" in done.stderr
-    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(cuda_kernels.NAMES)
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(NAMES)
 
 
 def nvrtc():
@@ -55,10 +56,11 @@ def nvrtc():
 
 
 @pytest.mark.skipif(nvrtc() is None, reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("part", cuda_kernels.PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype):
+def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
     library, program = nvrtc(), ctypes.c_void_p()
-    code = cuda_kernels.source(dtype).encode()
+    code = cuda_kernels.source(dtype, part).encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None) == 0
     options = (ctypes.c_char_p * 2)(b"--gpu-architecture=sm_90", b"--ptxas-options=-v")
     result, size = library.nvrtcCompileProgram(program, 2, options), ctypes.c_size_t()
@@ -68,7 +70,7 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype):
     log = text.value.decode()
     assert result == 0, log
     assert "warning" not in log
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(cuda_kernels.NAMES)
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(cuda_kernels.PARTS[part][1])
     library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
@@ -76,8 +78,8 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype):
 
 
 def cpp_library(folder: Path, dtype):
-    lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda_kernels.source(dtype)]
-    for name in cuda_kernels.NAMES:
+    lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda_kernels.source(dtype, *cuda_kernels.PARTS)]
+    for name in NAMES:
         meets = "true" if name in ("quantize_rows", "feedback") else "false"
         lines.append(f"extern \"C\" void launch_{name}(int gx, int gy, int threads, void** args) "
                      f"{{ launch({name}, gx, gy, threads, {meets}, args); }}")
@@ -120,7 +122,8 @@ def gated(x, state, d_m, d_u):
     return x.masked_fill(off, 0)
 
 
-def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric, has_bias, width=None):
+def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric, has_bias, width=None, clipped=False,
+                 shifted=False):
     """One linear through the kernels against the eager twins: every integer and every output equal."""
     g = torch.Generator().manual_seed(seed)
     d_m, d_u = K // 5, K // 7
@@ -133,9 +136,11 @@ def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric
     w_scale = torch.rand(N, generator=g).to(device)
     bias = torch.randn(N, generator=g).to(device) if has_bias else None
     w_zero = w[:, 0].int() if asymmetric else None
+    clip = torch.tensor([0.9, 0.7], device=device) if clipped else None
+    shift = torch.randn(2, N, generator=g).to(device) if shifted else None
     rows = gated(x, state, d_m, d_u)
-    codes, scale, zero = cuda_kernels.quantize_rows(x, state, d_m, d_u, 4)
-    want_codes, want_scale, want_zero = kernels.quantize_rows(rows, 4)
+    codes, scale, zero = cuda_kernels.quantize_rows(x, state, d_m, d_u, 4, clip)
+    want_codes, want_scale, want_zero = kernels.quantize_rows(rows, 4, clip)
     assert torch.equal(codes[:M], want_codes)
     assert not codes[M:].any()
     assert torch.equal(scale[:, None], want_scale)
@@ -144,8 +149,10 @@ def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric
     with pytest.MonkeyPatch.context() as patch:
         if width:
             patch.setattr(cuda_kernels, "slice_width", lambda *_: width)
-        y = cuda_kernels.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero)
-    want = kernels.int_linear(rows, w, w_scale, kernels.row_sums(w), 4, wbits, bias, w_zero, "float")
+        y = cuda_kernels.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero,
+                                    clip, None, shift)
+    want = kernels.int_linear(rows, w, w_scale, kernels.row_sums(w), 4, wbits, bias, w_zero, "float", clip)
+    want = want if shift is None else want + shift[state.long()]
     assert y.dtype == dtype
     assert torch.equal(y, want.to(dtype))
 
@@ -160,16 +167,40 @@ def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
     clip = torch.full((2,), 0.75, device=device) if clipped else None
     w = torch.randint(-8, 8, (32, K), generator=g, dtype=torch.int8).to(device)
     ones, sums = torch.ones(32, device=device), kernels.row_sums(w)
-    rows = x if clip is None else clip_range(x, clip.to(dtype))
-    codes, scale, zero = cuda_kernels.quantize_rows(rows, None, 0, 0, bits)
+    codes, scale, zero = cuda_kernels.quantize_rows(x, None, 0, 0, bits, clip)
     cuda_kernels.feedback(x, V, scale, zero, codes, bits)
     assert torch.equal(codes[:M], kernels.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
     assert not codes[M:].any()
     y = cuda_kernels.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
-    want = scale[:, None] * ((codes[:M].double() - zero[:, None]) @ w.double().mT).float()
+    want = kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V)
     assert torch.equal(y, want.to(dtype))
-    if dtype == torch.float32:
-        assert torch.equal(y, kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V))
+
+
+def check_plus(device, dtype, masked):
+    """A whole linear of starquant+ through the kernels (centre, blocks, clip, feedback, the mean's output) against its
+    eager twin."""
+    linear, g = plus_layer().to(device), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 25, 128, generator=g).to(device, dtype)
+    state = (torch.rand(2, 25, generator=g) < 0.5 if masked is None else torch.full((2, 25), masked)).to(device)
+    rows = apply_basis((x - linear.mean[state.long()]).to(dtype), linear.basis(x)).flatten(0, 1)
+    want = kernels.int_linear(rows, linear.codes(), linear.weight_scale, linear.weight_sum, 4, 4, linear.bias, None,
+                              "float", linear.clip, linear.feedback)
+    want = (want.reshape(2, 25, -1) + linear.shift[state.long()]).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(cuda_kernels, "usable", lambda x, N, V=None: True)
+        assert torch.equal(linear(x, state), want)
+    if device == "cpu" and dtype == torch.float32:
+        assert torch.equal(linear(x, state), want)  # eager
+
+
+def plus_layer(K=128, N=48):
+    g = torch.Generator().manual_seed(0)
+    P = [torch.linalg.qr(torch.randn(*s, generator=g))[0] for s in ((K // 64, 64, 64), (K // 64, K // 64))]
+    codes = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    centre = torch.randn(2, K, generator=g), torch.randn(2, N, generator=g)
+    return QuantLinear(codes, torch.rand(N, generator=g), P, bias=torch.randn(N, generator=g), centre=centre,
+                       clip=torch.full((2,), 0.9), feedback=feedback_matrix(codes.float(), 64))
 
 
 def check_tac(device, dtype, rows, blocks):
@@ -187,23 +218,35 @@ class TestOnCpu:
 
     pytestmark = pytest.mark.usefixtures("on_cpu")
 
-    def test_self_check_accepts_the_kernels(self):
-        assert cuda_kernels.self_check(torch.device("cpu")) is None
+    @pytest.mark.parametrize("part", cuda_kernels.PARTS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_self_check_accepts_the_kernels(self, dtype, part):
+        assert cuda_kernels.self_check(torch.device("cpu"), dtype, part) is None
 
     @pytest.mark.parametrize(("name", "broken", "wrong"), [
-        ("quantize_rows (float)", "half = 1 << (bits - 1)", "half = 1 << bits"), ("unpack_int4", "0x5140", "0x5410"),
-        ("feedback (float)", "v[j] -= e", "v[j] += e"), ("epilogue (float)", "zero[m] * w_sum", "zero[m] + w_sum"),
-        ("tac (float)", "sum += m[j + i]", "sum += m[j]")])
+        ("quantize_rows", "half = 1 << (bits - 1)", "half = 1 << bits"), ("quantize_rows", "clip[1]", "clip[0]"),
+        ("unpack_int4", "0x5140", "0x5410"), ("centre", "(state[row] ? K : 0)", "(state[row] ? 0 : K)"),
+        ("feedback", "-= e * w.x", "+= e * w.x"), ("epilogue", "zero[m] * wu", "zero[m] + wu"),
+        ("epilogue", "(state[m] ? N : 0)", "0"), ("tac", "sum += m[j + i]", "sum += m[j]")])
     def test_self_check_names_a_broken_kernel(self, name, broken, wrong, on_cpu, tmp_path, monkeypatch):
-        assert broken in cuda_kernels.SOURCE
-        monkeypatch.setattr(cuda_kernels, "SOURCE", cuda_kernels.SOURCE.replace(broken, wrong))
+        part = "feedback" if name == "feedback" else "linear"
+        text, names = cuda_kernels.PARTS[part]
+        assert broken in text
+        monkeypatch.setitem(cuda_kernels.PARTS, part, (text.replace(broken, wrong), names))
         monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32))
-        assert cuda_kernels.self_check(torch.device("cpu")) == name
+        assert cuda_kernels.self_check(torch.device("cpu"), torch.float32, part) == name
 
     @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.sampled_from(DTYPES),
-           st.booleans(), st.sampled_from([None, True, False]), st.booleans(), st.booleans())
-    def test_any_shape(self, seed, M, K16, N16, dtype, packed, masked, asymmetric, has_bias):
-        check_linear("cpu", seed, M, 16 * K16, 16 * N16, dtype, 4, packed, masked, asymmetric, has_bias)
+           st.booleans(), st.sampled_from([None, True, False]), st.booleans(), st.booleans(), st.booleans(),
+           st.booleans())
+    def test_any_shape(self, seed, M, K16, N16, dtype, packed, masked, asymmetric, has_bias, clipped, shifted):
+        check_linear("cpu", seed, M, 16 * K16, 16 * N16, dtype, 4, packed, masked, asymmetric, has_bias,
+                     clipped=clipped, shifted=shifted)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("masked", [None, True, False])
+    def test_starquant_plus_layer(self, dtype, masked):
+        check_plus("cpu", dtype, masked)
 
     @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 3), st.sampled_from(DTYPES),
            st.sampled_from([2, 4, 8]), st.booleans())
@@ -212,7 +255,7 @@ class TestOnCpu:
 
     @pytest.mark.parametrize("packed", [True, False])
     def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
-        check_linear("cpu", 0, 5, 1056, 96, torch.bfloat16, 4, packed, None, True, True, width=32)
+        check_linear("cpu", 0, 5, 1056, 96, torch.bfloat16, 4, packed, None, True, True, width=32, shifted=True)
 
     def test_eight_bit_weights(self):
         check_linear("cpu", 1, 33, 64, 48, torch.float32, 8, False, None, False, False)
@@ -242,8 +285,10 @@ def test_slices_fit_the_cache():
                 width = cuda_kernels.slice_width(M, N, K, packed)
                 assert 0 < width <= N
                 assert width == N or width % 256 == 0
-                assert width == N or 4 * M * width <= cuda_kernels.L2_BYTES
-                assert width == N or not packed or K * width <= cuda_kernels.L2_BYTES
+                busy = M * width <= cuda_kernels.WAVE  # narrower slices would leave multiprocessors idle
+                assert width == N or busy or 4 * M * width <= cuda_kernels.L2_BYTES
+                assert width == N or busy or not packed or K * width <= cuda_kernels.L2_BYTES
+                assert width == N or (width + 256) * M > cuda_kernels.WAVE
 
 
 # ---- indexing, emulated --------------------------------------------------------------------------------------------
@@ -311,7 +356,7 @@ def test_forward_through_the_kernels_equals_eager(on_cpu, monkeypatch, fill):
     x = torch.randn(2, 5, 64)
     state = torch.rand(2, 5) < 0.5 if fill is None else torch.full((2, 5), fill)
     want = tac(linear(x, state))
-    monkeypatch.setattr(cuda_kernels, "usable", lambda x, N: True)
+    monkeypatch.setattr(cuda_kernels, "usable", lambda x, N, V=None: True)
     assert torch.allclose(tac(linear(x, state)), want, rtol=1e-5, atol=1e-5)
     assert torch.equal(linear.unpack_weights()(x, state), layer()(x, state))
 
@@ -332,7 +377,7 @@ def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypat
     monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
     monkeypatch.setattr(torch, "device", lambda *_: "cpu")
     with pytest.warns(UserWarning, match=r'start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'):
-        assert not cuda_kernels.ready.__wrapped__(0)
+        assert not cuda_kernels.ready.__wrapped__(0, torch.float32)
 
 
 @given(st.integers(0, 2**16), st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 6))
@@ -400,34 +445,3 @@ def test_graph_replays_from_its_own_inputs(family, monkeypatch):
     assert [len(shapes) for shapes in recorded] == [1, 4, 1]
     graphed(torch.zeros(1, 5, dtype=torch.long).as_subclass(PretendsCuda))
     assert recorded[-1] == [(1, 5)]
-
-
-# ---- on the device -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.cuda
-@needs_gpu
-class TestOnGpu:
-    def test_kernels_are_in_use(self):
-        assert cuda_kernels.ready(torch.cuda.current_device())
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("M", "K", "N"), [(1, 64, 48), (33, 1056, 96), (128, 4096, 12288), (1000, 4096, 4096)])
-    @pytest.mark.parametrize("packed", [True, False])
-    @pytest.mark.parametrize("masked", [None, True, False])
-    def test_linear(self, dtype, M, K, N, packed, masked):
-        check_linear("cuda", 0, M, K, N, dtype, 4, packed, masked, masked is None, True)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("clipped", [True, False])
-    def test_feedback(self, dtype, clipped):
-        check_feedback("cuda", 0, 1000, 64, dtype, 4, clipped)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_tac(self, dtype):
-        check_tac("cuda", dtype, 1030, 256)
-
-    def test_layer_equals_its_fake_quantized_reference(self):
-        linear = layer().cuda()
-        x, state = torch.randn(2, 50, 64, device="cuda"), torch.rand(2, 50, device="cuda") < 0.5
-        assert torch.allclose(linear(x, state), linear.reference(x, state), rtol=1e-4, atol=1e-4)

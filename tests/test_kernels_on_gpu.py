@@ -1,0 +1,46 @@
+"""The kernels on a GPU: the assertions of `test_cuda_kernels.py`, away from the stand-ins that serve there."""
+
+import pytest
+import torch
+from test_cuda_kernels import DTYPES, check_feedback, check_linear, check_plus, check_tac, layer
+
+import cuda_kernels
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("part", cuda_kernels.PARTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_are_in_use(dtype, part):
+    assert cuda_kernels.ready(torch.cuda.current_device(), dtype, part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 64, 48), (33, 1056, 96), (128, 4096, 12288), (1000, 4096, 4096)])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("masked", [None, True, False])
+def test_linear(dtype, M, K, N, packed, masked):
+    check_linear("cuda", 0, M, K, N, dtype, 4, packed, masked, masked is None, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clipped", [True, False])
+def test_feedback(dtype, clipped):
+    check_feedback("cuda", 0, 1000, 64, dtype, 4, clipped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tac(dtype):
+    check_tac("cuda", dtype, 1030, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [None, True, False])
+def test_starquant_plus_layer(dtype, masked):
+    check_plus("cuda", dtype, masked)
+
+
+def test_layer_equals_its_fake_quantized_reference():
+    linear = layer().cuda()
+    x, state = torch.randn(2, 50, 64, device="cuda"), torch.rand(2, 50, device="cuda") < 0.5
+    assert torch.allclose(linear(x, state), linear.reference(x, state), rtol=1e-4, atol=1e-4)
