@@ -26,17 +26,17 @@ from checkpoint import CheckpointError, write_json
 from cli import Parser
 from families import ConfigError
 from graphs import GraphedModel
-from layers import QuantLinear
+from layers import TAC, QuantLinear
 from memory import linear_shapes, memory_table
 from model import FUSED, generate, load_model, pick_device, synchronize
-from starquant import apply_basis
-from twins import peers, quantized_twin, random_model, residents, unpacked
+from twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
 
 # Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model
 PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
          "dream-7b": (23.27, 39.33, 13.95, 4.44)}
 ROWS = (32, 128, 512, 1024, 4096)  # M of the per-linear table
 STEPS = 4  # denoising steps per measurement
+REPLAYS = 8  # of a graph per measurement
 POINTS = {"cuda": [(1, 128, 1), (1, 512, 1), (1, 1024, 4), (4, 1024, 4), (16, 512, 8)],
           "cpu": [(1, 64, 1), (1, 128, 4), (4, 128, 4)]}  # (batch, length, tokens per step and sequence)
 
@@ -89,22 +89,24 @@ def measure(functions: dict, repeats: int, device) -> dict:
 
 def measure_each(functions: dict, repeats: int, device) -> dict:
     """`measure` for short work: name -> list of calls, replayed as one CUDA graph on a GPU; seconds of one call."""
-    ready = {}
+    ready, times = {}, {name: len(calls) for name, calls in functions.items()}
     for name, calls in functions.items():
         run = partial(_all, calls)
         # the first run compiles, and lets cuBLAS choose; where it fails, `measure` will say why
         if device.type == "cuda" and attempt(run, device) is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
 
             def record(graph=graph, run=run):
                 with torch.cuda.graph(graph):
                     run()
 
-            run = graph.replay if attempt(record, device) is None else run
+            if attempt(record, device) is None:
+                # several replays, so that what the host takes to start and end does not count
+                run, times[name] = partial(_all, [graph.replay] * REPLAYS), REPLAYS * times[name]
+            torch.cuda.set_stream(stream)  # a recording that failed may have left its own
         ready[name] = run
     seconds = measure(ready, repeats, device)
-    return {name: {k: v if k == "failed" else v / len(functions[name]) for k, v in s.items()}
-            for name, s in seconds.items()}
+    return {name: {k: v if k == "failed" else v / times[name] for k, v in s.items()} for name, s in seconds.items()}
 
 
 def _all(calls):
@@ -200,14 +202,14 @@ def step_roofline(c, top, batch: int, length: int, quantized: bool, head_bits: i
 
 
 def linears(models: dict, top, rows, repeats: int) -> list[dict]:
-    """Seconds of each fused linear by M, over the weights of several blocks in turn, so that they come from memory."""
+    """Seconds of each fused linear by M, over the weights of all blocks in turn, so that they come from memory."""
     model = next(iter(models.values()))
     device, dtype, out = model.device, model.norm.weight.dtype, []
     for fused, (N, K) in linear_shapes(model.config).items():
         for M in rows:
             state = torch.arange(M, device=device) % 2 == 0
             x = torch.randn(M, K, device=device).to(dtype)
-            calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks[:8]]
+            calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks]
                      for name, m in models.items()}
             row = {"linear": fused, "M": M, "N": N, "K": K, **measure_each(calls, repeats, device)}
             for name in models:
@@ -233,10 +235,11 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     hidden = model.norm(x)
 
     def codes(linear, x):
-        rows, flat = apply_basis(x, linear.basis(x)).reshape(-1, x.shape[-1]), state.reshape(-1)
-        if cuda_kernels.usable(rows, linear.weight_packed.shape[0]):
-            return cuda_kernels.quantize_rows(rows, flat, linear.d_m, linear.d_u, linear.abits)
-        return kernels.quantize_rows(linear.transformed(x, state).reshape(-1, x.shape[-1]), linear.abits)
+        if cuda_kernels.usable(x, linear.weight_packed.shape[0], linear.feedback):
+            return cuda_kernels.codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u, linear.abits,
+                                      linear.clip, linear.feedback)
+        rows = linear.transformed(x, state).reshape(-1, x.shape[-1])
+        return kernels.quantize_rows(rows, linear.abits, linear.clip, linear.feedback)
 
     calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
              "attention": [partial(b.attention, qkv, table, mask) for b in blocks],
@@ -245,6 +248,7 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     if isinstance(blocks[0].qkv, QuantLinear):
         calls["transforms, gates, codes"] = [
             partial(_all, [partial(codes, getattr(b, f), inputs[f]) for f in FUSED]) for b in blocks]
+    if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
     seconds = {name: s * (1 if name == "head" else c.n_layers) for name, s in seconds.items()}
@@ -318,12 +322,11 @@ def run(args, keep=lambda result: None) -> dict:
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
               "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device(), dtype),
-              "int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None,
               "ceilings": (top := ceilings(device, dtype, args.repeats))}
     log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
-    models = {"16-bit": model, "packed": packed, "int8": unpacked(packed)}
+    models = {"16-bit": model, "packed": packed, "int8": unpacked(packed), "starquant+": plus_twin(packed, args.seed)}
     sizes = memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits)
     result["memory"] = sizes | {"ratio": sizes["sixteen_bit"] / sizes["total"],
                                 "resident": {name: residents(m) for name, m in models.items()}}
@@ -332,8 +335,8 @@ def run(args, keep=lambda result: None) -> dict:
     for batch, length, tokens in args.points or POINTS[device.type]:
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
                  "models": denoising(all_models, (batch, length, tokens), args.repeats)}
-        for name in ("16-bit", "packed"):
-            entry["models"][name]["roofline"] = step_roofline(c, top, batch, length, name == "packed", args.head_bits,
+        for name in ("16-bit", "packed", "starquant+"):
+            entry["models"][name]["roofline"] = step_roofline(c, top, batch, length, name != "16-bit", args.head_bits,
                                                               dtype.itemsize)
         points.append(entry)
         log(json.dumps(entry))
@@ -348,7 +351,9 @@ def run(args, keep=lambda result: None) -> dict:
             where[name] = shares(m, batch, length, args.repeats)
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
-    return result
+    keep(result)
+    # last, because what it tries on purpose may end a GPU's context
+    return result | {"int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None}
 
 
 def point(text: str) -> tuple[int, int, int]:

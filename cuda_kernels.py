@@ -379,6 +379,14 @@ def slice_width(M: int, N: int, K: int, packed: bool) -> int:
     return min(N, max(256, width // 256 * 256))
 
 
+def codes(x, state, d_m: int, d_u: int, bits: int, clip=None, V=None):
+    """`quantize_rows`, rounded by the feedback V where there is one."""
+    integers, scale, zero = quantize_rows(x, state, d_m, d_u, bits, clip)
+    if V is not None:
+        feedback(x, V, scale, zero, integers, bits)
+    return integers, scale, zero
+
+
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
                clip=None, V=None, shift=None):
     """Φ-gate, quantize, multiply, dequantize: x (M, K) transformed activations -> (M, N) in x's dtype.
@@ -388,17 +396,15 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
     """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    codes, scale, zero = quantize_rows(x, state, d_m, d_u, bits, clip)
-    if V is not None:
-        feedback(x, V, scale, zero, codes, bits)
+    integers, scale, zero = codes(x, state, d_m, d_u, bits, clip, V)
     # Σ_k (X_c − z_c), only for asymmetric weights
-    x_sum = None if w_zero is None else codes[:M].sum(-1, dtype=torch.int32) - K * zero
-    width = slice_width(codes.shape[0], N, K, packed)
+    x_sum = None if w_zero is None else integers[:M].sum(-1, dtype=torch.int32) - K * zero
+    width = slice_width(integers.shape[0], N, K, packed)
     scratch = torch.empty(width, K, dtype=torch.int8, device=x.device) if packed else None
     for n in range(0, N, width):
         part = slice(n, min(n + width, N))
         w = unpack_int4(weight[part], scratch[: part.stop - n], x.dtype) if packed else weight[part]
-        epilogue(torch._int_mm(codes, w.t()), scale, zero, x_sum, w_scale[part], w_sum[part],
+        epilogue(torch._int_mm(integers, w.t()), scale, zero, x_sum, w_scale[part], w_sum[part],
                  None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part],
                  None if shift is None else shift[:, part], state)
     return y

@@ -5,6 +5,8 @@ and replayed, the blocks cost one launch instead of some thousands, which matter
 takes longer to launch a kernel than the GPU to run it. The head stays outside: which positions it serves may change.
 """
 
+import warnings
+
 import torch
 
 
@@ -17,7 +19,7 @@ class GraphedModel:
     """
 
     def __init__(self, model):
-        self.model, self.inputs, self.graph = model, [], None
+        self.model, self.inputs, self.graph, self.recordable = model, [], None, True
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -27,7 +29,7 @@ class GraphedModel:
 
     def hidden(self, ids, attention_mask=None):
         """Hidden states after the final norm, (B, L, D)."""
-        if not ids.is_cuda:
+        if not (ids.is_cuda and self.recordable):
             return self.model.hidden(ids, attention_mask)
         given = [ids]
         if attention_mask is not None:  # read here: whether anything is masked decides what is launched
@@ -35,6 +37,8 @@ class GraphedModel:
             given += [] if mask is None else [*table, mask]
         if self.graph is None or [t.shape for t in given] != [t.shape for t in self.inputs]:
             self._record(given)
+            if not self.recordable:
+                return self.model.hidden(ids, attention_mask)
         for ours, theirs in zip(self.inputs, given, strict=True):
             ours.copy_(theirs)
         self.graph.replay()
@@ -55,7 +59,13 @@ class GraphedModel:
             for _ in range(2):
                 self._hidden()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.output = self._hidden()
-        self.graph = graph
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self.output = self._hidden()
+            self.graph = graph
+        except RuntimeError as error:
+            torch.cuda.set_stream(main)  # a recording that fails may leave its own stream
+            self.recordable = False
+            warnings.warn(f"The denoising step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); it "
+                          f"runs without (slower).", stacklevel=2)

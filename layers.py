@@ -124,6 +124,11 @@ class QuantLinear(nn.Module):
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x
 
+    def rows(self, x, state):
+        """x centred and transformed in its own dtype, (M, d), for the CUDA kernels, which gate and quantize."""
+        x = x if self.mean is None else cuda_kernels.centre(x, self.mean, state)
+        return apply_basis(x, self.basis(x)).reshape(-1, self.in_features)
+
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
 
@@ -131,12 +136,9 @@ class QuantLinear(nn.Module):
         """
         C = self.weight_packed.shape[0]
         if cuda_kernels.usable(x, C, self.feedback):
-            state = None if state is None else state.contiguous().reshape(-1)
-            rows = x if self.mean is None else cuda_kernels.centre(x, self.mean, state)
-            rows = apply_basis(rows, self.basis(x)).reshape(-1, self.in_features)
-            y = cuda_kernels.int_linear(rows, state, self.d_m, self.d_u, self.weight_packed, self.weight_scale,
-                                        self.weight_sum, self.abits, self.packed, self.bias, self.weight_zero,
-                                        self.clip, self.feedback, self.shift)
+            y = cuda_kernels.int_linear(self.rows(x, state), None if state is None else state.reshape(-1), self.d_m,
+                                        self.d_u, self.weight_packed, self.weight_scale, self.weight_sum, self.abits,
+                                        self.packed, self.bias, self.weight_zero, self.clip, self.feedback, self.shift)
             return y.reshape(*x.shape[:-1], C)
         rows = self.transformed(x, state).reshape(-1, self.in_features)
         # the float fallback multiplies fp32: unpack straight into it

@@ -18,6 +18,7 @@ from torch import nn
 from checkpoint import INDEX, CheckpointError, resolve, write_json, write_tensors
 from cli import Parser
 from families import NAMES, ConfigError, read_config
+from hadamard import spread
 from layers import TAC, QuantLinear
 from model import FUSED, DiffusionLM, Linear, RMSNorm, expected_tensors, quantize_outer
 from sgat import initial_basis
@@ -79,6 +80,35 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
         new.tac = TAC(M, torch.zeros(blocks, g)).to(model.device)
         twin.blocks.append(new)
     return quantize_outer(twin, head_bits, embed_bits) if head_bits < 16 else twin
+
+
+@torch.no_grad()
+def plus_twin(twin: DiffusionLM, seed: int = 0) -> DiffusionLM:
+    """The integers of a `quantized_twin` as `starquant+` deploys them: centring, blocks of 64 and a rotation across
+    them, clipping, feedback; no gates, no TAC. The packed weights are shared."""
+    generator, out = torch.Generator().manual_seed(seed), copy.copy(twin)
+    out._modules = dict(twin._modules)
+    out.blocks = nn.ModuleList()
+    for block in twin.blocks:
+        new = copy.copy(block)
+        new._modules = dict(block._modules) | {"tac": nn.Identity()}
+        for fused in FUSED:
+            setattr(new, fused, _plus(getattr(block, fused), generator))
+        out.blocks.append(new)
+    return out
+
+
+def _plus(linear: QuantLinear, generator) -> QuantLinear:
+    (C, d), b = (len(linear.weight_scale), linear.in_features), tac_block_size(linear.in_features, 64)
+    device = linear.weight_packed.device
+    P = [torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0], spread(d // b, generator).float()]
+    V = (0.1 * torch.randn(d // b, b, b, generator=generator)).triu(1)
+    means, shifts = torch.randn(2, d, generator=generator), torch.randn(2, C, generator=generator)
+    new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device) for p in P], bias=linear.bias,
+                      clip=torch.full((2,), 0.9, device=device), centre=(means.to(device), shifts.to(device)),
+                      feedback=V.to(device))
+    new.weight_packed = linear.weight_packed
+    return new
 
 
 def residents(model) -> int:

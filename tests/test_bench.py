@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
+import preflight
 import twins
 from checkpoint import SINGLE, write_json, write_tensors
 from families import NAMES, read_config
 from layers import QuantEmbedding, QuantLinear, quantize_weight
 from memory import memory_table
+from methods import QuantConfig
 from model import FUSED, load_model, outer_tensors, quantize_outer
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +164,7 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     assert result == json.loads(out.read_text())
     assert [p["tokens_per_step"] for p in result["denoising"]] == [1, 2]
     for p in result["denoising"]:
-        for name in ("16-bit", "packed", "int8"):
+        for name in ("16-bit", "packed", "int8", "starquant+"):
             step = p["models"][name]["step_s"]
             assert 0 < step["low"] <= step["median"] <= step["high"]
             rate = p["batch"] * p["tokens_per_step"] / step["median"]
@@ -170,9 +172,10 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     assert {(r["linear"], r["M"]) for r in result["linears"]} == {(f, M) for f in FUSED for M in (32, 128, 512)}
     for name, parts in result["shares"].items():
         assert sum(v for k, v in parts.items() if k != "step") == pytest.approx(parts["step"])
-        assert ("TAC" in parts) == (name != "16-bit")
+        assert ("TAC" in parts) == (name in ("packed", "int8"))
+        assert ("transforms, gates, codes" in parts) == (name != "16-bit")
     assert result["memory"]["ratio"] == result["memory"]["sixteen_bit"] / result["memory"]["total"]
-    assert "| part of a step | 16-bit | packed | int8 |" in text
+    assert "| part of a step | 16-bit | packed | int8 | starquant+ |" in text
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
@@ -291,6 +294,22 @@ def test_quantized_twin_shares_what_it_does_not_replace():
     assert not fast.blocks[0].qkv.packed
     assert torch.equal(fast(ids), twin(ids))
     assert torch.equal(model(ids), want)  # untouched
+
+
+def test_plus_twin_has_the_form_of_starquant_plus():
+    """As calibration would store it, on the integers of the other twin."""
+    model = load_model("tiny", device="cpu").requires_grad_(False)
+    twin = twins.quantized_twin(model, head_bits=16)
+    plus, config = twins.plus_twin(twin), QuantConfig(method="starquant+")
+    for fused in FUSED:
+        linear, d = getattr(plus.blocks[1], fused), getattr(plus.blocks[1], fused).in_features
+        assert linear.weight_packed is getattr(twin.blocks[1], fused).weight_packed
+        assert [tuple(p.shape) for p in linear.P] == preflight.factor_shapes(config, d, False)
+        assert linear.feedback.shape == (d // 64, 64, 64)
+        assert linear.mean.shape == (2, d)
+        assert linear.d_m == 0
+    assert isinstance(plus.blocks[1].tac, torch.nn.Identity)
+    assert plus(torch.tensor([[1, 2, model.mask_id]])).isfinite().all()
 
 
 @pytest.mark.usefixtures("strict_int_mm")

@@ -445,3 +445,22 @@ def test_graph_replays_from_its_own_inputs(family, monkeypatch):
     assert [len(shapes) for shapes in recorded] == [1, 4, 1]
     graphed(torch.zeros(1, 5, dtype=torch.long).as_subclass(PretendsCuda))
     assert recorded[-1] == [(1, 5)]
+
+
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch):
+    model = load_model(HERE / "fixtures" / "llada", device="cpu").requires_grad_(False)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+
+    def refuse(_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    restored = []
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "set_stream", restored.append)
+    graphed, ids = GraphedModel(model), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.warns(UserWarning, match=r"as a CUDA graph \(operation not permitted when stream is capturing\)"):
+        got = graphed(ids.as_subclass(PretendsCuda)).as_subclass(torch.Tensor)
+    assert torch.equal(got, model(ids))
+    assert len(restored) == 1
+    assert torch.equal(graphed(ids.as_subclass(PretendsCuda)).as_subclass(torch.Tensor), model(ids))  # said once

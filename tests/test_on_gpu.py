@@ -76,5 +76,6 @@ def test_benchmark_with_peers(tmp_path):
     assert bench.main(["--model", "tiny", "--device", DEVICE, "--points", "2x64x4", "--repeats", "2", "--peers",
                        "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert all("failed" not in result["denoising"][0]["models"][name] for name in ("16-bit", "packed", "int8"))
+    assert all("failed" not in result["denoising"][0]["models"][name] for name in ("16-bit", "packed", "int8",
+                                                                                    "starquant+"))
     assert not [r for r in result["linears"] for name in result["linear_models"] if "failed" in r[name]]
