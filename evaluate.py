@@ -1,6 +1,6 @@
 """Judge a 16-bit or quantized model, compare two, or watch one write: python evaluate.py [--model tiny] [--against M]
 
-    python evaluate.py --model out/tiny-starquant-w4a4 --against tiny      NELBO, tasks, paired differences, fidelity
+    python evaluate.py --model out/tiny-starquant+-w4a4 --against tiny     NELBO, tasks, paired differences, fidelity
     python evaluate.py --table 2 --quick                                   one of the paper's tables, see tables.py
     python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, step by step
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval

@@ -1,4 +1,5 @@
-"""STaR-Quant (arXiv 2606.04945): Equations 1-18, 27-30 and Appendices A-C, in the paper's order and symbols.
+"""STaR-Quant (arXiv 2606.04945): Equations 1-18, 27-30 and Appendices A and C, in the paper's order and symbols
+(Appendix B, the training, is `sgat.py`).
 
 Tensors are row-major: x (..., d), weight W (C, d), state (...) bool with True = masked. One function per equation,
 its formula directly above its lines; the tests named below check each against an independent float64 computation
@@ -278,7 +279,8 @@ def tac_apply(z, M, bias):
 def tac_fit(z_fp, z_q, block_size: int = 16, damping: float = 3e-4, smoothing: float = 0.15, shrinkage: float = 0.55):
     """Eq. 18 with Appendix C: paired representations (N, C) -> M (B, g, g), bias (B, g), in float64.
 
-    damping ρ, singular-value smoothing η, identity shrinkage α; with all three 0 this is Eq. 18 itself.
+    damping ρ, singular-value smoothing η, identity shrinkage α; with η = α = 0 this is Eq. 18 itself, λ being ρ times
+    the mean variance of a block.
     """
     g = tac_block_size(z_fp.shape[-1], block_size)
     mu_fp, cov_fp = block_statistics(z_fp, g)

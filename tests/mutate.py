@@ -24,7 +24,7 @@ KERN, SGAT = "test_kernels.py", "test_sgat.py"
 MODEL, FAM, CAL, SAMPLE, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_sampling.py",
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
-FEED, CUDA = "test_feedback.py", "test_cuda_kernels.py"
+FEED, CUDA, BAD, BASE = "test_feedback.py", "test_cuda_kernels.py", "test_bad_input.py", "test_baselines.py"
 
 MUTATIONS = [
     # ---- starquant.py: quantizers
@@ -165,6 +165,11 @@ MUTATIONS = [
     ("kernels.py", "(u[i] - r).to(torch.bfloat16).float()", "u[i] - r", FEED),
     ("kernels.py", "addcmul_(e, V[i, i + 1 :], value=-1)", "addcmul_(e, V[i, i + 1 :], value=1)", FEED),
     ("kernels.py", "codes = feedback_codes(given, scale", "codes = feedback_codes(x, scale", FEED),
+    ("cuda_kernels.py", "k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK", "k % FEEDBACK_BLOCK >= k / FEEDBACK_BLOCK", CUDA),
+    ("cuda_kernels.py", "j = (i + 1) / 4;", "j = (i + 4) / 4;", CUDA),
+    ("cuda_kernels.py", "shift + (state[m] ? N : 0) + n, sh", "shift + (state[m] ? width : 0) + n, sh", CUDA),
+    ("cuda_kernels.py", "high = fminf(high, __fmul_rn(high, clip[1]));", "", CUDA),
+    ("cuda_kernels.py", "v[j] = fminf(fmaxf(v[j], low), high);", "", CUDA),
     ("cuda_kernels.py", "v[i] = r + z;", "v[i] = r - z;", CUDA),
     ("cuda_kernels.py", "+ blockIdx.y * FEEDBACK_BLOCK;", "+ blockIdx.y;", CUDA),
     ("cuda_kernels.py", "(_blocks(M), K // FEEDBACK_BLOCK)", "(M // THREADS, K // FEEDBACK_BLOCK)", CUDA),
@@ -174,9 +179,21 @@ MUTATIONS = [
     ("metrics.py", "torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2]",
      "torch.quantile(means, torch.tensor([1 - level, level]", EVAL),
     ("tables.py", 'float(1 - values["kl"].mean() / rtn.mean())', 'float(values["kl"].mean() / rtn.mean())', TABLES),
-    ("tables.py", "metrics.bootstrap(values[k] - measured[other][k])",
-     "metrics.bootstrap(measured[other][k] - values[k])", TABLES),
+    ("tables.py", "{k: values[k] - measured[other][k] for", "{k: measured[other][k] - values[k] for", TABLES),
+    ("tables.py", "torch.cat([values[k] - base[k] for k in TASKS], -1)",
+     "torch.cat([base[k] - values[k] for k in TASKS], -1)", TABLES),
+    ("tables.py", "interval[1] * interval[2] > 0 and bool", "bool", TABLES),
+    ("tables.py", " and bool((by_seed > 0).all() or (by_seed < 0).all())", "", TABLES),
+    ("tables.py", 'v.flatten() if label == "16-bit" else v)', "v.flatten())", TABLES),
+    ("metrics.py", "torch.randint(n, (draws, S, n), generator=g)", "torch.arange(n).expand(draws, S, n)", EVAL),
+    # ---- which setting is whose, what baselines do
+    ("calibrate.py", "if config.method not in SETTINGS_OF.get(name, METHODS):", "if name not in SETTINGS_OF:", BAD),
+    ("methods.py", '"state_fraction": ("freeact", "starquant")', '"state_fraction": ("starquant",)', BASE),
+    ("methods.py", '("gptq", "quarot", *baselines.DLLMQUANT, *_OURS)', '("gptq", "quarot", *_OURS)', PRE),
+    ("baselines.py", "clip = QUAROT_CLIP if config.abits <= 4 else None", "clip = QUAROT_CLIP", BASE),
+    ("flat.py", "P = [p if isinstance(p, Kronecker) else 1 / p for p in P] if orthogonal", "P = P if orthogonal", BASE),
     # ---- preflight.py, output.py
+    ("preflight.py", "gptq * (16 * d * d + 9 * rows * d)", "gptq * (8 * d * d + 9 * rows * d)", PRE),
     ("preflight.py", "int((here / used).read_text()) + int(kept)", "int((here / used).read_text()) - int(kept)", PRE),
     ("preflight.py", "tokens * (3 * c.d_model + sum(widths) + max(widths))",
      "tokens * (2 * c.d_model + sum(widths))", CAL),

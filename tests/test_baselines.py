@@ -291,7 +291,7 @@ class TestAllMethods:
             errors.append(float(((q(noisy) - want).norm() / want.norm()).detach()))
         # gates take a share of the energy away that no bits bring back
         gated = method in ("freeact", "starquant")
-        assert errors[1] < (0.8 if gated else 0.2) * errors[0]
+        assert errors[1] < (0.9 if gated else 0.2) * errors[0]
         assert errors[0] < 1
 
     @pytest.mark.parametrize("method", list(calibrate.METHODS))
@@ -344,6 +344,15 @@ class TestAllMethods:
             return float((fit(inputs.x, inputs.state) - inputs.y).norm())
 
         assert error(method) < error("rtn")
+
+
+@pytest.mark.parametrize("method", baselines.ROTATED)
+def test_quarot_clips_where_bits_are_few(method):
+    weight, inputs = linear_inputs()
+    for abits, clip in ((4, [0.9, 0.9]), (3, [0.9, 0.9]), (8, None)):
+        config = QuantConfig(method=method, abits=abits)
+        fitted = METHODS[method](weight, None, inputs, config, generator(), lambda _: None)[0]
+        assert fitted.clip is None if clip is None else fitted.clip.tolist() == pytest.approx(clip)
 
 
 class TestFlat:

@@ -31,8 +31,7 @@ def test_classes_exist_for_every_equation():
     classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
     for number, function, test in docstring_table():
         assert inspect.isfunction(getattr(starquant, function))
-        assert f"Eq. {number}" in getattr(starquant, function).__doc__ or f"/{number}" in getattr(
-            starquant, function).__doc__ or f"Eqs. {number}" in getattr(starquant, function).__doc__
+        assert re.search(rf"(Eqs?\. |/|, | and ){number}\b", getattr(starquant, function).__doc__), function
         assert any(n.name.startswith("test") for n in classes[test].body if isinstance(n, ast.FunctionDef))
 
 
