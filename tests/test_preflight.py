@@ -193,7 +193,8 @@ class TestDryRun:
         step = json.loads(result)["step"]
         trained = method in SETTINGS_OF["epochs"]
         # 5 segments: one batch of 4 and one held out; methods without training are fitted whole
-        assert fits == [((5, 24, 64), 0)] * 2 + [((5, 24, 64), 1)] + [((9, 24, 64), 1)] * (not trained)
+        whole = [((9, 24, 64), QuantConfig.epochs)] * (not trained)
+        assert fits == [((5, 24, 64), 0)] * 2 + [((5, 24, 64), 1)] + whole
         assert (step["steps_per_linear"] > 0) == trained
         assert (step["loss_after"] is not None) == trained
         assert 0 < step["error"] < 1
