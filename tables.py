@@ -3,13 +3,12 @@
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
 keeps it under a key of what determines it, the code apart (the commit stands beside it): a long run resumes, tables
 share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
-tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval over calibration seeds and, within
-each, its examples. Every row is compared with the row above it, or with the one that REFERENCE names, example by
-example, in KL divergence from the 16-bit model, which has less noise than NELBO; three seeds are few, so * marks a
-difference whose interval is clear of 0 and on whose sign all seeds agree. The mean of the three tasks is counted from
-16 bit on the same problems, which takes out how hard these are. `--stress c` gives the model outlier channels first;
-`--nelbo` leaves the tasks out; `--quick` is for a first look: likelihoods of few examples, one seed, one epoch on a
-sixth of the segments.
+tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval, of what is counted from 16 bit (KL,
+penalty, mean of the tasks) over calibration seeds and, within each, its examples, of a task over all its problems.
+Every row is compared with the row above it, or with the one that REFERENCE names, example by example, in KL divergence
+from the 16-bit model, which has less noise than NELBO; three seeds are few, so * marks a difference whose interval is
+clear of 0 and on whose sign all seeds agree. `--stress c` gives the model outlier channels first; `--nelbo` leaves the
+tasks out; `--quick` is for a first look: likelihoods of few examples, one seed, one epoch on a sixth of the segments.
 
 Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
 """
@@ -246,9 +245,8 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
     out, measured, above, rtn = [], {}, None, None
     for label, cells in rows.items():
         values = {k: by_seed(cells, k) for k in cells[0]["values"]}
-        # 16 bit has no calibration: its seeds are more examples
-        row = {"setting": label, **{k: metrics.bootstrap(v.flatten() if label == "16-bit" else v)
-                                    for k, v in values.items()}}
+        # levels are uncertain by their problems, of which seeds bring more; what is counted from 16 bit by seeds, too
+        row = {"setting": label, **{k: metrics.bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()}}
         if label != "16-bit":
             penalty = values["nelbo"] - base["nelbo"]
             row["penalty"] = metrics.bootstrap(penalty)
@@ -303,7 +301,7 @@ def markdown(record: dict) -> str:
         shown += [interval(row[m], sign="+" * (m == "mean")) if m in row else "" for m in measures]
         lines.append(f"| {' | '.join(shown)} |")
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "
-            f"each; ± half a 95 % bootstrap interval over seeds and their examples, paired differences with theirs, * "
-            f"where it is clear of 0 and all seeds agree; torch {record['torch']} on {record['device']}, commit "
-            f"{record['commit']}.")
+            f"each; ± half a 95 % bootstrap interval over seeds and their examples (of a task: over its problems), "
+            f"differences with theirs, * where it is clear of 0 and all seeds agree; torch {record['torch']} on "
+            f"{record['device']}, commit {record['commit']}.")
     return "\n".join([*lines, "", note])

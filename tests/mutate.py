@@ -184,7 +184,7 @@ MUTATIONS = [
      "torch.cat([base[k] - values[k] for k in TASKS], -1)", TABLES),
     ("tables.py", "interval[1] * interval[2] > 0 and bool", "bool", TABLES),
     ("tables.py", " and bool((by_seed > 0).all() or (by_seed < 0).all())", "", TABLES),
-    ("tables.py", 'v.flatten() if label == "16-bit" else v)', "v.flatten())", TABLES),
+    ("tables.py", 'v if k == "kl" else v.flatten()', "v.flatten()", TABLES),
     ("metrics.py", "torch.randint(n, (draws, S, n), generator=g)", "torch.arange(n).expand(draws, S, n)", EVAL),
     # ---- which setting is whose, what baselines do
     ("calibrate.py", "if config.method not in SETTINGS_OF.get(name, METHODS):", "if name not in SETTINGS_OF:", BAD),
