@@ -3,8 +3,8 @@
 A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
 keeps it under a key of what determines it, the code apart (the commit stands beside it): a long run resumes, tables
 share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
-tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval, of what is counted from 16 bit (KL,
-penalty, mean of the tasks) over calibration seeds and, within each, its examples, of a task over all its problems.
+tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval: of what is counted from 16 bit
+(KL, penalty, mean of the tasks) over calibration seeds and, within each, its examples; of a task over all its problems.
 Every row is compared with the row above it, or with the one that REFERENCE names, example by example, in KL divergence
 from the 16-bit model, which has less noise than NELBO; three seeds are few, so * marks a difference whose interval is
 clear of 0 and on whose sign all seeds agree. `--stress c` gives the model outlier channels first; `--nelbo` leaves the
