@@ -4,7 +4,7 @@ PyTorch operations would walk over the activations about ten times (gate, minimu
 cast, ... and again after the product), and on a GPU these walks cost more than the int8 product saves. So there is
 
     centre           x less the mean of its token's state (starquant+)               one read, one write
-    quantize_rows    gate by token state, clip, per-token scale and zero point, codes  one read of x, one write of codes
+    quantize_rows    gate by token state, clip, scale and zero point of a token, codes one read of x, one write of codes
     feedback         the same codes rounded by feedback (starquant+)                 one read of x, one write of codes
     unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
     torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
