@@ -11,7 +11,6 @@ Each is written to `results/figures` as PNG and SVG, its numbers beside it as JS
 
 import json
 import sys
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -198,8 +197,8 @@ def figure_6(_):
     if not points:
         raise CheckpointError(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
     figure, axis = plt.subplots(figsize=(6, 3.2))
-    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN)
-    for (method, values), colour, marker in zip(points.items(), cycle(colours), cycle("xv<^>pPhsD."), strict=False):
+    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN, "#882255")
+    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPhsDo", strict=False):
         # NaN where nothing was measured: a line joins neighbours only
         mean, low, high = zip(*(values.get(b, [float("nan")] * 3) for b in bits), strict=True)
         axis.plot(mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
