@@ -124,7 +124,7 @@ class TestSettings:
 class TestCells:
     def test_a_cell_is_measured_once_and_a_cut_line_again(self, results, monkeypatch):
         monkeypatch.setitem(tables.TABLES, "3", {"RTN": tables.RTN, "start": tables.UNTRAINED | tables.NO_TAC})
-        run = tables.Run("tiny", 1.0, 2, True, "cpu")
+        run = tables.Run("tiny", 1.0, 2, True, "cpu", segments=8)
         first = tables.make("3", run, 1)
         assert [r["setting"] for r in first["rows"]] == ["16-bit", "RTN", "start"]
         assert first["rows"][1]["kl"][0] > 0
