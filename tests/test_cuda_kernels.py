@@ -253,6 +253,14 @@ class TestOnCpu:
     def test_feedback(self, seed, M, blocks, dtype, bits, clipped):
         check_feedback("cpu", seed, M, blocks, dtype, bits, clipped)
 
+    def test_what_is_clipped_has_the_code_of_the_limit(self):
+        """s = 1, z = 6 (a tie), limit 8.5: its code is 8 + 6 (a tie, too), where an unclipped 17 would end at 15."""
+        x, clip = torch.zeros(1, 16), torch.tensor([1.0, 0.5])
+        x[0, :2] = torch.tensor([17.0, -6.5])
+        codes, scale, _ = cuda_kernels.quantize_rows(x, None, 0, 0, 4, clip)
+        assert float(scale[0]) == 1
+        assert int(codes[0, 0]) == int(kernels.quantize_rows(x, 4, clip)[0][0, 0]) == 14 - 8
+
     @pytest.mark.parametrize("packed", [True, False])
     def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
         check_linear("cpu", 0, 5, 1056, 96, torch.bfloat16, 4, packed, None, True, True, width=32, shifted=True)

@@ -70,6 +70,12 @@ class TestRows:
         assert b["against"]["significant"]
         assert b["against"]["kl"] == pytest.approx((-1.1, -2.1, -0.1))
 
+    def test_significant_is_both_a_clear_interval_and_agreement(self):
+        agree, differ = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-3.0], [0.5]])
+        assert tables.significant((-1.5, -2.0, -1.0), agree)
+        assert not tables.significant((-1.5, -2.0, 0.1), agree)
+        assert not tables.significant((-1.2, -2.0, -1.0), differ)
+
     def test_recovered_is_against_rtn_of_the_same_bits(self):
         kl = {"16-bit": None, "RTN W4A4": 4.0, "other W4A4": 1.0, "RTN W3A3": 8.0, "other W3A3": 4.0}
         rows = tables.summarize({label: [cell([1.0], value and [value])] for label, value in kl.items()})
