@@ -64,7 +64,10 @@ def quarot_basis(inputs: Inputs, generator):
     return [1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain), H]
 
 
-QUAROT_CLIP = 0.9  # of 4-bit activations, as its authors set it; with many bits clipping costs more than it brings
+def quarot_clip(bits: int) -> float | None:
+    """Clipping of activations of so many bits: 0.9, as QuaRot's authors set it for 4; None above, where it costs more
+    than it brings."""
+    return 0.9 if bits <= 4 else None
 
 
 def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=None):
@@ -74,8 +77,8 @@ def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=
     One rotation per input instead of one for the whole residual stream; activations asymmetric, not symmetric.
     """
     P = quarot_basis(inputs, generator)
-    clip = QUAROT_CLIP if config.abits <= 4 else None
-    return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True, clip=clip)
+    return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True,
+                    clip=quarot_clip(config.abits))
 
 
 # ---- AWQ -------------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def fit_dllmquant_quarot(weight, bias, inputs, config, generator, progress):
     return fit_quarot(weight, bias, inputs, config, generator, progress, weights)
 
 
-METHODS = {"rtn": fit_rtn, "awq": fit_awq, "gptq": fit_gptq, "quarot": fit_quarot, "flatquant": fit_flatquant,
-           "freeact": fit_freeact, "dllmquant+": fit_dllmquant_awq, "dllmquant++": fit_dllmquant_quarot}
+BASELINES = {"rtn": fit_rtn, "awq": fit_awq, "gptq": fit_gptq, "quarot": fit_quarot, "flatquant": fit_flatquant,
+             "freeact": fit_freeact, "dllmquant+": fit_dllmquant_awq, "dllmquant++": fit_dllmquant_quarot}
 DLLMQUANT = ("dllmquant+", "dllmquant++")  # also: calibration ratios by TMAS, V's scale by IA-AQ (kv_bits < 16)
 ROTATED = ("quarot", "dllmquant++")  # K and V are quantized behind a Hadamard rotation of each head (kv_bits < 16)

@@ -11,11 +11,11 @@ cast, ... and again after the product), and on a GPU these walks cost more than 
     epilogue         zero point, both scales, bias, mean's output, int32 -> bf16     one read, one write
     tac              Eq. 17 for blocks of 16                                         one read, one write
 
-The sources below are plain CUDA C++ without headers. They are compiled at first use, as `torch.cuda._compile_kernel`
-does it, with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Every kernel has its eager twin
-(`kernels.py`, `starquant.tac_apply`); the integer ones agree with it bit for bit, because they use the same IEEE
-operations in the same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast division). `ready` compares both once
-per device.
+Their source is `kernels.cu`, plain CUDA C++ without headers. It is compiled at first use, as
+`torch.cuda._compile_kernel` does it, with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed.
+Every kernel has its eager twin (`kernels.py`, `starquant.tac_apply`); the integer ones agree with it bit for bit,
+because they use the same IEEE operations in the same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast
+division). `ready` compares both once per device.
 
 The weight is walked in slices along N, so that what one slice writes and the next kernel reads (int32 accumulators,
 unpacked codes) is still in the L2 cache. Scratch memory comes from PyTorch's caching allocator, which hands out the
@@ -28,6 +28,7 @@ epilogue, so that neither int8 weights nor int32 sums ever leave the chip.
 import warnings
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -39,231 +40,17 @@ FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lie
 L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
 WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
 
-COMMON = r"""
-typedef unsigned short bf16;  // the upper half of an fp32
-typedef REAL real;
-
-__device__ void load4(const float* x, float v[4]) {
-    float4 f = *(const float4*)x;
-    v[0] = f.x; v[1] = f.y; v[2] = f.z; v[3] = f.w;
-}
-__device__ void load4(const int* x, int v[4]) {
-    int4 i = *(const int4*)x;
-    v[0] = i.x; v[1] = i.y; v[2] = i.z; v[3] = i.w;
-}
-__device__ void load4(const bf16* x, float v[4]) {
-    uint2 u = *(const uint2*)x;
-    v[0] = __uint_as_float(u.x << 16); v[1] = __uint_as_float(u.x & 0xffff0000u);
-    v[2] = __uint_as_float(u.y << 16); v[3] = __uint_as_float(u.y & 0xffff0000u);
-}
-__device__ unsigned round_bf16(float y) {  // to nearest, ties to even; NaN stays NaN
-    unsigned u = __float_as_uint(y);
-    return y != y ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-__device__ void store4(float* y, const float v[4]) { *(float4*)y = make_float4(v[0], v[1], v[2], v[3]); }
-__device__ void store4(bf16* y, const float v[4]) {
-    *(uint2*)y = make_uint2(round_bf16(v[0]) | round_bf16(v[1]) << 16, round_bf16(v[2]) | round_bf16(v[3]) << 16);
-}
-__device__ void store1(float* y, float v) { *y = v; }
-__device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
-"""
-
-LINEAR = r"""
-// x - mu_s of every token's state s: row 0 of mean for unmasked, row 1 for masked tokens.
-extern "C" __global__ void centre(const real* x, const unsigned char* state, const float* mean, real* out, int K) {
-    int row = blockIdx.x, k = 4 * (blockIdx.y * THREADS + threadIdx.x);
-    if (k >= K) return;
-    const float* mu = mean + (state[row] ? K : 0) + k;
-    float v[4];
-    load4(x + (long long)row * K + k, v);
-    for (int j = 0; j < 4; j++) v[j] = __fsub_rn(v[j], mu[j]);
-    store4(out + (long long)row * K + k, v);
-}
-
-// One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
-extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
-                                         int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
-                                         int has_clip) {
-    __shared__ float lows[THREADS], highs[THREADS];
-    int row = blockIdx.x, t = threadIdx.x;
-    char4* out = (char4*)(codes + (long long)row * K);
-    if (row >= M) {
-        for (int k = t; k < K / 4; k += THREADS) out[k] = make_char4(0, 0, 0, 0);
-        return;
-    }
-    // G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u): channels [from, to) of this token are gated off
-    bool masked = d_m + d_u > 0 && state[row];
-    int from = masked ? K - d_u : K - d_u - d_m, to = masked ? K : K - d_u;
-    const real* in = x + (long long)row * K;
-    float v[4], low = 0, high = 0;  // the range always includes 0
-    for (int k = 4 * t; k < K; k += 4 * THREADS) {
-        load4(in + k, v);
-        for (int j = 0; j < 4; j++) {
-            if (k + j >= from && k + j < to) v[j] = 0;
-            low = fminf(low, v[j]);
-            high = fmaxf(high, v[j]);
-        }
-    }
-    lows[t] = low;
-    highs[t] = high;
-    for (int n = THREADS / 2; n > 0; n /= 2) {
-        __syncthreads();
-        if (t < n) {
-            lows[t] = fminf(lows[t], lows[t + n]);
-            highs[t] = fmaxf(highs[t], highs[t + n]);
-        }
-    }
-    __syncthreads();
-    low = lows[0];
-    high = highs[0];
-    if (has_clip) {  // each token's range narrowed to (c_0 low, c_1 high)
-        low = fmaxf(low, __fmul_rn(low, clip[0]));
-        high = fminf(high, __fmul_rn(high, clip[1]));
-    }
-    float levels = (1 << bits) - 1, half = 1 << (bits - 1);
-    // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
-    float s = fmaxf(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
-    float z = rintf(__fdiv_rn(-low, s));
-    for (int k = 4 * t; k < K; k += 4 * THREADS) {
-        load4(in + k, v);
-        signed char c[4];
-        for (int j = 0; j < 4; j++) {
-            if (k + j >= from && k + j < to) v[j] = 0;
-            v[j] = fminf(fmaxf(v[j], low), high);
-            c[j] = (signed char)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
-        }
-        out[k / 4] = make_char4(c[0], c[1], c[2], c[3]);
-    }
-    if (t == 0) {
-        scale[row] = s;
-        zero[row] = (int)(z - half);
-    }
-}
-
-// Four signed 4-bit numbers in the low halves of four bytes -> four signed bytes, without carries between them.
-__device__ unsigned sign_extend4(unsigned n) { return (((n ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u; }
-
-// One thread unpacks 16 bytes = 32 codes: low and high nibbles apart, then interleaved byte by byte.
-extern "C" __global__ void unpack_int4(const uint4* packed, uint4* codes, int count) {
-    int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= count) return;
-    uint4 p = packed[i];
-    unsigned in[4] = {p.x, p.y, p.z, p.w}, out[8];
-    for (int j = 0; j < 4; j++) {
-        unsigned low = sign_extend4(in[j] & 0x0f0f0f0fu), high = sign_extend4((in[j] >> 4) & 0x0f0f0f0fu);
-        out[2 * j] = __byte_perm(low, high, 0x5140);      // low 0, high 0, low 1, high 1
-        out[2 * j + 1] = __byte_perm(low, high, 0x7362);  // low 2, high 2, low 3, high 3
-    }
-    codes[2 * i] = make_uint4(out[0], out[1], out[2], out[3]);
-    codes[2 * i + 1] = make_uint4(out[4], out[5], out[6], out[7]);
-}
-
-// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for one slice of `width` columns; y and
-// shift, the output of the mean of either state, have N of them.
-extern "C" __global__ void epilogue(const int* acc, const float* scale, const int* zero, const int* x_sum,
-                                    const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
-                                    const float* shift, const unsigned char* state, real* y, int width, int N,
-                                    int has_zero, int has_bias, int has_shift) {
-    int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
-    if (n >= width) return;
-    int sum[4], wu[4], wz[4];
-    float v[4], ws[4], b[4], sh[4];
-    load4(acc + (long long)m * width + n, sum);
-    load4(w_sum + n, wu);
-    load4(w_scale + n, ws);
-    if (has_zero) load4(w_zero + n, wz);
-    if (has_bias) load4(bias + n, b);
-    if (has_shift) load4(shift + (state[m] ? N : 0) + n, sh);
-    for (int j = 0; j < 4; j++) {
-        sum[j] -= zero[m] * wu[j];
-        if (has_zero) sum[j] -= x_sum[m] * wz[j];
-        v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
-        if (has_bias) v[j] = __fadd_rn(v[j], b[j]);
-        if (has_shift) v[j] = __fadd_rn(v[j], sh[j]);
-    }
-    store4(y + (long long)m * N + n, v);
-}
-
-// Z_tac = Z M^T + d in blocks of 16 channels: a thread keeps its row of M and walks down the tokens.
-extern "C" __global__ void tac(const real* __restrict__ z, const float* __restrict__ M,
-                               const float* __restrict__ bias, real* __restrict__ out, int rows, int C) {
-    int c = blockIdx.y * THREADS + threadIdx.x;
-    if (c >= C) return;
-    float m[TAC_BLOCK];
-    for (int j = 0; j < TAC_BLOCK; j++) m[j] = M[(long long)c * TAC_BLOCK + j];
-#pragma unroll 4
-    for (int r = blockIdx.x; r < rows; r += gridDim.x) {  // several rows in flight
-        const real* block = z + (long long)r * C + c / TAC_BLOCK * TAC_BLOCK;
-        float v[4], sum = bias[c];
-        for (int j = 0; j < TAC_BLOCK; j += 4) {
-            load4(block + j, v);
-            for (int i = 0; i < 4; i++) sum += m[j + i] * v[i];
-        }
-        store1(out + (long long)r * C + c, sum);
-    }
-}
-"""
-FEEDBACK = r"""
-__device__ void load8(const float* x, float* v) { load4(x, v); load4(x + 4, v + 4); }
-__device__ void load8(const bf16* x, float* v) {  // 16 bytes at once: neighbours in a warp read rows far apart
-    uint4 u = *(const uint4*)x;
-    unsigned in[4] = {u.x, u.y, u.z, u.w};
-    for (int j = 0; j < 4; j++) {
-        v[2 * j] = __uint_as_float(in[j] << 16);
-        v[2 * j + 1] = __uint_as_float(in[j] & 0xffff0000u);
-    }
-}
-__device__ unsigned pack4(const float* v) {  // four small integers as signed bytes, the first lowest
-    return ((int)v[0] & 255) | ((int)v[1] & 255) << 8 | ((int)v[2] & 255) << 16 | (unsigned)((int)v[3] & 255) << 24;
-}
-
-// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread takes one token's part of a block and
-// goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
-// numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
-extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
-                                    signed char* codes, int M, int K, int bits) {
-    __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
-    const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
-    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
-        ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
-    __syncthreads();
-    int m = blockIdx.x * THREADS + threadIdx.x;
-    if (m >= M) return;
-    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
-    float v[FEEDBACK_BLOCK];
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(x + at + i, v + i);
-    float s = scale[m], z = zero[m], low = -(1 << (bits - 1)) - z, high = (1 << (bits - 1)) - 1 - z;
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i++) {
-        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
-        float r = fminf(fmaxf(rintf(v[i]), low), high);
-        float e = __uint_as_float(round_bf16(__fsub_rn(v[i], r)) << 16);
-        v[i] = r + z;
-#pragma unroll
-        for (int j = (i + 1) / 4; j < FEEDBACK_BLOCK / 4; j++) {  // four at a time; finished ones lose e * 0
-            float4 w = shared_V[i][j];
-            v[4 * j] -= e * w.x; v[4 * j + 1] -= e * w.y; v[4 * j + 2] -= e * w.z; v[4 * j + 3] -= e * w.w;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 16)
-        *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
-}
-"""
+SOURCE = (Path(__file__).parent / "kernels.cu").read_text()
 # feedback is a part by itself: its unrolled loops take seconds to compile, which only those should wait for who use it
-PARTS = {"linear": (LINEAR, ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac")),
-         "feedback": (FEEDBACK, ("feedback",))}
+PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",)}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 def source(dtype, *parts: str) -> str:
     """The CUDA source of some parts for activations of this dtype."""
     numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK}
-    lines = (f"#define {k} {v}\n" for k, v in {"REAL": TYPES[dtype], **numbers}.items())
-    return "".join([*lines, COMMON, *(PARTS[part][0] for part in parts)])
+    names = {"REAL": TYPES[dtype], **numbers, **{part.upper(): "" for part in parts}}
+    return "".join(f"#define {name} {value}\n" for name, value in names.items()) + SOURCE
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -286,7 +73,7 @@ def _without_cuda_home():
 @cache
 def _compiled(index: int, dtype, part: str) -> dict:
     """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
-    tools, names = torch.cuda._utils, PARTS[part][1]
+    tools, names = torch.cuda._utils, PARTS[part]
     # asked for at every launch, and loading a library takes longer than a small kernel
     if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
         tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
@@ -296,7 +83,7 @@ def _compiled(index: int, dtype, part: str) -> dict:
 
 
 def _launch(name: str, dtype, grid, args) -> None:
-    device, part = args[0].device, next(part for part, (_, names) in PARTS.items() if name in names)
+    device, part = args[0].device, next(part for part, names in PARTS.items() if name in names)
     with torch.cuda.device(device):
         _compiled(device.index, dtype, part)[name]((*grid, *(1,) * (3 - len(grid))), (THREADS, 1, 1), args)
 

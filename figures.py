@@ -17,7 +17,7 @@ import matplotlib
 import torch
 
 import data
-from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from blocks import QuantConfig, masked_copies, quantize_model, run_block
 from checkpoint import CheckpointError
 from cli import Parser
 from families import ConfigError

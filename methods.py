@@ -30,7 +30,7 @@ def _cast(P, like):
     return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)
 
 
-METHODS = {**baselines.METHODS, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
+METHODS = {**baselines.BASELINES, "starquant": fit_starquant, "starquant+": fit_starquant_plus}
 # settings that not every method has, and the methods that have them; the others count for all
 _TRAINED, _OURS = ("flatquant", "freeact", "starquant"), ("starquant+",)
 SETTINGS_OF = {
@@ -106,9 +106,8 @@ class QuantConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:
             raise ConfigError(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")
-        if not self.symmetric and self.method not in SETTINGS_OF["weights"]:
-            raise ConfigError(f"weights asymmetric is for {' and '.join(SETTINGS_OF['weights'])}, not for "
-                              f"{self.method}.")
+        if not self.symmetric:
+            self.check_given(["weights"])
         if self.state_fraction == 1:
             raise ConfigError("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
 
@@ -120,3 +119,14 @@ class QuantConfig:
     def compensated(self) -> bool:
         """Whether this method stores TAC."""
         return self.method in COMPENSATED and self.tac in COMPENSATED[self.method]
+
+    def check_given(self, names) -> None:
+        """ConfigError if one of the fields `names`, which somebody gave on purpose, has no part in this method."""
+        for name in names:
+            if self.method not in SETTINGS_OF.get(name, METHODS):
+                *some, last = SETTINGS_OF[name]
+                whose = ", ".join(some) + " and " * bool(some) + last
+                raise ConfigError(f"{name} is for {whose}, not for {self.method}.")
+            if name == "tac" and self.tac != "none" and not self.compensated:
+                kinds = " or ".join((*COMPENSATED[self.method], "none"))
+                raise ConfigError(f"tac {self.tac} is not for {self.method}, which takes {kinds}.")

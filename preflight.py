@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from baselines import DLLMQUANT, ROTATED, Inputs
+from baselines import DLLMQUANT, ROTATED, Inputs, quarot_clip
 from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
 from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
 from hadamard import exists, hadamard_sizes
@@ -71,9 +71,9 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
         factors = factor_shapes(config, d, fused in ("qkv", "gate_up"))
         numbers = sum(map(prod, factors))
         numbers += rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
-        clipped = config.method in ("flatquant", "freeact", "starquant+") or (config.method in ROTATED
-                                                                               and config.abits <= 4)
-        numbers += 2 * clipped
+        clipped = config.method in ("flatquant", "freeact", "starquant+") or (
+            config.method in ROTATED and quarot_clip(config.abits))
+        numbers += 2 * bool(clipped)
         numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
         if config.method == "starquant+" and config.rounding == "feedback":
             # V in bf16, blocks as wide as those of P

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import distributed
 import metrics
-from calibrate import QuantConfig, quantize_model
+from blocks import QuantConfig, quantize_model
 from checkpoint import resolve, sha256
 from layers import QuantLinear
 from model import load_model

@@ -285,7 +285,7 @@ ARGUMENTS = [
     ("calibrate", ["--set", "weights=asymmetric", "--method", "gptq"], "is for rtn and starquant, not for gptq"),
     ("calibrate", ["--set", "allocation=closed_form"], "allocation is for starquant, not for starquant+"),
     ("calibrate", ["--set", "lr=.1", "--method", "rtn"], "lr is for flatquant, freeact and starquant, not for rtn"),
-    ("calibrate", ["--set", "tac=statistics"], "tac=statistics is not for starquant+, which takes ridge or none"),
+    ("calibrate", ["--set", "tac=statistics"], "tac statistics is not for starquant+, which takes ridge or none"),
     ("calibrate", ["--set", "state_fraction=1"], "state_fraction 1 gives each state the whole width"),
     ("calibrate", ["--set", "embed_bits=4"], "embed_bits 4 needs head_bits 8 or 4"),
     ("calibrate", ["--seed", "-1"], "seed -1 is not between"),

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import balance as module
-import calibrate
 import data
 import hadamard
 import metrics
@@ -28,12 +27,13 @@ from balance import (
     unit_gain,
 )
 from baselines import Inputs
-from calibrate import QuantConfig
+from blocks import quantize_model
 from families import linear_shapes, read_config
 from feedback import diagonal_blocks, feedback_matrix, rounding_order
 from gptq import gptq, hessian, shrunk_scale
 from hadamard import rotation
 from kernels import fake_quantize_rows
+from methods import METHODS, QuantConfig
 from model import load_model
 from preflight import factor_shapes
 from starquant import Kronecker, apply_basis, fake_quantize, fold_weight
@@ -244,7 +244,7 @@ class TestFit:
         errors = {}
         for method in ("starquant+", "quarot"):
             config = QuantConfig(method=method, balance=kind, balance_block=32)
-            fitted, _ = calibrate.METHODS[method](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS[method](weight, None, inputs, config, generator(), None)
             exact = fitted.shifted(fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT, state)
             assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
             errors[method] = float((fitted(x, state) - inputs.y).norm())
@@ -257,7 +257,7 @@ class TestFit:
         inputs, errors = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool)), {}
         for rounding in ("feedback", "nearest"):
             config = QuantConfig(method="starquant+", balance=kind, balance_block=32, rounding=rounding, gain="none")
-            fitted, _ = calibrate.METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
             errors[rounding] = float((fitted(inputs.x, inputs.state) - inputs.y).norm())
             if rounding == "feedback":
                 assert torch.equal(fitted.feedback, feedback_matrix(fitted.weight(), fitted.feedback.shape[-1]))
@@ -273,7 +273,7 @@ class TestFit:
         y = x @ weight.mT
         for bits in (2, 4):
             config = QuantConfig(method="starquant+", wbits=bits, abits=bits)
-            fitted, _ = calibrate.METHODS["starquant+"](weight, None, Inputs(x, y, state), config, generator(), None)
+            fitted, _ = METHODS["starquant+"](weight, None, Inputs(x, y, state), config, generator(), None)
             assert torch.allclose(fitted(x, state)[state], y[state], rtol=1e-5, atol=1e-4)
             assert torch.allclose(fitted.reference(x, state), fitted(x, state), rtol=1e-4, atol=1e-3)
             assert not torch.allclose(fitted(x, state)[~state], y[~state], rtol=1e-2, atol=1e-2)
@@ -285,7 +285,7 @@ class TestFit:
         def energy(**setting):
             """mean(S^(2−2a)) mean(S^2a), least at a = 1/2 and the same at a and 1 − a."""
             config = QuantConfig(method="starquant+", centre="none", rounding="nearest", **setting)
-            fitted, _ = calibrate.METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
             return float(apply_basis(x, fitted.P).square().sum() * fold_weight(weight, fitted.P).square().sum())
 
         even = energy(exponent=0.5)
@@ -307,7 +307,7 @@ class TestFit:
         errors = {}
         for centre in ("state", "joint", "none"):
             config = QuantConfig(method="starquant+", centre=centre)
-            fitted, _ = calibrate.METHODS["starquant+"](weight, None, Inputs(x, x @ weight.mT, state), config,
+            fitted, _ = METHODS["starquant+"](weight, None, Inputs(x, x @ weight.mT, state), config,
                                                         generator(), None)
             errors[centre] = float((fitted(x, state) - x @ weight.mT).norm())
         assert errors["state"] < 0.9 * errors["joint"]
@@ -336,7 +336,7 @@ class TestGain:
         slopes = {}
         for gain in ("unit", "none"):
             config = QuantConfig(method="starquant+", wbits=2, gain=gain)
-            fitted, _ = calibrate.METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
             state, masked = inputs.state, inputs.state[0]
             y, y_hat = (t[0] - state_means(t[0], masked)[masked.long()] for t in (inputs.y, fitted(inputs.x, state)))
             weights = torch.where(masked, config.mask_weight, 1.0)[:, None]
@@ -351,6 +351,6 @@ class TestGain:
         (ids, where), *_ = metrics.nelbo_set(model.tokenizer, 16, 0)
         for gain in ("unit", "none"):
             config = QuantConfig(method="starquant+", wbits=2, gain=gain, rounding="nearest")
-            judged = calibrate.quantize_model(model, tokens, config, region)
+            judged = quantize_model(model, tokens, config, region)
             divergence[gain] = float(metrics.losses(judged, ids, where, 1, reference=model)["kl"].mean())
         assert divergence["unit"] < 0.7 * divergence["none"]

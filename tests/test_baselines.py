@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import baselines
-import calibrate
+import blocks
 import flat
 import softmax_value
-from baselines import AWQ_EXPONENTS, METHODS, Inputs, awq_loss, awq_scale, cgq_weights, tmas_ratios
-from calibrate import SETTINGS_OF, QuantConfig, quantize_block, quantize_model
+from baselines import AWQ_EXPONENTS, Inputs, awq_loss, awq_scale, cgq_weights, tmas_ratios
+from blocks import QuantConfig, quantize_block, quantize_model
 from families import read_config
 from gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
 from hadamard import exists, hadamard, hadamard_sizes, hartley, rotation, spread
 from layers import QuantLinear
+from methods import METHODS, SETTINGS_OF
 from model import FUSED, DiffusionLM
 from sgat import initial_basis
 from softmax_value import QuantAttention, ia_aq, softmax_scores
@@ -200,7 +201,7 @@ class TestDLLMQuant:
     def test_tmas_is_used_in_calibration(self):
         ids = tokens(40, 400)
         for method, low in (("dllmquant++", 12), ("quarot", 10)):
-            noisy = calibrate.masked_copies(ids, None, 63, QuantConfig(method=method))
+            noisy = blocks.masked_copies(ids, None, 63, QuantConfig(method=method))
             assert int(((noisy == 63).float().mean(-1) < 0.25).sum()) == pytest.approx(low, abs=1)
 
     def test_uniform_certainty_is_gptq(self, monkeypatch):
@@ -276,7 +277,7 @@ class TestQuantAttention:
 
 
 class TestAllMethods:
-    @pytest.mark.parametrize("method", list(calibrate.METHODS))
+    @pytest.mark.parametrize("method", list(METHODS))
     def test_every_linear_of_every_block_is_quantized_and_better_bits_help(self, method):
         model, ids = small_model(), tokens()
         noisy = torch.where(torch.rand(ids.shape, generator=generator(2)) < 0.5, 63, ids)
@@ -294,7 +295,7 @@ class TestAllMethods:
         assert errors[1] < (0.9 if gated else 0.2) * errors[0]
         assert errors[0] < 1
 
-    @pytest.mark.parametrize("method", list(calibrate.METHODS))
+    @pytest.mark.parametrize("method", list(METHODS))
     def test_a_method_reads_the_settings_that_are_said_to_be_its_own(self, method):
         """What `--set` refuses has no part in the result."""
         read = set()
@@ -360,7 +361,7 @@ class TestFlat:
         """d_m = d_u = 0: the same orthogonal Kronecker basis, trained on the same loss, gives the same integers."""
         weight, inputs = linear_inputs()
         config = QuantConfig(state_fraction=0, epochs=3)
-        star = calibrate.METHODS["starquant"](weight, None, inputs, config, generator(), lambda _: None)
+        star = METHODS["starquant"](weight, None, inputs, config, generator(), lambda _: None)
         flat_ = flat.fit_flat(weight, None, inputs, config, generator(), lambda _: None, 0, orthogonal=True,
                               clipping=False)
         assert flat_[1] == pytest.approx(star[1])
@@ -405,7 +406,7 @@ class TestFlat:
 def test_confidence_is_that_of_the_model():
     model, ids = small_model(), tokens()
     noisy = torch.where(torch.rand(ids.shape, generator=generator(2)) < 0.5, 63, ids)
-    got = calibrate.prediction_confidence(model, model.blocks, noisy)
+    got = blocks.prediction_confidence(model, model.blocks, noisy)
     assert torch.allclose(got, torch.softmax(model(noisy), -1).amax(-1), atol=1e-5)
 
 

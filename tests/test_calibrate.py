@@ -9,10 +9,11 @@ import torch
 from arguments import fast
 
 import baselines
+import blocks
 import calibrate
 import data
 import preflight
-from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from blocks import QuantConfig, masked_copies, quantize_model, run_block
 from checkpoint import INDEX, Checkpoint, sha256
 from layers import TAC, QuantLinear
 from model import FUSED, load_model
@@ -202,16 +203,16 @@ class TestSpill:
     def test_streams_and_inputs_lie_in_files_of_that_folder(self, small_folder, tmp_path, monkeypatch):
         model, made = load_model(small_folder, "cpu"), []
 
-        def record(*args, original=calibrate.activations):
+        def record(*args, original=blocks.activations):
             made.append(original(*args))
             return made[-1]
 
-        monkeypatch.setattr(calibrate, "activations", record)
+        monkeypatch.setattr(blocks, "activations", record)
         config = QuantConfig(method="dllmquant+")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        whole = [r for *_, r in calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+        whole = [r for *_, r in blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
         in_memory = len(made)
-        stream = calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
+        stream = blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
         spilled = [r for *_, r in stream]
         assert [r["linears"] for r in whole] == [r["linears"] for r in spilled]
         files = [t.untyped_storage().filename for t in made]
@@ -223,17 +224,17 @@ class TestSpill:
     def test_most_bytes_at_once_are_what_the_preflight_says(self, small_folder, tmp_path, monkeypatch):
         model, live, most = load_model(small_folder, "cpu"), [], 0
 
-        def record(*args, original=calibrate.activations):
+        def record(*args, original=blocks.activations):
             nonlocal most
             tensor = original(*args)
             live.append((weakref.ref(tensor), tensor.numel() * tensor.element_size()))
             most = max(most, sum(size for ref, size in live if ref() is not None))
             return tensor
 
-        monkeypatch.setattr(calibrate, "activations", record)
+        monkeypatch.setattr(blocks, "activations", record)
         config = QuantConfig(method="rtn")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
+        list(blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
         assert 0.7 * preflight.spilled_bytes(model.config, 8 * 24, 4) < most
         assert most <= preflight.spilled_bytes(model.config, 8 * 24, 4)
 

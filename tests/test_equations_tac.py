@@ -65,6 +65,28 @@ class TestEq17:
         torch.testing.assert_close(layer(z.float()).double(), starquant.tac_apply(z, M, bias), rtol=1e-5, atol=1e-5)
 
 
+class TestInValues:
+    """TAC on the value path, where blocks lie within heads."""
+
+    @given(st.integers(0, 2**16), st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 6))
+    def test_passes_through_attention(self, seed, g, heads, length):
+        """A (V Mᵀ + 1 dᵀ) = (A V) Mᵀ + 1 dᵀ, with blocks inside the heads."""
+        r = torch.Generator().manual_seed(seed)
+        q, k, v = torch.randn(3, 2, heads, length, 8, generator=r, dtype=torch.float64)
+        M = torch.randn(heads * 8 // g, g, g, generator=r, dtype=torch.float64)
+        d = torch.randn(heads * 8 // g, g, generator=r, dtype=torch.float64)
+        after = starquant.tac_apply(starquant.attention_value(q, k, v).transpose(1, 2).flatten(-2), M, d)
+        before = starquant.attention_value(q, k, starquant.tac_value(v, M, d)).transpose(1, 2).flatten(-2)
+        assert torch.allclose(after, before, rtol=1e-12, atol=1e-12)
+
+    def test_blocks_that_cross_heads_are_named(self):
+        with pytest.raises(ValueError, match="do not lie within"):
+            starquant.tac_value(torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16), torch.randn(1, 16))
+        # grouped queries: fewer value heads than corrections
+        with pytest.raises(ValueError, match="do not lie within"):
+            starquant.tac_value(torch.randn(1, 1, 3, 8), torch.randn(2, 8, 8), torch.randn(2, 8))
+
+
 def paired(C, n=300, seed=0):
     """Correlated full-precision representations and a distorted copy, (n, C) each."""
     mix, mix2 = randn(C, C, seed=seed) + torch.eye(C), randn(C, C, seed=seed + 1) * 0.1 + torch.eye(C)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import baselines
 import calibrate
 import methods
-from calibrate import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
+from blocks import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
 from checkpoint import CheckpointError
 from layers import QuantLinear
 from model import FUSED, generate, load_model

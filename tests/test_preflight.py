@@ -18,10 +18,10 @@ import calibrate
 import gptq
 import model as model_module
 import preflight
-from calibrate import METHODS, SETTINGS_OF, QuantConfig, quantize_model
+from blocks import quantize_model
 from checkpoint import INDEX, Checkpoint
 from families import read_config
-from methods import SECOND_ORDER
+from methods import METHODS, SECOND_ORDER, SETTINGS_OF, QuantConfig
 from model import DiffusionLM, load_model
 from twins import SHAPES
 

@@ -40,14 +40,18 @@ def test_readme_has_the_same_equation_table():
     assert rows == docstring_table()
 
 
-@pytest.mark.parametrize("line", [line for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()
-                                  if line.startswith("python ")])
+COMMANDS = [line for kind, body in BLOCKS if kind == "bash" for line in body.splitlines() if line.startswith("python ")]
+RECORDED = [text.replace("\n", " ") for path in sorted((ROOT / "results").glob("*.md"))
+            for text in re.findall(r"`(python [^`]*)`", path.read_text())]
+
+
+@pytest.mark.parametrize("line", COMMANDS + RECORDED)
 def test_commands_parse(line):
-    """Every command of README names a program that is there, with flags that it has."""
+    """Every command of README and of results/ names a program that is there, with flags that it has."""
     for command in line.split(" && "):
         words = shlex.split(command)[1:]
         if words[0] == "-m":
-            assert words[1] in ("pip", "pytest")
+            assert words[1] in ("pip", "pytest", "coverage")
             continue
         assert (ROOT / words[0]).is_file()
         module = {"calibrate.py": calibrate, "evaluate.py": evaluate}.get(words[0])
@@ -63,11 +67,15 @@ def test_code_runs(body, capsys):
     assert "####" in capsys.readouterr().out  # the example prints a solved word problem
 
 
-def test_files_named_exist():
+def test_every_file_is_named():
     table = README.split("## Files")[1].split("\n\n")[1]
-    named = re.findall(r"`(\w+\.py|assets/)`", table)
-    assert len(named) > 20
-    assert all((ROOT / n).exists() for n in named)
+    named = re.findall(r"`(\w+\.py|kernels\.cu)`", table)
+    assert sorted(named) == sorted(p.name for p in (*ROOT.glob("*.py"), *ROOT.glob("*.cu")))
+
+
+def test_an_installation_has_every_module():
+    listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), flags=re.S).group(1)
+    assert sorted(re.findall(r"\w+", listed)) == sorted(p.stem for p in ROOT.glob("*.py"))
 
 
 def test_every_number_of_the_result_tables_is_a_measured_one():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import calibrate
 import stress
+from blocks import run_block
 from model import FUSED, load_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,7 +25,7 @@ def linear_inputs(model, noisy):
     x, state, table, _ = model.prepare(noisy)
     found = []
     for block in model.blocks:
-        x, inputs = calibrate.run_block(block, x, state, table, watch=FUSED)
+        x, inputs = run_block(block, x, state, table, watch=FUSED)
         found.append(inputs)
     return found, state
 
