@@ -39,7 +39,7 @@ from gptq import gptq, hessian, shrunk_scale
 from hadamard import hadamard_sizes, spread
 from kernels import fake_quantize_rows
 from layers import QuantLinear
-from starquant import Kronecker, apply_basis, fold_weight, linear, tac_block_size
+from starquant import Kronecker, apply_basis, fold_weight, in_dtype, linear, tac_block_size
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 EXPONENTS = tuple(i / 20 for i in range(16))
@@ -193,6 +193,8 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     given, feedback = config.exponent >= 0, config.rounding == "feedback"
     P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block,
                        lambda S: config.exponent if given else exponent(S, config.wbits, config.abits, feedback))
+    # rounded before the weight is folded with it: half the bytes, and bf16 activations meet the very same numbers
+    P = in_dtype(in_dtype(P, torch.bfloat16), weight)
     P = in_order(P, weight) if feedback else P
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
@@ -206,5 +208,6 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
         gain = unit_gain(linear(few, folded), y_hat, weights)
         # s_c ← γ_c s_c
         scale, record["gain"] = scale * gain, float(gain.mean())
-    fitted = QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip, centre=centre, feedback=V)
+    fitted = QuantLinear(codes, scale, in_dtype(P, torch.bfloat16), 0, 0, config.abits, config.wbits, bias, clip=clip,
+                         centre=centre, feedback=V)
     return fitted, record

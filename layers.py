@@ -12,6 +12,7 @@ from starquant import (
     clip_range,
     fake_quantize,
     fold_weight,
+    in_dtype,
     linear,
     quant_params,
     quantize,
@@ -32,7 +33,10 @@ class QuantLinear(nn.Module):
     def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None,
                  centre=(None, None), feedback=None):
         """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
-        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens, feedback (d/b, b, b)."""
+        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens, feedback (d/b, b, b).
+
+        Factors of P in bf16 stay so, others are kept in fp32.
+        """
         super().__init__()
         self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
         self.packed, self._bases = wbits <= 4, {}
@@ -50,7 +54,8 @@ class QuantLinear(nn.Module):
             parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}
             self.kinds.append("kronecker" if isinstance(factor, Kronecker) else "matrix")
             for name, tensor in parts.items():
-                self.register_buffer(f"transform_{i}{name}", tensor.detach().float().contiguous())
+                tensor = tensor.detach() if tensor.dtype == torch.bfloat16 else tensor.detach().float()
+                self.register_buffer(f"transform_{i}{name}", tensor.contiguous())
 
     @classmethod
     def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, symmetric=True):
@@ -76,10 +81,14 @@ class QuantLinear(nn.Module):
         layer.weight_packed = packed
         return layer
 
-    @property
-    def P(self) -> list:
+    def _stored(self) -> list:
         return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))
                 if kind == "kronecker" else getattr(self, f"transform_{i}") for i, kind in enumerate(self.kinds)]
+
+    @property
+    def P(self) -> list:
+        """The factors, fp32."""
+        return in_dtype(self._stored(), torch.float32)
 
     def codes(self, dtype=torch.int8):
         """Weight codes (C, d)."""
@@ -104,8 +113,7 @@ class QuantLinear(nn.Module):
         """P in x's dtype and on its device, converted once."""
         key = x.dtype, x.device
         if key not in self._bases:
-            cast = [Kronecker(*(p.to(x) for p in P)) if isinstance(P, Kronecker) else P.to(x) for P in self.P]
-            self._bases[key] = cast  # beside the others: a recorded CUDA graph may read those
+            self._bases[key] = in_dtype(self._stored(), x)  # beside the others: a recorded CUDA graph may read those
         return self._bases[key]
 
     def centred(self, x, state):
@@ -119,7 +127,8 @@ class QuantLinear(nn.Module):
 
     def transformed(self, x, state):
         """Φ_s(x) of Eq. 11 for every token, centred first where `centre` was given; fp32."""
-        x = apply_basis(self.centred(x.float(), state), self.P)
+        x = self.centred(x.float(), state)
+        x = apply_basis(x, self.basis(x))
         if self.d_m or self.d_u:
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x

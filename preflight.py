@@ -69,8 +69,8 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
     linears, h = 0, c.head_dim
     for fused, (rows, d) in linear_shapes(c).items():
         factors = factor_shapes(config, d, fused in ("qkv", "gate_up"))
-        numbers = sum(map(prod, factors))
-        numbers += rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
+        basis = sum(map(prod, factors)) * (2 if config.method == "starquant+" else 4)
+        numbers = rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
         clipped = config.method in ("flatquant", "freeact", "starquant+") or (
             config.method in ROTATED and quarot_clip(config.abits))
         numbers += 2 * bool(clipped)
@@ -78,7 +78,7 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
         if config.method == "starquant+" and config.rounding == "feedback":
             # V in bf16, blocks as wide as those of P
             linears += 2 * d * (factors[-1][0] if config.balance == "kronecker" else factors[0][-1])
-        linears += code_bytes(rows, d, config.wbits) + 4 * numbers
+        linears += code_bytes(rows, d, config.wbits) + basis + 4 * numbers
     z = c.n_heads * h
     linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated
     if min(config.kv_bits, config.softmax_bits) < 16:

@@ -137,6 +137,11 @@ def apply_basis(x, P):
     return x @ P
 
 
+def in_dtype(P: list, to) -> list:
+    """The factors of P in another dtype, or in that and on the device of a tensor."""
+    return [Kronecker(*(p.to(to) for p in factor)) if isinstance(factor, Kronecker) else factor.to(to) for factor in P]
+
+
 def inverse_transpose(P):
     """P^{-T}: equal to P for an orthogonal factor; computed in float64 for the others."""
     if isinstance(P, Kronecker):

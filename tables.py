@@ -93,7 +93,8 @@ TABLES = {
 }
 # rows whose counterpart is another than the row above; None: they have none
 REFERENCE = {
-    "1": {"AWQ": "RTN", "STaR-Quant": "DLLMQuant++"},
+    "1": {"AWQ": "RTN", "STaR-Quant": "DLLMQuant++", "STaR-Quant, P dense": "DLLMQuant++",
+          "starquant+ (ours)": "QuaRot"},
     "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
           "P dense, no gates": "the same, P dense", "SGAT + TAC, no gates": "SGAT + TAC (STaR-Quant)",
           "gates, no TAC, closed-form P, trained": "SGAT only", "neither, asymmetric weights": "neither (RTN)",

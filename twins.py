@@ -104,7 +104,7 @@ def _plus(linear: QuantLinear, generator) -> QuantLinear:
     P = [torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0], spread(d // b, generator).float()]
     V = (0.1 * torch.randn(d // b, b, b, generator=generator)).triu(1)
     means, shifts = torch.randn(2, d, generator=generator), torch.randn(2, C, generator=generator)
-    new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device) for p in P], bias=linear.bias,
+    new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device, torch.bfloat16) for p in P], bias=linear.bias,
                       clip=torch.full((2,), 0.9, device=device), centre=(means.to(device), shifts.to(device)),
                       feedback=V.to(device))
     new.weight_packed = linear.weight_packed

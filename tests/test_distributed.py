@@ -28,7 +28,8 @@ def one_thread():
 
 def torchrun(*arguments, cwd):
     """Two processes of a command of this project; rounding depends on the number of threads, so it is one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+                   "PYTHONFAULTHANDLER": "1"}  # an abort says where
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=300)
