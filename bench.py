@@ -37,6 +37,7 @@ PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15
 ROWS = (32, 128, 512, 1024, 4096)  # M of the per-linear table
 STEPS = 4  # denoising steps per measurement
 REPLAYS = 8  # of a graph per measurement
+QUANTIZED = {"packed": "starquant", "starquant+": "starquant+"}  # models of Table 4 and their methods
 POINTS = {"cuda": [(1, 128, 1), (1, 512, 1), (1, 1024, 4), (4, 1024, 4), (16, 512, 8)],
           "cpu": [(1, 64, 1), (1, 128, 4), (4, 128, 4)]}  # (batch, length, tokens per step and sequence)
 
@@ -280,12 +281,13 @@ def tables(result: dict) -> str:
         a, b, c, d = PAPER[result["model"]]
         rows.append(("paper, A40", a, b, f"{b / a:.2f}", c, d, f"{c / d:.2f}"))
     for p in points:
-        a, b = p["models"]["16-bit"], p["models"]["packed"]
-        speed = "" if "failed" in a or "failed" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
-        x, y = a.get("peak_bytes", memory["sixteen_bit"]), b.get("peak_bytes", memory["total"])
-        rows.append((f"batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
-                     cell(a, 1, 2, "tokens_per_s"), cell(b, 1, 2, "tokens_per_s"), speed, f"{x / 1e9:.4g}",
-                     f"{y / 1e9:.4g}", f"{x / y:.2f}"))
+        for name, method in QUANTIZED.items():
+            a, b = p["models"]["16-bit"], p["models"][name]
+            speed = "" if "failed" in a or "failed" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
+            x, y = a.get("peak_bytes", memory[name]["sixteen_bit"]), b.get("peak_bytes", memory[name]["total"])
+            rows.append((f"{method}, batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
+                         cell(a, 1, 2, "tokens_per_s"), cell(b, 1, 2, "tokens_per_s"), speed, f"{x / 1e9:.4g}",
+                         f"{y / 1e9:.4g}", f"{x / y:.2f}"))
     out = markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
     out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
             f"GB: weights, computed (bf16 against packed), no activations. 16-bit runs in {result['dtype']} here."]
@@ -327,15 +329,16 @@ def run(args, keep=lambda result: None) -> dict:
     keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
     models = {"16-bit": model, "packed": packed, "int8": unpacked(packed), "starquant+": plus_twin(packed, args.seed)}
-    sizes = memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits)
-    result["memory"] = sizes | {"ratio": sizes["sixteen_bit"] / sizes["total"],
-                                "resident": {name: residents(m) for name, m in models.items()}}
+    sizes = {name: memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits, method=method)
+             for name, method in QUANTIZED.items()}
+    result["memory"] = {name: s | {"ratio": s["sixteen_bit"] / s["total"]} for name, s in sizes.items()}
+    result["resident"] = {name: residents(m) for name, m in models.items()}
     all_models = models | (peers(model, log) if args.peers else {})
     points = result["denoising"] = []
     for batch, length, tokens in args.points or POINTS[device.type]:
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
                  "models": denoising(all_models, (batch, length, tokens), args.repeats)}
-        for name in ("16-bit", "packed", "starquant+"):
+        for name in ("16-bit", *QUANTIZED):
             entry["models"][name]["roofline"] = step_roofline(c, top, batch, length, name != "16-bit", args.head_bits,
                                                               dtype.itemsize)
         points.append(entry)

@@ -15,27 +15,35 @@ def code_bytes(rows: int, columns: int, bits: int) -> int:
 
 
 def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embed_bits: int | None = None,
-                 transform: str | None = "kronecker", tac: bool = True, weights: str = "packed") -> dict[str, int]:
+                 method: str = "starquant", weights: str = "packed") -> dict[str, int]:
     """Bytes of a quantized model by part, their `total`, and `sixteen_bit`, the same model in bf16.
 
-    transform: "kronecker", "dense" or None, one per fused linear, fp32. weights: "packed" or "int8" residency.
-    Norm gains, and embedding and head at 16 bits, are bf16. A tied head costs its channel scales' sums only.
+    method: "starquant" (Kronecker product and TAC) or "starquant+" (blocks of 64), as their defaults are. weights:
+    "packed" or "int8" residency. Norm gains, and embedding and head at 16 bits, are bf16. A tied head costs its channel
+    scales' sums only.
     """
-    shapes, embed_bits = linear_shapes(c), embed_bits or head_bits
+    shapes, embed_bits, plus = linear_shapes(c), embed_bits or head_bits, method == "starquant+"
     weight_bits = 8 if weights == "int8" else weight_bits
-    basis = {"kronecker": lambda d: sum(n * n for n in kronecker_sizes(d)), "dense": lambda d: d * d, None: lambda d: 0}
-    rows = sum(r for r, _ in shapes.values())
+    rows, widths = (sum(size) for size in zip(*shapes.values(), strict=True))
     z, norms = c.n_heads * c.head_dim, (2 * c.n_layers + 1) * c.d_model * 2
     bias = shapes["qkv"][0] * c.qkv_bias
     V, D = c.vocab_size, c.d_model
     outer = V * D
+
+    def transform(d):
+        b = tac_block_size(d, 64)
+        # starquant+: blocks, what mixes them, and feedback in bf16; otherwise two factors in fp32
+        return 2 * (2 * d * b + (d // b) ** 2 * (b < d)) if plus else 4 * sum(n * n for n in kronecker_sizes(d))
+
     table = {
         "linears": c.n_layers * sum(code_bytes(*shape, weight_bits) for shape in shapes.values()),
         # per output channel: scale fp32, row sum int32; biases fp32
         "scales": c.n_layers * (8 * rows + 4 * bias),
-        "transforms": c.n_layers * 4 * sum(basis[transform](columns) for _, columns in shapes.values()),
+        "transforms": c.n_layers * sum(transform(d) for _, d in shapes.values()),
+        # the mean of either state and its output, and clipping, fp32
+        "centring": c.n_layers * 4 * (2 * (widths + rows) + 2 * len(shapes)) * plus,
         # M and d of each block of g channels: z (g + 1) numbers in fp32
-        "tac": c.n_layers * 4 * z * (tac_block_size(z) + 1) * tac,
+        "tac": c.n_layers * 4 * z * (tac_block_size(z) + 1) * (not plus),
         "embedding": 2 * outer if embed_bits == 16 else code_bytes(V, D, embed_bits) + 4 * V,
         "head": 2 * outer if head_bits == 16 else code_bytes(V, D, head_bits) + 8 * V,
         "norms": norms,

@@ -101,7 +101,8 @@ def plus_twin(twin: DiffusionLM, seed: int = 0) -> DiffusionLM:
 def _plus(linear: QuantLinear, generator) -> QuantLinear:
     (C, d), b = (len(linear.weight_scale), linear.in_features), tac_block_size(linear.in_features, 64)
     device = linear.weight_packed.device
-    P = [torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0], spread(d // b, generator).float()]
+    blocks = torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0]
+    P = [blocks, spread(d // b, generator)] if b < d else [blocks[0]]
     V = (0.1 * torch.randn(d // b, b, b, generator=generator)).triu(1)
     means, shifts = torch.randn(2, d, generator=generator), torch.randn(2, C, generator=generator)
     new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device, torch.bfloat16) for p in P], bias=linear.bias,

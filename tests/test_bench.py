@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bench
 import preflight
 import twins
+from blocks import quantize_model
 from checkpoint import SINGLE, write_json, write_tensors
 from families import NAMES, read_config
 from layers import QuantEmbedding, QuantLinear, quantize_weight
@@ -44,6 +45,19 @@ def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bi
     packed = [getattr(b, f).weight_packed.nbytes for b in model.blocks for f in FUSED]
     assert sizes["linears"] == sum(packed)
     assert sizes["sixteen_bit"] == twins.residents(load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16))
+    plus = memory_table(model.config, head_bits=head_bits, embed_bits=embed_bits, weights=weights, method="starquant+")
+    assert plus["total"] == twins.residents(twins.plus_twin(model))
+
+
+@pytest.mark.parametrize("name", [*FIXTURES, "tiny"])
+def test_memory_table_counts_the_bytes_of_a_calibrated_model(name):
+    model = load_model(FIXTURES.get(name, name), device="cpu").requires_grad_(False)
+    tokens = torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(0))
+    for method in ("starquant", "starquant+"):
+        calibrated = quantize_model(model, tokens, QuantConfig(method=method, epochs=1))
+        sixteen_bit = twins.residents(model.embed) + (not model.config.tied) * twins.residents(model.head)
+        want = memory_table(model.config, method=method)
+        assert twins.residents(calibrated) == want["total"] + fp32_norms(calibrated) + sixteen_bit // 2  # fp32 here
 
 
 # bytes that the published index files state as total_size
@@ -52,10 +66,13 @@ def test_sixteen_bit_size_is_the_published_one(name, published):
     assert memory_table(read_config(twins.SHAPES[name]))["sixteen_bit"] == published
 
 
-@pytest.mark.parametrize(("name", "embed_bits"), [("llada-8b", 8), ("llada-8b", 4), ("dream-7b", 4)])
-def test_saving_at_published_shapes(name, embed_bits):
-    """Dream with 8-bit embedding and head stays at 3.48x: its vocabulary is 14 % of the model, so 3.5x needs less."""
-    sizes = memory_table(read_config(twins.SHAPES[name]), head_bits=8, embed_bits=embed_bits)
+@pytest.mark.parametrize(("name", "method", "embed_bits"), [
+    ("llada-8b", "starquant", 8), ("llada-8b", "starquant", 4), ("dream-7b", "starquant", 4),
+    ("llada-8b", "starquant+", 4), ("dream-7b", "starquant+", 4)])
+def test_saving_at_published_shapes(name, method, embed_bits):
+    """Dream with 8-bit embedding and head stays at 3.48x: its vocabulary is 14 % of the model, so 3.5x needs less;
+    what `starquant+` adds needs it, too."""
+    sizes = memory_table(read_config(twins.SHAPES[name]), head_bits=8, embed_bits=embed_bits, method=method)
     assert sizes["sixteen_bit"] / sizes["total"] >= 3.5
 
 
@@ -174,7 +191,8 @@ def test_one_run_ends_in_json(tmp_path, capsys):
         assert sum(v for k, v in parts.items() if k != "step") == pytest.approx(parts["step"])
         assert ("TAC" in parts) == (name in ("packed", "int8"))
         assert ("transforms, gates, codes" in parts) == (name != "16-bit")
-    assert result["memory"]["ratio"] == result["memory"]["sixteen_bit"] / result["memory"]["total"]
+    for sizes in result["memory"].values():
+        assert sizes["ratio"] == sizes["sixteen_bit"] / sizes["total"]
     assert "| part of a step | 16-bit | packed | int8 | starquant+ |" in text
 
 

@@ -13,6 +13,9 @@ import pytest
 import calibrate
 import evaluate
 import starquant
+import twins
+from families import read_config
+from memory import memory_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -83,6 +86,16 @@ def test_every_number_of_the_result_tables_is_a_measured_one():
     tables = re.findall(r"^\|.*±.*\|$", README, flags=re.M)
     assert len(tables) >= 3
     assert [t for t in tables if t not in measured] == []
+
+
+def test_memory_table_is_the_exact_count():
+    rows = re.findall(r"^\| (LLaDA-8B|Dream-7B), `(.*?)` \|(.*)\|$", README, flags=re.M)
+    assert len(rows) == 4
+    for model, method, cells in rows:
+        for cell, (head, embed) in zip(cells.split("|")[1:], ((16, 16), (8, 8), (8, 4)), strict=True):
+            sizes = memory_table(read_config(twins.SHAPES[model.lower()]), 4, head, embed, method)
+            saving = sizes["sixteen_bit"] / sizes["total"]
+            assert cell.strip() == f"{sizes['total'] / 1e9:.2f} GB, {saving:.2f}x"
 
 
 def test_every_quantconfig_field_is_in_the_help(capsys):
