@@ -251,6 +251,20 @@ class TestFit:
         assert errors["starquant+"] < 0.95 * errors["quarot"]
 
     @pytest.mark.parametrize("kind", KINDS)
+    def test_the_weight_is_folded_with_the_transform_as_it_is_stored(self, kind, monkeypatch):
+        """In bf16: bf16 activations meet these very numbers, without a conversion."""
+        x, weight = layer(dtype=torch.float32)
+        inputs, folded = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool)), []
+        monkeypatch.setattr(module, "gptq", lambda W, *rest: (folded.append(W), gptq(W, *rest))[1])
+        config = QuantConfig(method="starquant+", balance=kind, balance_block=32)
+        fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+        assert torch.equal(folded[0], fold_weight(weight, fitted.P))
+        stored = [v for k, v in fitted.state_dict().items() if k.startswith("transform_")]
+        assert {v.dtype for v in stored} == {torch.bfloat16}
+        used = [p for f in fitted.basis(x.bfloat16()) for p in (f if isinstance(f, Kronecker) else [f])]
+        assert [p.data_ptr() for p in used] == [v.data_ptr() for v in stored]
+
+    @pytest.mark.parametrize("kind", KINDS)
     def test_feedback_pays(self, kind):
         """On inputs and weights with spectra of their own; it is fitted to the weight as it was rounded."""
         x, weight = layer(dtype=torch.float32)
