@@ -34,7 +34,7 @@ Larger blocks are better and cost more: the table has blocks of 16 and 192, too.
 import torch
 from einops import einsum, rearrange
 
-from feedback import diagonal_blocks, feedback_matrix, rounding_order
+from feedback import block_moments, diagonal_blocks, feedback_matrix, rounding_order
 from gptq import gptq, hessian, shrunk_scale
 from hadamard import hadamard_sizes, spread
 from kernels import fake_quantize_rows
@@ -119,10 +119,9 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
         a = choose(S1[:, None] * S2)
         H1, H2 = (spread(n, generator).to(x.device) for n in sizes)
         return [Kronecker((balance(S1, R1, a).mT @ H1).to(x), (balance(S2, R2, a).mT @ H2).to(x))]
-    moments = hessian(x, token_weights), weight.double().mT @ weight.double()
     # the largest block that divides d; dense is one block
     size = d if kind == "dense" else tac_block_size(d, block)
-    S, R = aligned(*(diagonal_blocks(m, size) for m in moments))
+    S, R = aligned(diagonal_blocks(hessian(x, token_weights), size), block_moments(weight, size))
     T = balance(S, R, choose(S))
     # blockdiag(Tᵀ) (H1 ⊗ H2) = blockdiag(Tᵀ H2) (H1 ⊗ I): spreading inside a block costs nothing on top of T
     P = T.mT @ spread(size, generator).to(x.device)
@@ -132,8 +131,7 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
 def in_order(P: list, weight):
     """P with the columns of its blocks in `rounding_order`, one order for all blocks: weight (C, d)."""
     inner = P[0].P2 if isinstance(P[0], Kronecker) else P[0]
-    folded = fold_weight(weight, P).double()
-    order = rounding_order(diagonal_blocks(folded.mT @ folded, inner.shape[-1]).mean(0))
+    order = rounding_order(block_moments(fold_weight(weight, P), inner.shape[-1]).mean(0))
     inner = inner[..., order]
     return [Kronecker(P[0].P1, inner) if isinstance(P[0], Kronecker) else inner, *P[1:]]
 

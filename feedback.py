@@ -30,10 +30,15 @@ def diagonal_blocks(matrix, size: int):
     return blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
+def block_moments(weight, size: int):
+    """The diagonal blocks of WᵀW for a weight (C, d), (d / size, size, size) float64, without the rest of it."""
+    blocks = rearrange(weight, "c (n b) -> n c b", b=size).double()
+    return blocks.mT @ blocks
+
+
 def feedback_matrix(weight, size: int, damping: float = 0.01):
     """V (d / size, size, size), zero on and below the diagonal, for the weight (C, d) as it will be used; bf16."""
-    weight = weight.double()
-    U = inverse_factor(diagonal_blocks(weight.mT @ weight, size), damping)
+    U = inverse_factor(block_moments(weight, size), damping)
     # V_ij = U_ij / U_ii
     return (U / U.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).to(torch.bfloat16)
 

@@ -45,6 +45,7 @@ def round_columns(weight, scale, bits: int):
     return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+SEARCHED = 2**20  # weights at a time: what is walked over 80 times stays in a cache
 SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's grid
 
 
@@ -53,6 +54,9 @@ def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
 
     The error is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H is given.
     """
+    if weight.numel() > SEARCHED and len(weight) > 1:
+        parts = weight.split(max(1, SEARCHED // weight.shape[1]))
+        return torch.cat([shrunk_scale(part, bits, H, grid, norm) for part in parts])
     full, _ = quant_params(weight, bits, symmetric=True)
     best, least = full, torch.full_like(full[:, 0], torch.inf)
     for factor in grid:
@@ -69,21 +73,23 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
     """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
 
     scale (C, 1): fixed before the first column, max|w| / (2^(b−1) − 1) by default. Columns are taken in order, in
-    blocks of `block`: inside a block every column updates the next ones at once, the columns behind it once per block.
+    blocks of `block`: inside a block, which lies apart with a row for each of its columns, every column updates the
+    next ones at once, the columns behind it once per block.
     """
     W, H = weight.to(torch.float64, copy=True), H.double()
-    scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()
+    scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
     W[:, H.diagonal() == 0] = 0
     U = inverse_factor(H, damping)
     codes = torch.empty_like(W, dtype=torch.int8)
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
-        errors = torch.empty_like(W[:, start:end])
-        for i in range(start, end):
-            q = round_columns(W[:, i : i + 1], scale, bits)[:, 0]
-            codes[:, i] = q.to(torch.int8)
+        near, columns = U[start:end, start:end], W[:, start:end].mT.contiguous()
+        rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
+        for i, w in enumerate(columns):
+            rounded[i] = round_columns(w, scale, bits)
             # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
-            errors[:, i - start] = (W[:, i] - scale[:, 0] * q) / U[i, i]
-            W[:, i + 1 : end] -= errors[:, i - start, None] * U[i, i + 1 : end]
-        W[:, end:] -= errors @ U[start:end, end:]
-    return codes, scale[:, 0].float()
+            errors[i] = (w - scale * rounded[i]) / near[i, i]
+            columns[i + 1 :] -= errors[i] * near[i, i + 1 :, None]
+        codes[:, start:end] = rounded.mT
+        W[:, end:] -= errors.mT.contiguous() @ U[start:end, end:]
+    return codes, scale.float()

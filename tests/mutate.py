@@ -156,8 +156,12 @@ MUTATIONS = [
     ("balance.py", "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]",
      "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
     ("tables.py", '{"segments": self.segments}', "{}", TABLES),
+    # ---- gptq.py
+    ("gptq.py", "columns[i + 1 :] -= errors[i] * near[i, i + 1 :, None]", "", BASE),
+    ("gptq.py", "W[:, end:] -= errors", "W[:, end:] += errors", BASE),
+    ("gptq.py", "max(1, SEARCHED // weight.shape[1])", "len(weight)", BASE),
     # ---- feedback.py
-    ("feedback.py", "weight.mT @ weight, size), damping)", "weight.mT @ weight, size), 1)", FEED),
+    ("feedback.py", "block_moments(weight, size), damping)", "block_moments(weight, size), 1)", FEED),
     ("feedback.py", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None])", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None, :])",
      FEED),
     ("feedback.py", ".triu(1)", ".triu(0)", FEED),

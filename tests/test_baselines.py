@@ -133,6 +133,15 @@ class TestGPTQ:
         H = hessian(inputs.x.flatten(0, 1))
         assert torch.equal(gptq(weight, H, 4, block=block)[0], gptq(weight, H, 4, block=32)[0])
 
+    @pytest.mark.parametrize("rows", [1, 5, 24])
+    def test_the_scale_search_takes_rows_in_parts(self, rows, monkeypatch):
+        weight, inputs = linear_inputs()
+        for H in (None, hessian(inputs.x.flatten(0, 1)).float()):
+            whole = shrunk_scale(weight, 3, H)
+            with monkeypatch.context() as patch:
+                patch.setattr("gptq.SEARCHED", rows * weight.shape[1])
+                assert torch.equal(shrunk_scale(weight, 3, H), whole)
+
     def test_inputs_that_never_occur_are_dropped(self):
         weight, inputs = linear_inputs()
         x = inputs.x.flatten(0, 1).clone()
