@@ -29,7 +29,7 @@ import metrics
 from checkpoint import CheckpointError
 from hadamard import exists, rotation
 from layers import TAC, QuantLinear
-from methods import METHODS, QuantConfig
+from methods import METHODS, SETTINGS_OF, QuantConfig
 from model import FUSED, DiffusionLM, quantize_outer
 from softmax_value import QuantAttention, ia_aq, softmax_scores
 from starquant import fold_weight, linear, tac_fit, tac_ridge
@@ -125,7 +125,8 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
                    confidence=None, spill: Path | None = None):
     """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams.
 
-    spill: folder for the inputs of its linears, which stay in memory without it.
+    progress is called with the loss after every epoch of a training, and with its relative error after every linear.
+    spill: folder for the inputs of the linears, which stay in memory without it.
     """
     start = time.time()
     targets = run_block(block, x_fp, state, table, watch=FUSED, spill=spill)[1]
@@ -151,6 +152,7 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
         check_finite(y_hat, f"block {index}: the quantized output of {name}")
         error = (y_hat - y[:16]).double().square().sum() / y[:16].double().square().sum().clamp_min(1e-300)
         record["linears"][name] = {"error": float(error), **losses}
+        progress(float(error))
         if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
             attention = fit_attention(quantized, x_q, state, table, config, generator)
             quantized = with_linears(quantized, softmax_value=attention)
@@ -158,6 +160,11 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
             quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
     record["seconds"] = round(time.time() - start, 2)
     return quantized, record
+
+
+def progress_steps(config: QuantConfig) -> int:
+    """How often `quantize_block` calls progress for one block."""
+    return len(FUSED) * (1 + config.epochs * (config.method in SETTINGS_OF["epochs"]))
 
 
 def check_finite(x, what: str) -> None:

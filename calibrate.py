@@ -20,12 +20,12 @@ import data
 import distributed
 import metrics
 import preflight
-from blocks import calibrate_blocks, masked_copies, quantize_model, token_states
+from blocks import calibrate_blocks, masked_copies, progress_steps, quantize_model, token_states
 from checkpoint import Checkpoint, CheckpointError, hub_id, resolve
 from cli import Parser
 from families import ConfigError
 from methods import METHODS, QuantConfig
-from model import FUSED, check_tensors, load_block, load_model, load_outer, pick_device
+from model import check_tensors, load_block, load_model, load_outer, pick_device
 from output import Output, run_key, survey
 from stress import write_stressed
 
@@ -170,7 +170,8 @@ def run(args) -> dict:
                               lambda loss: progress(loss), (distributed.rank(), distributed.world()), args.spill)
     del outer
 
-    with tqdm(total=n * len(FUSED) * max(config.epochs, 1), desc=f"block 1/{n}", unit="epoch", file=sys.stderr,
+    steps = progress_steps(config)
+    with tqdm(total=n * steps, desc=f"block 1/{n}", unit="step", file=sys.stderr,
               disable=distributed.rank() > 0) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -180,7 +181,7 @@ def run(args) -> dict:
             if i not in out.records:
                 out.write_block(i, block, record)
                 report_divergence(record)
-            bar.n = (i + 1) * len(FUSED) * max(config.epochs, 1)
+            bar.n = (i + 1) * steps
             bar.set_description(f"block {min(i + 2, n)}/{n}")
     for records in distributed.gather(out.records):
         out.records |= records

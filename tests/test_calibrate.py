@@ -191,6 +191,14 @@ class TestCalibrationText:
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
 
 
+@pytest.mark.parametrize("method", ["rtn", "starquant", "flatquant", "starquant+"])
+def test_progress_comes_to_its_end(small_folder, method):
+    model, calls, config = load_model(small_folder, "cpu"), [], QuantConfig(method=method, epochs=2)
+    noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
+    list(blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, progress=calls.append))
+    assert len(calls) == len(model.blocks) * blocks.progress_steps(config)
+
+
 class TestSpill:
     def test_gives_the_same_folder_byte_by_byte_and_leaves_nothing(self, small_folder, quantized_folder, tmp_path):
         room = tmp_path / "room"
