@@ -191,7 +191,8 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
     for n in range(0, N, width):
         part = slice(n, min(n + width, N))
         w = unpack_int4(weight[part], scratch[: part.stop - n], x.dtype) if packed else weight[part]
-        epilogue(torch._int_mm(integers, w.t()), scale, zero, x_sum, w_scale[part], w_sum[part],
+        acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), integers, w)
+        epilogue(acc, scale, zero, x_sum, w_scale[part], w_sum[part],
                  None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part],
                  None if shift is None else shift[:, part], state)
     return y

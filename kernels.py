@@ -13,8 +13,8 @@ Layout contract of `torch._int_mm` (self, mat2), private and strict on CUDA: 2-D
 K and N multiples of 8 (16 here, the 16 bytes that vector loads are aligned to), self row-major, mat2 column-major. A
 weight kept as [N, K] contiguous gives mat2 = w.t() with strides (1, K), no copy. Operands with stride 0 or fewer than
 17 rows have been silently wrong in released versions, so A is always copied into fresh padded storage (zero rows and
-columns are exact) and one self-check against exact integers runs before the first use on a device; if it fails, the
-exact fallback below serves, and says so once.
+columns are exact) and one self-check against exact integers runs before the first use on a device; if it fails, or a
+shape is refused later, the exact fallback below serves, and says so once.
 
 This file is the readable version, any device and any shape. On a GPU `cuda_kernels.py` does the same with the passes
 fused; the integers are the same.
@@ -82,6 +82,24 @@ def float_mm(a, w, largest: int = 128 * 128):
     return (a.to(wide) @ w.to(wide).t()).to(torch.int32)
 
 
+_REFUSED = set()  # shapes (M, K, N) for which a device has no integer product
+
+
+def product(multiply, a, w, largest: int = 128 * 128):
+    """multiply(a, w), an integer product, or the exact fallback for a shape that it refuses, said once for each."""
+    shape = (*a.shape, len(w))
+    if shape not in _REFUSED:
+        try:
+            return multiply(a, w)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # cuBLAS has no algorithm for it
+            _REFUSED.add(shape)
+            warnings.warn(f"torch._int_mm refuses {shape[0]} x {shape[1]} times {shape[1]} x {shape[2]} "
+                          f"({str(error).splitlines()[0]}); using the exact float fallback (slower).", stacklevel=2)
+    return float_mm(a, w, largest)
+
+
 def _self_check(device) -> bool:
     """`int_mm` against exact integers on a small awkward shape, once per device."""
     g = torch.Generator().manual_seed(0)
@@ -108,7 +126,7 @@ def backend(device_type: str) -> str:
 def int_matmul(a, w, largest: int = 128 * 128, use: str | None = None):
     """Exact integer accumulators X_c W_cᵀ: a (M, K) int8, w (N, K) int8 -> (M, N) int32."""
     if (use or backend(a.device.type)) == "int_mm":
-        return int_mm(a, w)
+        return product(int_mm, a, w, largest)
     return float_mm(a, w, largest)
 
 

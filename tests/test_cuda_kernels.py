@@ -261,6 +261,17 @@ class TestOnCpu:
     def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
         check_linear("cpu", 0, 5, 1056, 96, torch.bfloat16, 4, packed, None, True, True, width=32, shifted=True)
 
+    def test_a_slice_that_int_mm_refuses_is_exact_as_well(self, monkeypatch):
+        def choosy(a, b, checked=torch._int_mm):
+            if b.shape[1] == 16:  # the last slice
+                raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+            return checked(a, b)
+
+        monkeypatch.setattr(torch, "_int_mm", choosy)
+        monkeypatch.setattr(kernels, "_REFUSED", set())
+        with pytest.warns(UserWarning, match="refuses 32 x 64 times 64 x 16"):
+            check_linear("cpu", 3, 5, 64, 80, torch.bfloat16, 4, True, None, True, True, width=32)
+
     def test_eight_bit_weights(self):
         check_linear("cpu", 1, 33, 64, 48, torch.float32, 8, False, None, False, False)
 

@@ -164,6 +164,35 @@ class TestBackend:
             warnings.simplefilter("error")
             assert kernels.backend("cpu:0") == "float"
 
+    def test_a_shape_that_is_refused_later_falls_back_with_one_warning(self, monkeypatch):
+        def choosy(a, b):
+            if b.shape[1] == 48:
+                raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\nand more")
+            return checked_int_mm(a, b)
+
+        monkeypatch.setattr(torch, "_int_mm", choosy)
+        monkeypatch.setattr(kernels, "_REFUSED", set())
+        # the fallback, marked
+        monkeypatch.setattr(kernels, "float_mm", lambda a, w, largest: a.long() @ w.long().t() + 1000)
+        a, served, refused = integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), integers(-8, 7, 48, 32)
+        assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
+        want = a.long() @ refused.long().t() + 1000
+        with pytest.warns(UserWarning, match=r"refuses 5 x 32 times 32 x 48 \(CUBLAS_STATUS_NOT_SUPPORTED [^\n]*\)"):
+            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+
+    def test_memory_that_runs_out_is_not_a_refusal(self, monkeypatch):
+        def hungry(a, b):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(torch, "_int_mm", hungry)
+        monkeypatch.setattr(kernels, "_REFUSED", set())
+        with pytest.raises(torch.OutOfMemoryError):
+            kernels.int_matmul(integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), use="int_mm")
+        assert not kernels._REFUSED
+
     def test_int_matmul_asks_the_backend(self, monkeypatch):
         a, w = integers(-8, 7, 3, 9), integers(-8, 7, 5, 9, seed=1)
         for name in ("int_mm", "float_mm"):
