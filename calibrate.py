@@ -166,40 +166,49 @@ def run(args) -> dict:
     def blocks():
         return (load_block(source, i, device, dtype) for i in range(n))
 
-    stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype),
-                              lambda loss: progress(loss), (distributed.rank(), distributed.world()), args.spill)
-    del outer
-
-    steps = progress_steps(config)
-    with tqdm(total=n * steps, desc=f"block 1/{n}", unit="step", file=sys.stderr,
-              disable=distributed.rank() > 0) as bar:
+    with tqdm(total=n * progress_steps(config), unit="step", file=sys.stderr, disable=distributed.rank() > 0) as bar:
         def progress(loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
 
-        for i, block, record in stream:
-            if i not in out.records:
-                out.write_block(i, block, record)
-                report_divergence(record)
-            bar.n = (i + 1) * steps
-            bar.set_description(f"block {min(i + 2, n)}/{n}")
-    for records in distributed.gather(out.records):
-        out.records |= records
+        stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype), progress,
+                                  (distributed.rank(), distributed.world()), args.spill)
+        del outer
+        write_blocks(stream, out, bar, n)
     if distributed.rank():
         return {}
-    out.finish(block)
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1), "peak_bytes": peak_bytes(device),
               **asdict(config)}
     if args.problems and judged:
-        full = load_model(args.model, device, dtype)
-        models = {"16-bit": full}
-        if config.method != "rtn":
-            models[f"RTN W{config.wbits}A{config.abits}"] = quantize_model(
-                full, tokens, QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits), region)
-        models[f"{config.method} W{config.wbits}A{config.abits}"] = load_model(args.out, device, dtype)
-        result["table"] = metrics.judge(models, args.problems, seed=1)
+        result["table"] = closing_table(args, config, tokens, region, device, dtype)
         print(metrics.table(result["table"]))
     return result
+
+
+def write_blocks(stream, out: Output, bar, n: int) -> None:
+    """Every block as it comes, then what the folder needs besides (on the first process)."""
+    bar.set_description(f"block 1/{n}")
+    for i, block, record in stream:
+        if i not in out.records:
+            out.write_block(i, block, record)
+            report_divergence(record)
+        bar.n = (i + 1) * bar.total // n
+        bar.set_description(f"block {min(i + 2, n)}/{n}")
+    for records in distributed.gather(out.records):
+        out.records |= records
+    if distributed.rank() == 0:
+        out.finish(block)
+
+
+def closing_table(args, config: QuantConfig, tokens, region, device, dtype) -> list[dict]:
+    """What was written, judged beside 16 bit and RTN."""
+    full, bits = load_model(args.model, device, dtype), f"W{config.wbits}A{config.abits}"
+    models = {"16-bit": full}
+    if config.method != "rtn":
+        rtn = QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits)
+        models[f"RTN {bits}"] = quantize_model(full, tokens, rtn, region)
+    models[f"{config.method} {bits}"] = load_model(args.out, device, dtype)
+    return metrics.judge(models, args.problems, seed=1)
 
 
 def main(argv=None) -> int:
