@@ -182,6 +182,7 @@ class TestBackend:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+            assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
 
     def test_memory_that_runs_out_is_not_a_refusal(self, monkeypatch):
         def hungry(a, b):
