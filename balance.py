@@ -22,13 +22,14 @@ share most of what they carry (in the first layer all of it), and what is shared
 the weights are set such that every output channel keeps its size (`unit_gain`).
 
 What each part is worth stands in results/table-2-nelbo.md; masked tokens counting double (`mask_weight`) made no
-difference there. Trials on development seeds, whose runs are not kept, spoke against correcting the weight for Q(X) or
-the 16-bit stream by least squares, a corrected output bias, weighing by confidence or by 1/t, second moments of the
-loss's gradients in place of WᵀW, a second stage of blocks across the first in place of the rotation, a rotation that
-makes all conditional variances equal (geometric mean decomposition: the range of tokens suffers), GPTQ in the order of
-the diagonal, coordinate descent on its codes, and TAC from statistics (`tac=ridge` is on request). They spoke for such
-a stage on top of the rotation, and, within the noise, for tokens weighted by gradients; neither is worth its cost.
-Larger blocks are better and cost more: the table has blocks of 16 and 192, too.
+difference there, and with outlier channels 0.1 of 2.4. Trials on development seeds, whose runs are not kept, spoke
+against correcting the weight for Q(X) or the 16-bit stream by least squares, a corrected output bias, weighing by
+confidence or by 1/t, second moments of the loss's gradients in place of WᵀW, a second stage of blocks across the first
+in place of the rotation, a rotation that makes all conditional variances equal (geometric mean decomposition: the range
+of tokens suffers), GPTQ in the order of the diagonal, coordinate descent on its codes, and TAC from statistics
+(`tac=ridge` is on request). They spoke for such a stage on top of the rotation, and, within the noise, for tokens
+weighted by gradients; neither is worth its cost. Larger blocks are better and cost more: the table has blocks of 16 and
+192, too.
 """
 
 import torch

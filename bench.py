@@ -323,7 +323,8 @@ def run(args, keep=lambda result: None) -> dict:
               "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
-              "cuda_kernels": device.type == "cuda" and cuda_kernels.ready(torch.cuda.current_device(), dtype),
+              "cuda_kernels": [part for part in cuda_kernels.PARTS if device.type == "cuda"
+                               and cuda_kernels.ready(torch.cuda.current_device(), dtype, part)],
               "ceilings": (top := ceilings(device, dtype, args.repeats))}
     log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)
@@ -356,6 +357,7 @@ def run(args, keep=lambda result: None) -> dict:
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     keep(result)
     # last, because what it tries on purpose may end a GPU's context
+    result["refused"] = sorted([str(d), *sizes] for d, *sizes in kernels._REFUSED)  # these ran through the fallback
     return result | {"int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None}
 
 

@@ -163,8 +163,9 @@ def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: i
 
 
 def progress_steps(config: QuantConfig) -> int:
-    """How often `quantize_block` calls progress for one block."""
-    return len(FUSED) * (1 + config.epochs * (config.method in SETTINGS_OF["epochs"]))
+    """How often `quantize_block` calls progress for one block; less often where a training diverges."""
+    trained = config.method in SETTINGS_OF["epochs"] and (config.method, config.transform) != ("starquant", "none")
+    return len(FUSED) * (1 + config.epochs * trained)
 
 
 def check_finite(x, what: str) -> None:

@@ -167,8 +167,8 @@ def run(args) -> dict:
         return (load_block(source, i, device, dtype) for i in range(n))
 
     with tqdm(total=n * progress_steps(config), unit="step", file=sys.stderr, disable=distributed.rank() > 0) as bar:
-        def progress(loss):
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        def progress(error):
+            bar.set_postfix_str(f"error {error:.4f}", refresh=False)
             bar.update()
 
         stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype), progress,

@@ -40,7 +40,7 @@ FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lie
 L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
 WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
 
-SOURCE = (Path(__file__).parent / "kernels.cu").read_text()
+SOURCE = Path(__file__).parent / "kernels.cu"
 # feedback is a part by itself: its unrolled loops take seconds to compile, which only those should wait for who use it
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",)}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -50,7 +50,7 @@ def source(dtype, *parts: str) -> str:
     """The CUDA source of some parts for activations of this dtype."""
     numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK}
     names = {"REAL": TYPES[dtype], **numbers, **{part.upper(): "" for part in parts}}
-    return "".join(f"#define {name} {value}\n" for name, value in names.items()) + SOURCE
+    return "".join(f"#define {name} {value}\n" for name, value in names.items()) + SOURCE.read_text()
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -188,10 +188,11 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
     x_sum = None if w_zero is None else integers[:M].sum(-1, dtype=torch.int32) - K * zero
     width = slice_width(integers.shape[0], N, K, packed)
     scratch = torch.empty(width, K, dtype=torch.int8, device=x.device) if packed else None
+    largest = 2 ** (bits + (4 if packed else 8) - 2)
     for n in range(0, N, width):
         part = slice(n, min(n + width, N))
         w = unpack_int4(weight[part], scratch[: part.stop - n], x.dtype) if packed else weight[part]
-        acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), integers, w)
+        acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), integers, w, largest)
         epilogue(acc, scale, zero, x_sum, w_scale[part], w_sum[part],
                  None if w_zero is None else w_zero[part], None if bias is None else bias[part], y[:, part],
                  None if shift is None else shift[:, part], state)

@@ -82,21 +82,22 @@ def float_mm(a, w, largest: int = 128 * 128):
     return (a.to(wide) @ w.to(wide).t()).to(torch.int32)
 
 
-_REFUSED = set()  # shapes (M, K, N) for which a device has no integer product
+_REFUSED = set()  # (device, M, K, N) for which there is no integer product
+REFUSALS = ("NOT_SUPPORTED", "INVALID_VALUE", "Expected")  # of cuBLAS, which has no algorithm, and of PyTorch's checks
 
 
 def product(multiply, a, w, largest: int = 128 * 128):
     """multiply(a, w), an integer product, or the exact fallback for a shape that it refuses, said once for each."""
-    shape = (*a.shape, len(w))
-    if shape not in _REFUSED:
+    (M, K), N = a.shape, len(w)
+    if (a.device, M, K, N) not in _REFUSED:
         try:
             return multiply(a, w)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # cuBLAS has no algorithm for it
-            _REFUSED.add(shape)
-            warnings.warn(f"torch._int_mm refuses {shape[0]} x {shape[1]} times {shape[1]} x {shape[2]} "
-                          f"({str(error).splitlines()[0]}); using the exact float fallback (slower).", stacklevel=2)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in REFUSALS):
+                raise  # out of memory, or what an earlier kernel left
+            _REFUSED.add((a.device, M, K, N))
+            warnings.warn(f"torch._int_mm refuses {M} x {K} times {K} x {N} ({str(error).splitlines()[0]}); using the "
+                          f"exact float fallback (slower).", stacklevel=2)
     return float_mm(a, w, largest)
 
 

@@ -127,8 +127,7 @@ class QuantLinear(nn.Module):
 
     def transformed(self, x, state):
         """Φ_s(x) of Eq. 11 for every token, centred first where `centre` was given; fp32."""
-        x = self.centred(x.float(), state)
-        x = apply_basis(x, self.basis(x))
+        x = apply_basis(self.centred(x.float(), state), self.P)
         if self.d_m or self.d_u:
             x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
         return x

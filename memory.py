@@ -22,6 +22,8 @@ def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embe
     "packed" or "int8" residency. Norm gains, and embedding and head at 16 bits, are bf16. A tied head costs its channel
     scales' sums only.
     """
+    if method not in ("starquant", "starquant+"):
+        raise ValueError(f"the bytes of {method!r} are not known here; starquant and starquant+ are.")
     shapes, embed_bits, plus = linear_shapes(c), embed_bits or head_bits, method == "starquant+"
     weight_bits = 8 if weights == "int8" else weight_bits
     rows, widths = (sum(size) for size in zip(*shapes.values(), strict=True))

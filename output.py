@@ -34,7 +34,7 @@ from checkpoint import (
 from families import NAMES, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 STATE = "starquant.json"
 OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
                             *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))

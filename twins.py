@@ -108,7 +108,7 @@ def _plus(linear: QuantLinear, generator) -> QuantLinear:
     new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device, torch.bfloat16) for p in P], bias=linear.bias,
                       clip=torch.full((2,), 0.9, device=device), centre=(means.to(device), shifts.to(device)),
                       feedback=V.to(device))
-    new.weight_packed = linear.weight_packed
+    new.weight_packed, new.packed = linear.weight_packed, linear.packed
     return new
 
 

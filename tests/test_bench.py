@@ -47,6 +47,10 @@ def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bi
     assert sizes["sixteen_bit"] == twins.residents(load_model(FIXTURES[name], device="cpu", dtype=torch.bfloat16))
     plus = memory_table(model.config, head_bits=head_bits, embed_bits=embed_bits, weights=weights, method="starquant+")
     assert plus["total"] == twins.residents(twins.plus_twin(model))
+    ids = torch.tensor([[1, 5, model.mask_id, 7]])
+    assert torch.equal(twins.plus_twin(model)(ids), twins.plus_twin(quantized(name, head_bits, embed_bits))(ids))
+    with pytest.raises(ValueError, match="'quarot' are not known"):
+        memory_table(model.config, method="quarot")
 
 
 @pytest.mark.parametrize("name", [*FIXTURES, "tiny"])

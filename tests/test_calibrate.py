@@ -191,9 +191,10 @@ class TestCalibrationText:
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
 
 
-@pytest.mark.parametrize("method", ["rtn", "starquant", "flatquant", "starquant+"])
-def test_progress_comes_to_its_end(small_folder, method):
-    model, calls, config = load_model(small_folder, "cpu"), [], QuantConfig(method=method, epochs=2)
+@pytest.mark.parametrize("setting", [{"method": "rtn"}, {}, {"transform": "none"}, {"method": "flatquant"},
+                                     {"method": "starquant+"}])
+def test_progress_comes_to_its_end(small_folder, setting):
+    model, calls, config = load_model(small_folder, "cpu"), [], QuantConfig(**setting, epochs=2)
     noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
     list(blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, progress=calls.append))
     assert len(calls) == len(model.blocks) * blocks.progress_steps(config)

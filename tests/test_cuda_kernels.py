@@ -192,7 +192,7 @@ def check_plus(device, dtype, masked):
 
 def plus_layer(K=128, N=48):
     g = torch.Generator().manual_seed(0)
-    P = [torch.linalg.qr(torch.randn(*s, generator=g))[0] for s in ((K // 64, 64, 64), (K // 64, K // 64))]
+    P = [torch.linalg.qr(torch.randn(*s, generator=g))[0].bfloat16() for s in ((K // 64, 64, 64), (K // 64, K // 64))]
     codes = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
     centre = torch.randn(2, K, generator=g), torch.randn(2, N, generator=g)
     return QuantLinear(codes, torch.rand(N, generator=g), P, bias=torch.randn(N, generator=g), centre=centre,
@@ -226,8 +226,10 @@ class TestOnCpu:
         ("epilogue", "(state[m] ? N : 0)", "0"), ("tac", "sum += m[j + i]", "sum += m[j]")])
     def test_self_check_names_a_broken_kernel(self, name, broken, wrong, on_cpu, tmp_path, monkeypatch):
         part = "feedback" if name == "feedback" else "linear"
-        assert broken in cuda_kernels.SOURCE
-        monkeypatch.setattr(cuda_kernels, "SOURCE", cuda_kernels.SOURCE.replace(broken, wrong))
+        text, changed = cuda_kernels.SOURCE.read_text(), tmp_path / "kernels.cu"
+        assert broken in text
+        changed.write_text(text.replace(broken, wrong))
+        monkeypatch.setattr(cuda_kernels, "SOURCE", changed)
         parts = ("linear", *(["feedback"] * (part == "feedback")))
         monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32, parts, "-O0"))
         assert cuda_kernels.self_check(torch.device("cpu"), torch.float32, part) == name
