@@ -4,7 +4,11 @@ Weights only, as they lie on the device: every linear at its bits, with what its
 corrections add. Activations and scratch come on top and are measured (`bench.py`).
 """
 
+from math import prod
+
 from families import ModelConfig, linear_shapes
+from hadamard import hadamard_sizes
+from methods import QuantConfig
 from sgat import kronecker_sizes
 from starquant import tac_block_size
 
@@ -12,6 +16,39 @@ from starquant import tac_block_size
 def code_bytes(rows: int, columns: int, bits: int) -> int:
     """Codes of at most 4 bits lie two a byte, row by row; wider ones take a byte each."""
     return rows * (-(-columns // 2) if bits <= 4 else columns)
+
+
+def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
+    """Shapes of the factors of P that a method stores for a linear of width d; `behind_norm`: qkv and gate_up."""
+    def square(sizes):
+        return [(n, n) for n in sizes]
+
+    match config.method:
+        case "awq" | "dllmquant+":
+            return [(d,)]
+        case "quarot" | "dllmquant++":
+            return [(d,)] * behind_norm + square(hadamard_sizes(d))
+        case "flatquant" | "freeact":
+            return [(d,), *square(kronecker_sizes(d))]
+        case "starquant":
+            return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
+        case "starquant+":
+            if config.balance == "kronecker":
+                return square(hadamard_sizes(d))
+            b = d if config.balance == "dense" else tac_block_size(d, config.balance_block)
+            return square([d]) if b == d else [(d // b, b, b), (d // b, d // b)]
+    return []
+
+
+def transform_bytes(config, d: int, behind_norm: bool = False) -> int:
+    """Bytes of P and of feedback for a linear of width d: in bf16 of `starquant+`, in fp32 of the others."""
+    factors = factor_shapes(config, d, behind_norm)
+    numbers = sum(map(prod, factors))
+    if config.method != "starquant+":
+        return 4 * numbers
+    # feedback: a matrix for each block, as wide as those of P
+    width = factors[-1][0] if config.balance == "kronecker" else factors[0][-1]
+    return 2 * (numbers + d * width * (config.rounding == "feedback"))
 
 
 def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embed_bits: int | None = None,
@@ -32,16 +69,11 @@ def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embe
     V, D = c.vocab_size, c.d_model
     outer = V * D
 
-    def transform(d):
-        b = tac_block_size(d, 64)
-        # starquant+: blocks, what mixes them, and feedback in bf16; otherwise two factors in fp32
-        return 2 * (2 * d * b + (d // b) ** 2 * (b < d)) if plus else 4 * sum(n * n for n in kronecker_sizes(d))
-
     table = {
         "linears": c.n_layers * sum(code_bytes(*shape, weight_bits) for shape in shapes.values()),
         # per output channel: scale fp32, row sum int32; biases fp32
         "scales": c.n_layers * (8 * rows + 4 * bias),
-        "transforms": c.n_layers * sum(transform(d) for _, d in shapes.values()),
+        "transforms": c.n_layers * sum(transform_bytes(QuantConfig(method=method), d) for _, d in shapes.values()),
         # the mean of either state and its output, and clipping, fp32
         "centring": c.n_layers * 4 * (2 * (widths + rows) + 2 * len(shapes)) * plus,
         # M and d of each block of g channels: z (g + 1) numbers in fp32

@@ -18,12 +18,11 @@ import torch
 from baselines import DLLMQUANT, ROTATED, Inputs, quarot_clip
 from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
 from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
-from hadamard import exists, hadamard_sizes
-from memory import code_bytes
+from hadamard import exists
+from memory import code_bytes, transform_bytes
 from methods import SECOND_ORDER
 from model import FUSED, synchronize
 from output import OURS
-from sgat import kronecker_sizes
 from starquant import linear, tac_block_size
 
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -32,28 +31,6 @@ FORWARDS = 9  # passes of a block's inputs through it: targets, four inputs, TAC
 
 
 # ---- disk, exactly ---------------------------------------------------------------------------------------------------
-
-
-def factor_shapes(config, d: int, behind_norm: bool) -> list[tuple[int, ...]]:
-    """Shapes of the factors of P that a method stores for a linear of width d; `behind_norm`: qkv and gate_up."""
-    def square(sizes):
-        return [(n, n) for n in sizes]
-
-    match config.method:
-        case "awq" | "dllmquant+":
-            return [(d,)]
-        case "quarot" | "dllmquant++":
-            return [(d,)] * behind_norm + square(hadamard_sizes(d))
-        case "flatquant" | "freeact":
-            return [(d,), *square(kronecker_sizes(d))]
-        case "starquant":
-            return {"dense": [(d, d)], "kronecker": square(kronecker_sizes(d)), "none": []}[config.transform]
-        case "starquant+":
-            if config.balance == "kronecker":
-                return square(hadamard_sizes(d))
-            b = d if config.balance == "dense" else tac_block_size(d, config.balance_block)
-            return square([d]) if b == d else [(d // b, b, b), (d // b, d // b)]
-    return []
 
 
 def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[int], int]:
@@ -68,17 +45,13 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
 
     linears, h = 0, c.head_dim
     for fused, (rows, d) in linear_shapes(c).items():
-        factors = factor_shapes(config, d, fused in ("qkv", "gate_up"))
-        basis = sum(map(prod, factors)) * (2 if config.method == "starquant+" else 4)
         numbers = rows * (1 + (not config.symmetric) + (fused == "qkv" and c.qkv_bias))  # scales, zeros, biases
         clipped = config.method in ("flatquant", "freeact", "starquant+") or (
             config.method in ROTATED and quarot_clip(config.abits))
         numbers += 2 * bool(clipped)
         numbers += 2 * (d + rows) * (config.method == "starquant+" and config.centre != "none")
-        if config.method == "starquant+" and config.rounding == "feedback":
-            # V in bf16, blocks as wide as those of P
-            linears += 2 * d * (factors[-1][0] if config.balance == "kronecker" else factors[0][-1])
-        linears += code_bytes(rows, d, config.wbits) + basis + 4 * numbers
+        linears += code_bytes(rows, d, config.wbits) + transform_bytes(config, d, fused in ("qkv", "gate_up"))
+        linears += 4 * numbers
     z = c.n_heads * h
     linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated
     if min(config.kv_bits, config.softmax_bits) < 16:

@@ -33,9 +33,9 @@ from feedback import diagonal_blocks, feedback_matrix, rounding_order
 from gptq import gptq, hessian, shrunk_scale
 from hadamard import rotation
 from kernels import fake_quantize_rows
+from memory import factor_shapes
 from methods import METHODS, QuantConfig
 from model import load_model
-from preflight import factor_shapes
 from starquant import Kronecker, apply_basis, fake_quantize, fold_weight
 from twins import SHAPES
 

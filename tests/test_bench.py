@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
-import preflight
 import twins
 from blocks import quantize_model
 from checkpoint import SINGLE, write_json, write_tensors
 from families import NAMES, read_config
 from layers import QuantEmbedding, QuantLinear, quantize_weight
-from memory import memory_table
+from memory import factor_shapes, memory_table
 from methods import QuantConfig
 from model import FUSED, load_model, outer_tensors, quantize_outer
 
@@ -326,7 +325,7 @@ def test_plus_twin_has_the_form_of_starquant_plus():
     for fused in FUSED:
         linear, d = getattr(plus.blocks[1], fused), getattr(plus.blocks[1], fused).in_features
         assert linear.weight_packed is getattr(twin.blocks[1], fused).weight_packed
-        assert [tuple(p.shape) for p in linear.P] == preflight.factor_shapes(config, d, False)
+        assert [tuple(p.shape) for p in linear.P] == factor_shapes(config, d, False)
         assert linear.feedback.shape == (d // 64, 64, 64)
         assert linear.mean.shape == (2, d)
         assert linear.d_m == 0
