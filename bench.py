@@ -277,7 +277,7 @@ def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
 def tables(result: dict) -> str:
     """Table 4 with the paper's row, then times beside their rooflines, then where a step goes; Markdown."""
     points, memory, rows = result["denoising"], result["memory"], []
-    if result["model"] in PAPER:
+    if result["model"] in PAPER and not result["blocks"]:
         a, b, c, d = PAPER[result["model"]]
         rows.append(("paper, A40", a, b, f"{b / a:.2f}", c, d, f"{c / d:.2f}"))
     for p in points:
@@ -312,13 +312,17 @@ def run(args, keep=lambda result: None) -> dict:
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
     args.repeats = args.repeats or (20 if device.type == "cuda" else 5)
     torch.manual_seed(args.seed)
-    load = partial(random_model, args.model, seed=args.seed) if args.random_weights else partial(load_model, args.model)
-    model = load(device=device, dtype=dtype).requires_grad_(False)
+    if args.random_weights:
+        model = random_model(args.model, device, dtype, args.seed, args.blocks)
+    else:
+        model = load_model(args.model, device, dtype)
+    model.requires_grad_(False)
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise CheckpointError(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
-    result = {"model": args.model, "random_weights": args.random_weights, "seed": args.seed, "dtype": str(dtype)[6:],
+    result = {"model": args.model, "random_weights": args.random_weights, "blocks": args.blocks,
+              "seed": args.seed, "dtype": str(dtype)[6:],
               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
               "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
@@ -376,6 +380,7 @@ def main(argv=None) -> int:
     parser = Parser("bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder of a 16-bit model (default: tiny)")
     parser.add_argument("--random-weights", action="store_true", help="published shapes without a download")
+    parser.add_argument("--blocks", type=int, help="of --random-weights, fewer than the published model has (all)")
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
     parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="embedding and head (default: 8)")
     parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="embedding alone (default: head bits)")
@@ -390,6 +395,8 @@ def main(argv=None) -> int:
     try:
         if args.repeats is not None and args.repeats < 1:
             raise ValueError("--repeats must be at least 1.")
+        if args.blocks is not None and not args.random_weights:
+            raise ValueError("--blocks needs --random-weights.")
         if args.embed_bits and args.head_bits == 16:
             raise ValueError("--embed-bits needs --head-bits 8.")
         if args.out and not args.out.parent.is_dir():

@@ -90,9 +90,9 @@ class QuantLinear(nn.Module):
         """The factors, fp32."""
         return in_dtype(self._stored(), torch.float32)
 
-    def codes(self, dtype=torch.int8):
-        """Weight codes (C, d)."""
-        return kernels.unpack_int4(self.weight_packed, self.in_features, dtype) if self.packed else self.weight_packed
+    def codes(self):
+        """Weight codes (C, d) int8."""
+        return kernels.unpack_int4(self.weight_packed, self.in_features) if self.packed else self.weight_packed
 
     def unpack_weights(self):
         """Keep int8 codes instead of packed ones: twice the memory, no unpacking per call. Saving packs them again."""
@@ -149,10 +149,8 @@ class QuantLinear(nn.Module):
                                         self.packed, self.bias, self.weight_zero, self.clip, self.feedback, self.shift)
             return y.reshape(*x.shape[:-1], C)
         rows = self.transformed(x, state).reshape(-1, self.in_features)
-        # the float fallback multiplies fp32: unpack straight into it
-        codes = self.codes(torch.float32 if kernels.backend(x.device.type) == "float" else torch.int8)
-        y = kernels.int_linear(rows, codes, self.weight_scale, self.weight_sum, self.abits, self.wbits, self.bias,
-                               self.weight_zero, None, self.clip, self.feedback)
+        y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                               self.bias, self.weight_zero, None, self.clip, self.feedback)
         return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)
 
     def reference(self, x, state=None):

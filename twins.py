@@ -37,12 +37,20 @@ SHAPES = {"llada-8b": _LLADA, "llada-8b-instruct": _LLADA, "llada-1.5": _LLADA, 
           "dream-7b-instruct": _DREAM}
 
 
-def random_model(name: str, device, dtype, seed: int) -> DiffusionLM:
-    """A 16-bit model of published shape with normal weights of standard deviation 0.02."""
+def published(name: str, blocks: int | None = None) -> dict:
+    """config.json of a published shape, with fewer blocks than it has where that is asked for."""
     if name not in SHAPES:
-        raise ConfigError(f"--random-weights knows the shapes of {', '.join(SHAPES)}, not of {name!r}.")
+        raise ConfigError(f"--model {name!r}: shapes are known of {', '.join(SHAPES)}.")
+    key = "n_layers" if "n_layers" in SHAPES[name] else "num_hidden_layers"
+    if blocks is not None and not 1 <= blocks <= SHAPES[name][key]:
+        raise ConfigError(f"--blocks {blocks} is not between 1 and {SHAPES[name][key]}.")
+    return SHAPES[name] | ({key: blocks} if blocks else {})
+
+
+def random_model(name: str, device, dtype, seed: int, blocks: int | None = None) -> DiffusionLM:
+    """A 16-bit model of published shape with normal weights of standard deviation 0.02."""
     with torch.device("meta"):
-        model = DiffusionLM(read_config(SHAPES[name])).to(dtype)
+        model = DiffusionLM(read_config(published(name, blocks))).to(dtype)
     model.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
@@ -185,15 +193,10 @@ def write_checkpoint(name: str, folder: Path, blocks: int | None = None, gain: f
     Weights are normal with standard deviation 0.02; OUTLIERS channels of each norm are `gain` times as loud as the
     others, as crest factors of 8B models are. Text is encoded by the embedded model's tokenizer.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"--model {name!r}: shapes are known of {', '.join(SHAPES)}.")
-    key = "n_layers" if "n_layers" in SHAPES[name] else "num_hidden_layers"
-    if blocks is not None and not 1 <= blocks <= SHAPES[name][key]:
-        raise ConfigError(f"--blocks {blocks} is not between 1 and {SHAPES[name][key]}.")
+    raw = published(name, blocks)
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    raw = SHAPES[name] | ({key: blocks} if blocks else {})
     config, generator = read_config(raw), torch.Generator().manual_seed(seed)
     prefixes = [NAMES[config.family].block.format(i) + "." for i in range(config.n_layers)]
     shards: dict[str, dict] = {p: {} for p in (*prefixes, "")}

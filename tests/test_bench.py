@@ -200,7 +200,9 @@ def test_one_run_ends_in_json(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--model", "nowhere"], "neither a folder"), (["--model", "tiny", "--random-weights"], "knows the shapes of"),
+    (["--model", "nowhere"], "neither a folder"), (["--model", "tiny", "--random-weights"], "shapes are known of"),
+    (["--blocks", "2"], "needs --random-weights"),
+    (["--model", "llada-8b", "--random-weights", "--blocks", "33"], "between 1 and 32"),
     (["--repeats", "0"], "--repeats must be at least 1"), (["--head-bits", "16", "--embed-bits", "4"], "needs"),
     (["--out", "missing-folder/x.json"], "does not exist"), (["--points", "1x8x4"], "at least"),
     (["--points", "abc"], "is not BATCHxLENGTHxTOKENS")])

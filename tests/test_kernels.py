@@ -1,5 +1,6 @@
 """Integers are exact: packing, the integer matmul under Hopper's rules, and the integer linear = its reference."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -139,8 +140,25 @@ class TestBackend:
         yield
         kernels.backend.cache_clear()
 
-    def test_the_cpu_takes_the_float_route(self):
+    @pytest.mark.parametrize("faster", ["int_mm", "float"])
+    def test_a_cpu_takes_the_faster_product(self, monkeypatch, faster):
+        """The one with int8 dot products `_int_mm`, the one without them fp32."""
+        seconds = {kernels.int_mm: 1.0, kernels.float_mm: 3.0 if faster == "int_mm" else 0.1}
+        monkeypatch.setattr(kernels, "_seconds", lambda multiply, a, w: seconds[multiply])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu") == faster
+
+    def test_a_cpu_whose_fast_product_is_inexact_takes_the_float_route(self, monkeypatch):
+        """int8 dot products of the first kind saturate at 16 bit: right for 4-bit codes and wrong for 8-bit ones."""
+        monkeypatch.setattr(kernels, "_seconds", lambda multiply, a, w: float(multiply is not kernels.int_mm))
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: checked_int_mm(a, b).clamp(-(2**15), 2**15 - 1))
         assert kernels.backend("cpu") == "float"
+
+    def test_seconds_are_the_least_after_a_first_one_that_does_not_count(self, monkeypatch):
+        clock = itertools.accumulate(itertools.chain.from_iterable((5.0, s) for s in (1, 7, 4, 6, 9, 8)))
+        monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
+        assert kernels._seconds(lambda a, w: None, 0, 0) == 4
 
     def test_a_device_that_passes_its_self_check_takes_int_mm(self):
         assert kernels.backend("cpu:0") == "int_mm"
@@ -281,7 +299,19 @@ class TestIntLinear:
             got = kernels.int_linear(x, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), bits, 4, use=use)
             assert torch.equal(got.long(), exact(torch.from_numpy(steps), weight) * levels)
 
-    @pytest.mark.parametrize(("use", "calls"), [("int_mm", 1), ("float", 0), (None, 0)])
+    @pytest.mark.parametrize("size", [1, 40, 2**22])
+    @pytest.mark.parametrize("asymmetric", [False, True])
+    def test_slices_of_packed_weights_change_no_bit(self, size, asymmetric, monkeypatch):
+        """A column, four of eleven and all columns at a time; 9 channels end half-way in a byte."""
+        x, weight, scale, bias = randn(5, 9), integers(-8, 7, 11, 9), randn(11, seed=1).abs(), randn(11, seed=2)
+        sums, zeros = kernels.row_sums(weight), integers(-8, 7, 11, seed=3, dtype=np.int32) if asymmetric else None
+        want = kernels.int_linear(x, weight, scale, sums, 4, 4, bias, zeros, "float")
+        monkeypatch.setattr(kernels, "SLICE", size)
+        for given_weight in (weight, kernels.pack_int4(weight)):
+            got = kernels.int_linear(x, given_weight, scale, sums, 4, 4, bias, zeros, "int_mm")
+            assert torch.equal(got, want)
+
+    @pytest.mark.parametrize(("use", "calls"), [("int_mm", 1), ("float", 0)])
     def test_takes_the_route_it_is_told(self, use, calls, monkeypatch):
         seen, weight = [], integers(-8, 7, 5, 9)
         monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(a) or checked_int_mm(a, b))
