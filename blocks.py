@@ -116,7 +116,7 @@ def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) 
         return attention
     n = min(config.tac_samples, len(x_q))
     qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r].to(state.device)), state[r])
-                     for r in metrics.batches(n)])
+                     for r in metrics.batches(n, 64)])
     q, k, v = attention.rotated(*quantized.heads(qkv, table))
     return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
 

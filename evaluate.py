@@ -125,6 +125,7 @@ def parse(argv):
                         "sixth of the calibration segments")
     parser.add_argument("--fresh", action="store_true", help="measure every cell of a table again, also finished ones")
     parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
+    parser.add_argument("--sequences", type=int, help="sequences of each kind for a table's likelihoods (--problems)")
     parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
     parser.add_argument("--steps", type=int, help="denoising steps with --prompt or --tasks (--gen-length)")
     parser.add_argument("--gen-length", type=int, help="tokens to write with --prompt (24) or --tasks (protocol)")
@@ -147,14 +148,15 @@ def parse(argv):
 
 def run(args) -> dict:
     given = {"problems": args.problems, "gen-length": args.gen_length, "steps": args.steps, "limit": args.limit,
-             "batch-size": args.batch_size, "mc-num": args.mc_num}
+             "batch-size": args.batch_size, "mc-num": args.mc_num, "sequences": args.sequences}
     for name in (name for name, value in given.items() if value is not None and value < 1):
         raise CheckpointError(f"--{name} must be at least 1.")
     if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
         raise CheckpointError(f"--out {args.out} cannot be a file there.")
     if args.table:
         device = distributed.start(pick_device(args.device))
-        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device)), args.seeds
+        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device),
+                                sequences=args.sequences), args.seeds
         if args.quick:
             run, seeds = replace(run, problems=16, nelbo=True, segments=20), 1
         return tables.make(args.table, run, seeds, args.quick, args.fresh)

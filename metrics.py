@@ -15,7 +15,7 @@ import data
 from layers import TAC, QuantLinear
 from sampling import denoise
 
-ROWS = 64  # sequences per forward pass
+ROWS = 16  # sequences per forward pass: on a CPU their activations stay in the caches
 
 
 def batches(n: int, rows: int = ROWS):
@@ -94,7 +94,7 @@ def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: N
     """
     g = torch.Generator().manual_seed(seed)
     correct = []
-    for rows in batches(len(problems), ROWS // 8):
+    for rows in batches(len(problems), 8):
         options = torch.stack([p.options for p in problems[rows]])  # (n, 4, N)
         context = torch.stack([p.context for p in problems[rows]])[:, None, None].expand(-1, 4, samples, -1)
         n, _, N = options.shape
@@ -107,7 +107,9 @@ def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: N
         def log_likelihood(context, hide=hide, clean=clean, k=k):
             noisy = torch.cat((context, clean.masked_fill(hide, model.mask_id)), -1)
             where = torch.cat((torch.zeros_like(context, dtype=torch.bool), hide), -1).flatten(0, 2)
-            logits = model(noisy.flatten(0, 2).to(model.device), where=where.to(model.device)).float().cpu()
+            ids = noisy.flatten(0, 2)
+            logits = torch.cat([model(ids[r].to(model.device), where=where[r].to(model.device)).float().cpu()
+                                for r in batches(len(ids))])
             ce = torch.zeros(hide.shape).masked_scatter(hide, F.cross_entropy(logits, clean[hide], reduction="none"))
             return -(ce.sum(-1) * clean.shape[-1] / k[:, None]).mean(-1)  # (n, 4)
 
@@ -154,16 +156,17 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
 TASKS = ("math", "code")  # free-running generation; beside them `cloze`
 
 
-def scores(model, problems: int, seed: int, quick: bool = False, label: str = "", reference=None) -> tuple[dict, dict]:
+def scores(model, problems: int, seed: int, quick: bool = False, label: str = "", reference=None,
+           sequences: int | None = None) -> tuple[dict, dict]:
     """Every measure on the held-out split, one value per example, and the trajectories of the generation tasks.
 
-    `problems` per task, and as many sequences of each of NELBO's three domains. quick: the likelihoods alone, which
-    are NELBO and, given a reference model, the KL from it.
+    `problems` per task, and `sequences` (as many unless given) of each of NELBO's three domains. quick: the likelihoods
+    alone, which are NELBO and, given a reference model, the KL from it.
     """
     values, paths = {}, {}
     with tqdm(total=(1 if quick else 4) * problems, desc=label, unit="problem", file=sys.stderr, leave=False,
               bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
-        sets = nelbo_set(model.tokenizer, problems, seed)
+        sets = nelbo_set(model.tokenizer, sequences or problems, seed)
         parts = [losses(model, ids, region, 2, seed, reference=reference) for ids, region in sets]
         values |= {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         bar.update(problems)

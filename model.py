@@ -173,7 +173,9 @@ class DiffusionLM(nn.Module):
 
     def logits(self, hidden):
         """Scores over the vocabulary, not shifted."""
-        return self.head(hidden) * self.config.logit_scale
+        scores = self.head(hidden)
+        # one pass less over the largest tensor of a step
+        return scores if self.config.logit_scale == 1 else scores * self.config.logit_scale
 
     def forward(self, ids, attention_mask=None, where=None):
         """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here).

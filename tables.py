@@ -121,6 +121,7 @@ class Run:
     nelbo: bool  # likelihoods (NELBO and KL) only
     device: str
     segments: int = 128  # of calibration
+    sequences: int | None = None  # of each domain, for the likelihoods; as many as problems unless given
 
     @cache  # noqa: B019 (one run a process)
     def model(self):
@@ -130,7 +131,8 @@ class Run:
     @cache  # noqa: B019
     def reference(self, seed: int):
         """16 bit on one seed's examples: (values, trajectories)."""
-        return metrics.scores(self.model(), self.problems, seed, self.nelbo, f"16-bit, examples {seed}")
+        return metrics.scores(self.model(), self.problems, seed, self.nelbo, f"16-bit, examples {seed}",
+                              sequences=self.sequences)
 
     def key(self, setting: dict | None, seed: int) -> dict:
         """`setting` counts as far as it differs from QuantConfig's defaults."""
@@ -139,6 +141,7 @@ class Run:
                 "problems": self.problems, "nelbo": self.nelbo, "seed": seed,
                 "setting": None if setting is None else {k: v for k, v in setting.items() if defaults.get(k) != v},
                 **({} if self.segments == 128 else {"segments": self.segments}),
+                **({} if self.sequences in (None, self.problems) else {"sequences": self.sequences}),
                 **({} if self.kind == "cpu" else {"device": self.kind})}
 
     @property
@@ -155,7 +158,8 @@ class Run:
             judged = quantize_model(model, tokens, config, region)
             if setting.get("gates") == "off":
                 switch_gates_off(judged)
-            values, other = metrics.scores(judged, self.problems, seed, self.nelbo, config.method, model)
+            values, other = metrics.scores(judged, self.problems, seed, self.nelbo, config.method, model,
+                                           self.sequences)
             values = values if self.nelbo else values | metrics.agreement(other, paths)
         return {k: [round(x, 5) for x in v.tolist()] for k, v in values.items()}
 
@@ -226,11 +230,13 @@ def make(number: str, run: Run, seeds: int, quick: bool = False, fresh: bool = F
         return {}
     kind = "quick" if quick else "nelbo" if run.nelbo else ""
     command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
+    command += f" --sequences {run.sequences}" if run.sequences else ""
     command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")
     used = [c for r in rows.values() for c in r]
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
               "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.kind, "seeds": seeds,
-              "first_seed": FIRST_SEED, "problems": run.problems, "stress": run.c,
+              "first_seed": FIRST_SEED, "problems": run.problems, "sequences": run.sequences or run.problems,
+              "stress": run.c,
               "rows": summarize(rows, REFERENCE.get(number))}
     stem = f"table-{number}" + (f"-stress{run.c:g}" if run.c != 1 else "") + (f"-{kind}" if kind else "")
     RESULTS.mkdir(exist_ok=True)
@@ -301,8 +307,8 @@ def markdown(record: dict) -> str:
             shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
         shown += [interval(row[m], sign="+" * (m == "mean")) if m in row else "" for m in measures]
         lines.append(f"| {' | '.join(shown)} |")
-    note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task for "
-            f"each; ± half a 95 % bootstrap interval over seeds and their examples (of a task: over its problems), "
-            f"differences with theirs, * where it is clear of 0 and all seeds agree; torch {record['torch']} on "
-            f"{record['device']}, commit {record['commit']}.")
+    note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task and "
+            f"{record['sequences']} sequences of each kind for each; ± half a 95 % bootstrap interval over seeds and "
+            f"their examples (of a task: over its problems), differences with theirs, * where it is clear of 0 and all "
+            f"seeds agree; torch {record['torch']} on {record['device']}, commit {record['commit']}.")
     return "\n".join([*lines, "", note])

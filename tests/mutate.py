@@ -254,7 +254,7 @@ MUTATIONS = [
      "mask = keep[:, None, :, None]", MODEL, FAM, SAMPLE),
     ("model.py", "torch.cat((hidden[:, :1], hidden[:, :-1]), 1)",
      "torch.cat((hidden[:, 1:], hidden[:, -1:]), 1)", SAMPLE, FAM),
-    ("model.py", "return self.head(hidden) * self.config.logit_scale", "return self.head(hidden)", FAM),
+    ("model.py", "else scores * self.config.logit_scale", "else scores", FAM),
     ("model.py", "return self.norm(x)", "return x", MODEL, FAM),
     # ---- sgat.py
     ("sgat.py", "return Q * R.diagonal().sign()", "return Q", SGAT),

@@ -150,12 +150,21 @@ class TestCells:
         (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
         assert len(tables.stored_cells()) == 2
 
+    def test_sequences_and_problems_are_counted_apart(self):
+        run = tables.Run("tiny", 1.0, 1, False, "cpu", segments=8, sequences=2)
+        values = run.measure(tables.RTN, tables.FIRST_SEED)
+        assert [len(values[k]) for k in ("nelbo", "kl", "math", "code", "cloze")] == [6, 6, 1, 1, 1]
+        # the same sequences as with two problems
+        more = metrics.scores(run.model(), 2, tables.FIRST_SEED, quick=True)[0]["nelbo"]
+        torch.testing.assert_close(run.reference(tables.FIRST_SEED)[0]["nelbo"], more, rtol=1e-4, atol=1e-5)
+        assert run.key({}, 1) != tables.Run("tiny", 1.0, 1, False, "cpu", segments=8).key({}, 1)
+
     def test_what_determines_a_cell_is_in_its_key(self):
         run = tables.Run("tiny", 1.0, 2, True, "cpu")
         keys = {tables.digest(run.key(s, seed)) for s in ({}, tables.NO_TAC, {"gates": "off"}, None) for seed in (1, 2)}
         others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
                   tables.Run("tiny", 1.0, 2, False, "cpu"), tables.Run("tiny", 1.0, 2, True, "cpu", segments=32),
-                  tables.Run("tiny", 1.0, 2, True, "cuda:1"))
-        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 13
+                  tables.Run("tiny", 1.0, 2, True, "cpu", sequences=3), tables.Run("tiny", 1.0, 2, True, "cuda:1"))
+        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 14
         assert others[-1].key({}, 1) == tables.Run("tiny", 1.0, 2, True, "cuda").key({}, 1)
         assert run.key({"tac_block": 16}, 1) == run.key({}, 1)  # a default, written out
