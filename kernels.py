@@ -105,14 +105,17 @@ def product(multiply, a, w, largest: int = 128 * 128):
 
 
 def _self_check(device) -> bool:
-    """`int_mm` against exact integers on a small awkward shape, once per device."""
+    """`int_mm` against exact integers of the whole range, on a small awkward shape and a large even one, once per
+    device."""
     g = torch.Generator().manual_seed(0)
-    a, w = (torch.randint(-128, 128, s, generator=g, dtype=torch.int8) for s in ((33, 24), (40, 24)))
-    want = a.long() @ w.long().t()
     try:
-        return torch.equal(int_mm(a.to(device), w.to(device)).cpu().long(), want)
+        for M, K, N in ((33, 24, 40), (64, 512, 512)):
+            a, w = (torch.randint(-128, 128, s, generator=g, dtype=torch.int8) for s in ((M, K), (N, K)))
+            if not torch.equal(int_mm(a.to(device), w.to(device)).cpu(), float_mm(a, w)):
+                return False
     except RuntimeError:
         return False
+    return True
 
 
 def _seconds(multiply, a, w) -> float:
@@ -130,8 +133,9 @@ def backend(device_type: str) -> str:
     """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
     if device_type == "cpu":
         a = torch.ones(512, 512, dtype=torch.int8)
-        faster = _seconds(int_mm, a, a) < _seconds(float_mm, a, a.float())  # by a factor of 4 or more, either way
-        return "int_mm" if faster and _self_check("cpu") else "float"
+        # by a factor of 3 or more, either way
+        faster = _self_check("cpu") and _seconds(int_mm, a, a) < _seconds(float_mm, a, a.float())
+        return "int_mm" if faster else "float"
     if not _self_check(device_type):
         warnings.warn(f"torch._int_mm fails its self-check on {device_type}; using the exact float fallback (slower).",
                       stacklevel=2)

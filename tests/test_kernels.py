@@ -149,11 +149,20 @@ class TestBackend:
             warnings.simplefilter("error")
             assert kernels.backend("cpu") == faster
 
-    def test_a_cpu_whose_fast_product_is_inexact_takes_the_float_route(self, monkeypatch):
+    @pytest.mark.parametrize("fault", ["saturates", "wrong in large shapes", "refused"])
+    def test_a_cpu_whose_product_fails_its_self_check_takes_the_float_route(self, monkeypatch, fault):
         """int8 dot products of the first kind saturate at 16 bit: right for 4-bit codes and wrong for 8-bit ones."""
+        def broken(a, b):
+            if fault == "refused":
+                raise NotImplementedError("not for this CPU")
+            exact = checked_int_mm(a, b)
+            return exact.clamp(-(2**15), 2**15 - 1) if fault == "saturates" else exact + (a.shape[1] >= 512)
+
         monkeypatch.setattr(kernels, "_seconds", lambda multiply, a, w: float(multiply is not kernels.int_mm))
-        monkeypatch.setattr(torch, "_int_mm", lambda a, b: checked_int_mm(a, b).clamp(-(2**15), 2**15 - 1))
-        assert kernels.backend("cpu") == "float"
+        monkeypatch.setattr(torch, "_int_mm", broken)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu") == "float"
 
     def test_seconds_are_the_least_after_a_first_one_that_does_not_count(self, monkeypatch):
         clock = itertools.accumulate(itertools.chain.from_iterable((5.0, s) for s in (1, 7, 4, 6, 9, 8)))
