@@ -158,7 +158,7 @@ def run(args) -> dict:
         run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device),
                                 sequences=args.sequences), args.seeds
         if args.quick:
-            run, seeds = replace(run, problems=16, nelbo=True, segments=20), 1
+            run, seeds = replace(run, problems=16, nelbo=True, segments=20, sequences=None), 1
         return tables.make(args.table, run, seeds, args.quick, args.fresh)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     if args.tasks:

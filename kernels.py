@@ -14,14 +14,14 @@ K and N multiples of 8 (16 here, the 16 bytes that vector loads are aligned to),
 weight kept as [N, K] contiguous gives mat2 = w.t() with strides (1, K), no copy. Operands with stride 0 or fewer than
 17 rows have been silently wrong in released versions, so A is always copied into fresh padded storage (zero rows and
 columns are exact) and one self-check against exact integers runs before the first use on a device; if it fails, or a
-shape is refused later, the exact fallback below serves, and says so once.
+shape is refused later, the exact fallback below serves, and, on a GPU, says so once.
 
 This file is the readable version, any device and any shape. On a GPU `cuda_kernels.py` does the same with the passes
 fused; the integers are the same.
 
 Exact fallback: an fp32 matmul of integer codes is exact while K · max|a| · max|w| < 2²⁴ (4-bit codes: K < 262144), an
-fp64 one below 2⁵³. A CPU with int8 dot products (AVX512-VNNI) runs `_int_mm` several times as fast as fp32, one without
-them many times slower, so there the faster one serves, the same integers either way; `backend` names it.
+fp64 one below 2⁵³. A CPU with int8 dot products (AVX512-VNNI) runs `_int_mm` several times as fast as fp32. On others
+it is many times slower, or inexact, because it sums in 16 bits, which the self-check sees. `backend` names what serves.
 """
 
 import time
@@ -50,7 +50,7 @@ def unpack_int4(packed, k: int):
 
     Both codes of a byte are put together as an int16, so that no write skips a byte (twice as fast on a CPU).
     """
-    p = packed.view(torch.int8)
+    p = packed.contiguous().view(torch.int8)
     both = (p >> 4).to(torch.int16) << 8
     both |= (p << 4 >> 4).to(torch.int16) & 255  # the lower byte comes first in memory
     return both.view(torch.int8)[..., :k]
@@ -132,9 +132,8 @@ def _seconds(multiply, a, w) -> float:
 def backend(device_type: str) -> str:
     """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
     if device_type == "cpu":
-        a = torch.ones(512, 512, dtype=torch.int8)
-        # by a factor of 3 or more, either way
-        faster = _self_check("cpu") and _seconds(int_mm, a, a) < _seconds(float_mm, a, a.float())
+        a, w = (torch.ones(n, 512, dtype=torch.int8) for n in (64, 512))
+        faster = _self_check("cpu") and _seconds(int_mm, a, w) < _seconds(float_mm, a, w.float())
         return "int_mm" if faster else "float"
     if not _self_check(device_type):
         warnings.warn(f"torch._int_mm fails its self-check on {device_type}; using the exact float fallback (slower).",
@@ -200,16 +199,17 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
     return rearrange(u.add_(zero), "b n m -> m (n b)").to(torch.int8)
 
 
-SLICE = 2**22  # weights unpacked at a time: they, and their part of the output, stay in the caches
+SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
 
 
+@torch.no_grad()  # rounding has no gradient
 def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,
                use: str | None = None, clip=None, feedback=None):
     """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
 
     weight (N, K) int8 centred codes or (N, ⌈K/2⌉) uint8 packed ones, weight_scale (N,) fp32, weight_sum (N,) int32 =
     rowsum of the codes, weight_zero (N,) int32 or None for symmetric weights; clip and feedback as in `quantize_rows`.
-    NaN turns into code 0 silently: calibration checks its activations first.
+    A token with NaN comes out as NaN.
     """
     (M, K), N = x.shape, len(weight)
     codes, scale, zero = quantize_rows(x, bits, clip, feedback)
@@ -217,7 +217,7 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
     if weight_zero is not None:
         # rowsum(X_c) − K z_c
         x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - K * zero
-    width = max(SLICE // max(K, 1), 1)
+    width = max(SLICE // max(K, 1) // 16 * 16, 16)  # as `int_mm` wants them, without a copy
     for part in (slice(n, n + width) for n in range(0, N, width)):
         w = unpack_int4(weight[part], K) if weight.dtype == torch.uint8 else weight[part]
         # X_c W_cᵀ − z_c rowsum(W_c): exact in int32

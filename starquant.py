@@ -139,7 +139,7 @@ def apply_basis(x, P):
 
 def block_product(x, P):
     """x blockdiag(P): x (..., n b), P (n, b, b)."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or P.requires_grad):
         return einsum(rearrange(x, "... (n b) -> ... n b", n=len(P)), P, "... n b, n b c -> ... n c").flatten(-2)
     # every block straight to its place, where einsum would put them together in a pass of their own
     blocks = x.reshape(-1, *P.shape[:2])

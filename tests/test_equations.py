@@ -127,13 +127,11 @@ class TestEq6:
     @pytest.mark.parametrize("shape", [(2, 5), (), (0,)])
     def test_apply_basis_is_the_dense_product(self, kind, differentiable, shape):
         P, dense = basis(kind, seed=3)
-        x = randn(12, *shape).movedim(0, -1)  # rows that do not lie in one piece
-        with torch.set_grad_enabled(differentiable):
-            got = starquant.apply_basis(x, P)
-        torch.testing.assert_close(got, x @ dense, **TOLERANCE)
+        x = randn(12, *shape).movedim(0, -1).requires_grad_(differentiable)  # rows that do not lie in one piece
+        torch.testing.assert_close(starquant.apply_basis(x, P), x @ dense, **TOLERANCE)
 
     def test_a_block_diagonal_basis_has_a_gradient(self):
-        """Models keep the gains of their norms as parameters, so activations ask for gradients by default."""
+        """A model built in memory keeps the gains of its norms as parameters: activations then ask for gradients."""
         P, _ = basis("block")
         x = randn(3, 12).requires_grad_()
         assert torch.autograd.gradcheck(lambda x: starquant.apply_basis(x, P), x)

@@ -308,17 +308,37 @@ class TestIntLinear:
             got = kernels.int_linear(x, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), bits, 4, use=use)
             assert torch.equal(got.long(), exact(torch.from_numpy(steps), weight) * levels)
 
-    @pytest.mark.parametrize("size", [1, 40, 2**22])
+    @pytest.mark.parametrize("size", [1, 300, 2**22])
     @pytest.mark.parametrize("asymmetric", [False, True])
     def test_slices_of_packed_weights_change_no_bit(self, size, asymmetric, monkeypatch):
-        """A column, four of eleven and all columns at a time; 9 channels end half-way in a byte."""
-        x, weight, scale, bias = randn(5, 9), integers(-8, 7, 11, 9), randn(11, seed=1).abs(), randn(11, seed=2)
-        sums, zeros = kernels.row_sums(weight), integers(-8, 7, 11, seed=3, dtype=np.int32) if asymmetric else None
+        """16, 32 and all of 43 columns at a time; 9 channels end half-way in a byte."""
+        x, weight, scale, bias = randn(5, 9), integers(-8, 7, 43, 9), randn(43, seed=1).abs(), randn(43, seed=2)
+        sums, zeros = kernels.row_sums(weight), integers(-8, 7, 43, seed=3, dtype=np.int32) if asymmetric else None
         want = kernels.int_linear(x, weight, scale, sums, 4, 4, bias, zeros, "float")
         monkeypatch.setattr(kernels, "SLICE", size)
         for given_weight in (weight, kernels.pack_int4(weight)):
             got = kernels.int_linear(x, given_weight, scale, sums, 4, 4, bias, zeros, "int_mm")
             assert torch.equal(got, want)
+
+    def test_slices_are_as_wide_as_the_product_wants_them(self, monkeypatch):
+        seen, weight = [], integers(-8, 7, 150, 96)
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(b.shape[1]) or checked_int_mm(a, b))
+        monkeypatch.setattr(kernels, "SLICE", 96 * 70)
+        kernels.int_linear(randn(3, 96), weight, torch.ones(150), kernels.row_sums(weight), 4, 4, use="int_mm")
+        assert seen == [64, 64, 32]  # the last one, 22, padded
+
+    def test_activations_that_ask_for_gradients_are_served(self):
+        """As those of a model built in memory do, whose norms have parameters."""
+        x, weight = randn(3, 8).requires_grad_(), integers(-8, 7, 5, 8)
+        got = kernels.int_linear(x, weight, torch.ones(5), kernels.row_sums(weight), 4, 4)
+        assert torch.equal(got, kernels.int_linear(x.detach(), weight, torch.ones(5), kernels.row_sums(weight), 4, 4))
+
+    def test_nan_stays_nan_in_its_token(self):
+        x, weight = randn(3, 8), integers(-8, 7, 5, 8)
+        x[1, 2] = torch.nan
+        got = kernels.int_linear(x, weight, torch.ones(5), kernels.row_sums(weight), 4, 4)
+        assert got.isnan().all(-1).tolist() == [False, True, False]
+        assert not got[[0, 2]].isnan().any()
 
     @pytest.mark.parametrize(("use", "calls"), [("int_mm", 1), ("float", 0)])
     def test_takes_the_route_it_is_told(self, use, calls, monkeypatch):
