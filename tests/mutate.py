@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 EQ, EQ_SGAT, EQ_TAC = "test_equations.py", "test_equations_sgat.py", "test_equations_tac.py"
 QUANT = "test_quantizer.py"
-KERN, SGAT = "test_kernels.py", "test_sgat.py"
+KERN, BACK, LAYERS, SGAT = "test_kernels.py", "test_backend.py", "test_layers.py", "test_sgat.py"
 MODEL, FAM, CAL, SAMPLE, BENCH = ("test_model.py", "test_families.py", "test_calibrate.py", "test_sampling.py",
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
@@ -116,15 +116,15 @@ MUTATIONS = [
      "cross = centred_q.mT @ centred_fp / len(z_fp)", EQ_TAC),
     # ---- layers.py: what runs
     ("layers.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
-     "x = x * state_gate(state, self.in_features, self.d_u, self.d_m)", KERN, CAL),
+     "x = x * state_gate(state, self.in_features, self.d_u, self.d_m)", LAYERS, CAL),
     ("layers.py", "x = x * state_gate(state, self.in_features, self.d_m, self.d_u)",
-     "x = x * state_gate(~state, self.in_features, self.d_m, self.d_u)", KERN, CAL),
+     "x = x * state_gate(~state, self.in_features, self.d_m, self.d_u)", LAYERS, CAL),
     ("layers.py", "return self.weight_scale[:, None] * (self.codes() - zero).float()",
-     "return self.weight_scale[:, None] * (self.codes() + zero).float()", KERN),
+     "return self.weight_scale[:, None] * (self.codes() + zero).float()", LAYERS),
     ("layers.py", "return (self.weight_scale[ids][..., None] * rows).to(self.dtype)",
      "return rows.to(self.dtype)", BENCH),
     ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
-     "return self.shifted(y.reshape(*x.shape[:-1], C), state)", KERN),
+     "return self.shifted(y.reshape(*x.shape[:-1], C), state)", LAYERS),
     ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
      "return y.reshape(*x.shape[:-1], C).to(x.dtype)", BAL),
     ("layers.py", "(x - self.mean[state.long()])", "(x - self.mean[1 - state.long()])", BAL),
@@ -216,8 +216,8 @@ MUTATIONS = [
     ("kernels.py", "a.shape[1] * largest < 2**24", "a.shape[1] * largest < 2**34", KERN),
     ("kernels.py", "part.sum(-1, dtype=torch.int32)", "part.sum(-1, dtype=torch.int8)", KERN),
     ("kernels.py", "rows = torch.zeros(_multiple(max(M, 32), 32)", "rows = torch.zeros(_multiple(max(M, 17), 1)", KERN),
-    ("kernels.py", "if (a.device, M, K, N) not in _REFUSED:", "if not _REFUSED:", KERN),
-    ("kernels.py", "raise  # out of memory", "pass  # out of memory", KERN),
+    ("kernels.py", "if (a.device, M, K, N) not in _REFUSED:", "if not _REFUSED:", BACK),
+    ("kernels.py", "raise  # out of memory", "pass  # out of memory", BACK),
     ("kernels.py", "return torch._int_mm(rows, w.t())[:M, :N]", "return torch._int_mm(rows, w.t())[:M]", KERN),
     ("kernels.py", "(x / scale).round_().add_(zero)", "(x / scale).floor_().add_(zero)", KERN),
     ("kernels.py", "zero = torch.round(-low / scale) - half", "zero = torch.round(-high / scale) - half", KERN),
@@ -227,9 +227,9 @@ MUTATIONS = [
      "x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32)", KERN),
     ("kernels.py", "acc.sub_(x_sum * weight_zero[part])", "acc.sub_(x_sum * weight_zero[:1])", KERN),
     ("kernels.py", "return y if bias is None else y.add_(bias)", "return y", KERN),
-    ("kernels.py", "faster = _self_check(\"cpu\") and ", "faster = ", KERN),
-    ("kernels.py", "for M, K, N in ((33, 24, 40), (64, 512, 512)):", "for M, K, N in ((33, 24, 40),):", KERN),
-    ("kernels.py", "return min(times[1:])", "return min(times)", KERN),
+    ("kernels.py", "faster = _self_check(\"cpu\") and ", "faster = ", BACK),
+    ("kernels.py", "for M, K, N in ((33, 24, 40), (64, 512, 512)):", "for M, K, N in ((33, 24, 40),):", BACK),
+    ("kernels.py", "return min(times[1:])", "return min(times)", BACK),
     # ---- model.py
     ("model.py", "torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)",
      "torch.rsqrt(y.var(-1, keepdim=True) + self.eps)", MODEL, FAM),
@@ -274,7 +274,7 @@ MUTATIONS = [
     ("sgat.py", "scheduler.step()", "pass", SGAT),
     ("sgat.py", "optimizer.zero_grad(set_to_none=True)", "pass", SGAT),
     ("sgat.py", "abits, wbits, bias, symmetric) / norm", "abits, wbits, bias, symmetric)", SGAT),
-    ("layers.py", "zeros.append((zero_point[:, 0] - half)", "zeros.append(zero_point[:, 0]", KERN),
+    ("layers.py", "zeros.append((zero_point[:, 0] - half)", "zeros.append(zero_point[:, 0]", LAYERS),
     ("starquant.py", "folded = fake_quantize(fold_weight(weight, P), wbits, symmetric)",
      "folded = fake_quantize(fold_weight(weight, P), wbits, True)", EQ_SGAT),
     # ---- sampling.py
