@@ -37,12 +37,17 @@ def damped(H, damping: float):
 def inverse_factor(H, damping: float):
     """U (..., d, d), upper triangular, H⁻¹ = UᵀU of the damped H: row i holds the inverse Hessian of the columns ≥ i,
     up to U_ii."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(H, damping))), upper=True)
+    # H = K Kᵀ, K upper triangular: the Cholesky factor of H backwards, backwards
+    K = torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
+    # U = K⁻¹, solved in the memory of the identity, column by column as LAPACK wants it
+    U = torch.zeros_like(K, memory_format=torch.contiguous_format).mT
+    U.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return torch.linalg.solve_triangular(K, U, upper=True, out=U)
 
 
 def round_columns(weight, scale, bits: int):
     """Symmetric codes ⌊w/s⌉ in [−2^(b−1), 2^(b−1) − 1], kept floating."""
-    return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (weight / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 SEARCHED = 2**20  # weights at a time: what is walked over 80 times stays in a cache
@@ -61,8 +66,8 @@ def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
     best, least = full, torch.full_like(full[:, 0], torch.inf)
     for factor in grid:
         scale = factor * full
-        error = scale * round_columns(weight, scale, bits) - weight
-        loss = error.abs().pow(norm).sum(-1) if H is None else output_error(error, H)
+        error = round_columns(weight, scale, bits).mul_(scale).sub_(weight)  # in place: no new memory in 80 walks
+        loss = error.abs_().pow_(norm).sum(-1) if H is None else output_error(error, H)
         better = loss < least
         least = torch.where(better, loss, least)
         best = torch.where(better[:, None], scale, best)
@@ -89,7 +94,7 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
             rounded[i] = round_columns(w, scale, bits)
             # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
             errors[i] = (w - scale * rounded[i]) / near[i, i]
-            columns[i + 1 :] -= errors[i] * near[i, i + 1 :, None]
+            columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
         codes[:, start:end] = rounded.mT
         W[:, end:] -= errors.mT.contiguous() @ U[start:end, end:]
     return codes, scale.float()
