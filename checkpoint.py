@@ -224,11 +224,11 @@ class Checkpoint:
         if shape is not None:
             self.require(name, shape)
         tensor = self._handle(self.files[name]).get_tensor(name)
-        if tensor.is_floating_point():
+        # NaN and Inf come through to the extremes, which a CPU finds twenty times as fast as it counts
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             # in pieces: a mask of a whole embedding would take as much memory again
             bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(4096))
-            if bad:
-                raise CheckpointError(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
+            raise CheckpointError(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
         return tensor
 
 

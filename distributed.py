@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def rank() -> int:
@@ -39,6 +40,11 @@ def gather(value) -> list:
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def watched(items, what: str):
+    """The items, with a progress bar on the first process once they take more than two seconds."""
+    return tqdm(items, desc=what, delay=2, leave=False, disable=rank() > 0)
 
 
 def first(function):

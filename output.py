@@ -31,6 +31,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
+from distributed import watched
 from families import NAMES, norm_names
 from model import FUSED, load_block, load_outer, outer_tensors, quantize_outer
 
@@ -206,7 +207,8 @@ def model_card(run: dict, size: int) -> str:
 
 def run_key(name: str, source: Checkpoint, tokens, config) -> dict:
     """What must be equal for a run to be continued: versions, arguments, model file and calibration data."""
-    files = {f: sha256(source.folder / f) for f in sorted({*source.files.values(), "config.json"})}
+    names = sorted({*source.files.values(), "config.json"})
+    files = {f: sha256(source.folder / f) for f in watched(names, "hashing files")}
     run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "model": name,
            "files": files, "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "config": asdict(config)}
     return {**run, "hash": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]}

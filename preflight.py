@@ -17,6 +17,7 @@ import torch
 
 from baselines import DLLMQUANT, ROTATED, Inputs, quarot_clip
 from checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError
+from distributed import watched
 from families import NAMES, ConfigError, ModelConfig, linear_shapes, norm_names
 from hadamard import exists
 from memory import code_bytes, transform_bytes
@@ -172,7 +173,7 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
         raise CheckpointError(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
                               f"{available / 1e9:.4g} GB are free; lower --segments or --length"
                               + (", or add --spill FOLDER." if spill is None else "."))
-    for name in source.shapes:
+    for name in watched(source.shapes, "checking tensors"):
         source.get(name)  # names NaN and Inf
     return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,
             "memory_free": available, "model_bytes": sum(prod(s) * WIDTH[source.dtypes[n]]
