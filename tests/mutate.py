@@ -157,9 +157,12 @@ MUTATIONS = [
      "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
     ("tables.py", '{"segments": self.segments}', "{}", TABLES),
     # ---- gptq.py
-    ("gptq.py", "columns[i + 1 :] -= errors[i] * near[i, i + 1 :, None]", "", BASE),
+    ("gptq.py", "columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)", "", BASE),
+    ("gptq.py", ".flip(-2, -1)).flip(-2, -1)", ".flip(-2, -1))", BASE),
     ("gptq.py", "W[:, end:] -= errors", "W[:, end:] += errors", BASE),
     ("gptq.py", "max(1, SEARCHED // weight.shape[1])", "len(weight)", BASE),
+    ("checkpoint.py", "not torch.isfinite(torch.stack(tensor.aminmax())).all()", "False", BAD),
+    ("checkpoint.py", "torch.stack(tensor.aminmax())", "tensor.max()", BAD),
     # ---- feedback.py
     ("feedback.py", "block_moments(weight, size), damping)", "block_moments(weight, size), 1)", FEED),
     ("feedback.py", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None])", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None, :])",

@@ -185,6 +185,7 @@ MODELS = [  # calibrate.py --model MODEL
     ("another shape", tensors(lambda t: t.update({NORM: torch.ones(63)})), "has shape [63]"),
     ("NaN in a norm", tensors(lambda t: t[NORM].fill_(math.nan)), f"tensor '{NORM}' holds 64 NaN or Inf"),
     ("one Inf in the last block", tensors(lambda t: t[DOWN][3, 5].fill_(math.inf)), f"'{DOWN}' holds 1 NaN or Inf"),
+    ("one -Inf", tensors(lambda t: t[DOWN][3, 5].fill_(-math.inf)), f"'{DOWN}' holds 1 NaN or Inf"),
     ("a weight whose bits are all set", lambda f: text(WEIGHTS, (f / WEIGHTS).read_bytes()[:-2] + b"\xff\xff")(f),
      "holds 1 NaN or Inf"),
     ("no tokenizer", remove("tokenizer.json"), "has no tokenizer"),

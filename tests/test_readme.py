@@ -88,6 +88,13 @@ def test_every_number_of_the_result_tables_is_a_measured_one():
     assert [t for t in tables if t not in measured] == []
 
 
+def test_every_interval_in_prose_is_a_measured_one():
+    measured = "\n".join(f.read_text() for f in (ROOT / "results").glob("*.md"))
+    intervals = re.findall(r"\d[\d.]* ± [\d.]*\d", README)
+    assert len(intervals) > 100
+    assert [i for i in intervals if i not in measured] == []
+
+
 def test_memory_table_is_the_exact_count():
     rows = re.findall(r"^\| (LLaDA-8B|Dream-7B), `(.*?)` \|(.*)\|$", README, flags=re.M)
     assert len(rows) == 4
