@@ -1,4 +1,4 @@
-"""Train the embedded masked-diffusion language model (`assets/tiny`): python train.py [--minutes 90] [--device cuda]
+"""Train a masked-diffusion language model like the embedded one: python train.py [--minutes 90] [--device cuda]
 
 The objective is LLaDA's: draw a masking ratio t ~ U(0, 1), replace tokens of the trained region by [MASK] with
 probability t, and minimize the cross-entropy of the masked tokens divided by t. English is trained as LLaDA's
@@ -81,7 +81,7 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
 
 def main(argv=None):
     parser = Parser("train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(data.ASSETS / "tiny"), help="folder of the trained model")
+    parser.add_argument("--out", default="out/trained", help="folder of the trained model (out/trained)")
     parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
