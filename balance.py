@@ -161,10 +161,9 @@ def unit_gain(y, y_hat, weights):
     """γ (C,) that gives γ ŷ slope 1 on y in every output channel: y, ŷ (N, C), weights (N,).
 
     GPTQ, its scale search and clipping seek the least squared error and shrink: ŷ = α y + e with α < 1 (at W2A4 0.93,
-    at W4A4 0.997). A single output is hardly the worse for it, what follows is, presumably because noise averages out
-    over tokens and channels and a gain does not: at W2A4 γ takes the error of the first block's down_proj from 10 %
-    to 3 % (`starquant.json` records both). Kin to TAC (Eq. 18), which restores a covariance: here a number, folded
-    into the weight's scale.
+    at W4A4 0.997). What follows is the worse for it, presumably because noise averages out over tokens and channels and
+    a gain does not: at W2A4 γ takes the error of the first block's down_proj from 10 % to 3 % (`starquant.json` records
+    both). Kin to TAC (Eq. 18), which restores a covariance: here a number, folded into the weight's scale.
 
         γ_c = Σ_j w_j y_jc² / Σ_j w_j ŷ_jc y_jc
     """
