@@ -57,8 +57,9 @@ def _cholesky(moment, damping: float):
 def aligned(moment_x, moment_w, damping: float = 1e-2):
     """S (..., n) and Uᵀ L_wᵀ (..., n, n) of the module's formula from Σ_x and WᵀW (..., n, n); float64."""
     L_x, L_w = _cholesky(moment_x.double(), damping), _cholesky(moment_w.double(), damping)
-    # L_wᵀ L_x = U S Vᵀ
-    U, S, _ = torch.linalg.svd(L_w.mT @ L_x)
+    # L_wᵀ L_x = U S Vᵀ; of blocks on the CPU, since a GPU takes one at a time
+    where = "cpu" if L_w.shape[-1] <= 128 else L_w.device
+    U, S, _ = (t.to(L_w.device) for t in torch.linalg.svd((L_w.mT @ L_x).to(where)))
     return S, U.mT @ L_w.mT
 
 

@@ -107,7 +107,8 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None):
     """Gate, clip, quantize: x (M, K) fp32 or bf16, state (M,) bool -> codes (⌈M⌉32, K) int8, scale (M,), zero (M,)
     int32; clip (2,) fp32.
 
-    The integers of `kernels.quantize_rows` on gated x; the rows from M on are zero, as `torch._int_mm` wants them.
+    The integers of `kernels.quantize_rows` on gated x; the rows from M on are zero, as `torch._int_mm` wants them. A
+    token with NaN has scale NaN.
     """
     (M, K), x = x.shape, x.contiguous()
     rows = kernels._multiple(M, 32)

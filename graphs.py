@@ -6,8 +6,15 @@ takes longer to launch a kernel than the GPU to run it. The head stays outside: 
 """
 
 import warnings
+from functools import cache
 
 import torch
+
+
+@cache
+def _side(device: torch.device):
+    """One stream for all warm-ups of a device: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 class GraphedModel:
@@ -53,7 +60,7 @@ class GraphedModel:
     def _record(self, given):
         self.graph = self.output = None  # frees the old graph's memory first
         self.inputs = [t.clone() for t in given]
-        side = torch.cuda.Stream()
+        side = _side(given[0].device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm-up off the main stream: kernels compile, cuBLAS picks its algorithms
             for _ in range(2):

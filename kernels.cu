@@ -28,6 +28,10 @@ __device__ void store1(float* y, float v) { *y = v; }
 __device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
 
 #ifdef LINEAR
+// NaN stays NaN, where fminf and fmaxf take the other number
+__device__ float least(float a, float b) { return a < b || a != a ? a : b; }
+__device__ float most(float a, float b) { return a > b || a != a ? a : b; }
+
 // x - mu_s of every token's state s: row 0 of mean for unmasked, row 1 for masked tokens.
 extern "C" __global__ void centre(const real* x, const unsigned char* state, const float* mean, real* out, int K) {
     int row = blockIdx.x, k = 4 * (blockIdx.y * THREADS + threadIdx.x);
@@ -59,8 +63,8 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
         load4(in + k, v);
         for (int j = 0; j < 4; j++) {
             if (k + j >= from && k + j < to) v[j] = 0;
-            low = fminf(low, v[j]);
-            high = fmaxf(high, v[j]);
+            low = least(low, v[j]);
+            high = most(high, v[j]);
         }
     }
     lows[t] = low;
@@ -68,8 +72,8 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     for (int n = THREADS / 2; n > 0; n /= 2) {
         __syncthreads();
         if (t < n) {
-            lows[t] = fminf(lows[t], lows[t + n]);
-            highs[t] = fmaxf(highs[t], highs[t + n]);
+            lows[t] = least(lows[t], lows[t + n]);
+            highs[t] = most(highs[t], highs[t + n]);
         }
     }
     __syncthreads();
@@ -81,7 +85,7 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     }
     float levels = (1 << bits) - 1, half = 1 << (bits - 1);
     // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
-    float s = fmaxf(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
+    float s = most(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
     float z = rintf(__fdiv_rn(-low, s));
     for (int k = 4 * t; k < K; k += 4 * THREADS) {
         load4(in + k, v);

@@ -44,9 +44,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", scale.float())
         self.register_buffer("weight_zero", zero)
         self.register_buffer("bias", None if bias is None else bias.float())
-        self.register_buffer("clip", clip)
-        self.register_buffer("mean", centre[0])
-        self.register_buffer("shift", centre[1])
+        for name, tensor in (("clip", clip), ("mean", centre[0]), ("shift", centre[1])):
+            self.register_buffer(name, None if tensor is None else tensor.float())
         self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16).contiguous())
         self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
@@ -144,9 +143,10 @@ class QuantLinear(nn.Module):
         """
         C = self.weight_packed.shape[0]
         if cuda_kernels.usable(x, C, self.feedback):
-            y = cuda_kernels.int_linear(self.rows(x, state), None if state is None else state.reshape(-1), self.d_m,
-                                        self.d_u, self.weight_packed, self.weight_scale, self.weight_sum, self.abits,
-                                        self.packed, self.bias, self.weight_zero, self.clip, self.feedback, self.shift)
+            flat = None if state is None else state.flatten().contiguous()
+            y = cuda_kernels.int_linear(self.rows(x, state), flat, self.d_m, self.d_u, self.weight_packed,
+                                        self.weight_scale, self.weight_sum, self.abits, self.packed, self.bias,
+                                        self.weight_zero, self.clip, self.feedback, self.shift)
             return y.reshape(*x.shape[:-1], C)
         rows = self.transformed(x, state).reshape(-1, self.in_features)
         y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,

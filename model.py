@@ -153,9 +153,8 @@ class DiffusionLM(nn.Module):
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
-            mask = keep[:, None, None, :]  # keys that may be seen
+            mask = keep[:, None, None, :]  # keys that may be seen, of padding, too: a row that sees none may be NaN
             if self.config.positions_skip_padding:
-                mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
         return rope_table(positions, self.config, self.norm.weight.dtype), mask
 

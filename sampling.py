@@ -85,7 +85,8 @@ def llada_choice(logits, algorithm, temperature, never_confident, generator):
     x0 = noisy.argmax(-1)
     if algorithm == "random":
         return x0, torch.rand(x0.shape, device=x0.device, generator=generator)
-    logits[..., never_confident] = -torch.inf
+    if never_confident:  # an empty index would still make the CPU wait for the GPU
+        logits[..., never_confident] = -torch.inf
     return x0, torch.softmax(logits, -1).gather(-1, x0[..., None])[..., 0]
 
 

@@ -172,6 +172,21 @@ def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
     assert torch.equal(y, want.to(dtype))
 
 
+def check_nan(device, dtype):
+    """A token with NaN comes out as NaN, with feedback and without; the others as if it were not there."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(40, 128, generator=g), torch.randint(-8, 8, (32, 128), generator=g, dtype=torch.int8)
+    x, w, V = x.to(device, dtype), w.to(device), feedback_matrix(torch.randn(128, 128, generator=g), 64).to(device)
+    broken = x.clone()
+    broken[3, 5], broken[17, 127], broken[18, 0] = torch.nan, torch.nan, torch.nan
+    ones, sums, clip = torch.ones(32, device=device), kernels.row_sums(w), torch.full((2,), 0.9, device=device)
+    for options in ({}, {"V": V}, {"clip": clip}):
+        got, want = (cuda_kernels.int_linear(t, None, 0, 0, w, ones, sums, 4, False, **options) for t in (broken, x))
+        nan = got.isnan()
+        assert nan.any(-1).nonzero()[:, 0].tolist() == nan.all(-1).nonzero()[:, 0].tolist() == [3, 17, 18]
+        assert torch.equal(got[~nan], want[~nan])
+
+
 def check_plus(device, dtype, masked):
     """A whole linear of starquant+ through the kernels (centre, blocks, clip, feedback, the mean's output) against its
     eager twin."""
@@ -279,6 +294,10 @@ class TestOnCpu:
 
     def test_more_columns_than_one_block_covers(self):
         check_linear("cpu", 2, 2, 16, 4 * cuda_kernels.THREADS + 16, torch.float32, 4, True, None, False, True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nan_stays_nan_in_its_token(self, dtype):
+        check_nan("cpu", dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (7, 3), (1030, 2), (3, 33)])
