@@ -160,7 +160,7 @@ MUTATIONS = [
     ("gptq.py", "columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)", "", BASE),
     ("gptq.py", ".flip(-2, -1)).flip(-2, -1)", ".flip(-2, -1))", BASE),
     ("gptq.py", "W[:, end:] -= errors", "W[:, end:] += errors", BASE),
-    ("gptq.py", "max(1, SEARCHED // weight.shape[1])", "len(weight)", BASE),
+    ("gptq.py", "max(1, at_a_time // weight.shape[1])", "len(weight)", BASE),
     ("checkpoint.py", "not torch.isfinite(torch.stack(tensor.aminmax())).all()", "False", BAD),
     ("checkpoint.py", "torch.stack(tensor.aminmax())", "tensor.max()", BAD),
     # ---- feedback.py
