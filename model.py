@@ -117,6 +117,9 @@ class Block(nn.Module):
             z = self.softmax_value(q, k, v, mask)
         else:
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
+            if mask is not None and mask.shape[-2] > 1:
+                # Dream's rows of padding see nothing: zero, as on the CPU, whatever another kernel makes of them
+                z = z.masked_fill(~mask.any(-1, keepdim=True), 0)
         return rearrange(z, "b n l h -> b l (n h)")
 
     def forward(self, x, state, table, mask=None):
@@ -153,8 +156,9 @@ class DiffusionLM(nn.Module):
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
-            mask = keep[:, None, None, :]  # keys that may be seen, of padding, too: a row that sees none may be NaN
+            mask = keep[:, None, None, :]  # keys that may be seen
             if self.config.positions_skip_padding:
+                mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
         return rope_table(positions, self.config, self.norm.weight.dtype), mask
 

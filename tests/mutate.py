@@ -156,13 +156,14 @@ MUTATIONS = [
     ("balance.py", "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]",
      "return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[:len(x[::step])]", BAL),
     ("tables.py", '{"segments": self.segments}', "{}", TABLES),
+    # ---- checkpoint.py
+    ("checkpoint.py", "not torch.isfinite(torch.stack(tensor.aminmax())).all()", "False", BAD),
+    ("checkpoint.py", "torch.stack(tensor.aminmax())", "tensor.max()", BAD),
     # ---- gptq.py
     ("gptq.py", "columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)", "", BASE),
     ("gptq.py", ".flip(-2, -1)).flip(-2, -1)", ".flip(-2, -1))", BASE),
     ("gptq.py", "W[:, end:] -= errors", "W[:, end:] += errors", BASE),
     ("gptq.py", "max(1, at_a_time // weight.shape[1])", "len(weight)", BASE),
-    ("checkpoint.py", "not torch.isfinite(torch.stack(tensor.aminmax())).all()", "False", BAD),
-    ("checkpoint.py", "torch.stack(tensor.aminmax())", "tensor.max()", BAD),
     # ---- feedback.py
     ("feedback.py", "block_moments(weight, size), damping)", "block_moments(weight, size), 1)", FEED),
     ("feedback.py", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None])", "(U / U.diagonal(dim1=-2, dim2=-1)[..., None, :])",
@@ -255,6 +256,7 @@ MUTATIONS = [
     ("model.py", "state = ids == self.mask_id  # taken here, once", "state = ids != self.mask_id", MODEL, CAL),
     ("model.py", "positions = (attention_mask.long().cumsum(-1) - 1)",
      "positions = attention_mask.long().cumsum(-1)", SAMPLE, FAM),
+    ("model.py", "z = z.masked_fill(~mask.any(-1, keepdim=True), 0)", "pass", MODEL),
     ("model.py", "mask = keep[:, None, None, :]",
      "mask = keep[:, None, :, None]", MODEL, FAM, SAMPLE),
     ("model.py", "torch.cat((hidden[:, :1], hidden[:, :-1]), 1)",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ def assert_logits(model, ids, want, attention_mask=None, rows=slice(None)):
     if model.config.logit_shift:  # the fixture holds Dream's raw logits: position i predicts token i + 1
         assert torch.equal(got[:, 0], got[:, 1])
         got, want = got[:, 1:], want[:, :-1]
-        rows = rows if isinstance(rows, slice) else rows[:, :-1]
+        rows = rows if isinstance(rows, slice) else rows[:, 1:]  # those that predict a real token
     torch.testing.assert_close(got[rows], want[rows], **LOGITS)
 
 
@@ -71,7 +72,7 @@ def test_padded_batches_equal_the_reference(models, family):
     reference = REFERENCE[family]
     mask = reference["mask.attention_mask"]
     assert not mask.bool().all()
-    # what Dream's reference computes on padding is not meant to be compared
+    # what Dream's reference predicts on padding is not meant to be compared
     rows = mask.bool() if family == "dream" else slice(None)
     assert_logits(models[family], reference["mask.input_ids"], reference["mask.logits"], mask, rows)
 
@@ -82,8 +83,22 @@ def test_dream_counts_positions_from_the_first_real_token(models):
     want = rope_table(reference["mask.position_ids"][:, None], model.config, torch.float32)
     assert all(torch.equal(*pair) for pair in zip(table, want, strict=True))
     keep = reference["mask.attention_mask"].bool()
-    # Dream's own rows of padding see nothing, which not every attention kernel survives; what they give is never seen
-    assert torch.equal(mask[:, 0, 0], keep)
+    assert torch.equal(mask[:, 0], keep[:, :, None] & keep[:, None])
+
+
+@torch.no_grad()
+def test_rows_that_see_nothing_are_zero_whatever_the_kernel_gives(models, monkeypatch):
+    """Dream's rows of padding, from the last of which the first real token is predicted."""
+    reference, model, attention = REFERENCE["dream"], models["dream"], F.scaled_dot_product_attention
+
+    def fragile(q, k, v, attn_mask, **options):
+        z = attention(q, k, v, attn_mask=attn_mask, **options)
+        return z.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)
+
+    inputs = reference["mask.input_ids"], reference["mask.attention_mask"]
+    want = model(*inputs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fragile)
+    assert torch.equal(model(*inputs), want)
 
 
 @pytest.mark.parametrize("family", REFERENCE)
