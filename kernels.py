@@ -34,6 +34,8 @@ from einops import rearrange
 
 from starquant import clip_range
 
+SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
+
 # ---- packing -------------------------------------------------------------------------------------------------------
 
 
@@ -57,8 +59,10 @@ def unpack_int4(packed, k: int):
 
 
 def row_sums(codes):
-    """rowsum(W_c): (N, K) int8 -> (N,) int32, in pieces, because PyTorch casts all of its input first."""
-    return torch.cat([part.sum(-1, dtype=torch.int32) for part in codes.split(4096)])
+    """rowsum(W_c): (N, K) int8, or packed (N, ⌈K/2⌉) uint8, -> (N,) int32, in pieces that stay in the caches."""
+    parts = codes.split(max(SLICE // max(codes.shape[1], 1), 1))
+    parts = (unpack_int4(part, 2 * part.shape[1]) if part.dtype == torch.uint8 else part for part in parts)
+    return torch.cat([part.sum(-1, dtype=torch.int32) for part in parts])
 
 
 # ---- integer matmul ------------------------------------------------------------------------------------------------
@@ -197,9 +201,6 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
         u[i] = r
     # X_c = r + z
     return rearrange(u.add_(zero), "b n m -> m (n b)").to(torch.int8)
-
-
-SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
 
 
 @torch.no_grad()  # rounding has no gradient

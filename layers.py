@@ -31,16 +31,19 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None,
-                 centre=(None, None), feedback=None):
-        """codes (C, d) int8 centred, scale (C,) fp32, bias (C,), zero (C,) int32 centred or None (symmetric), clip (2,)
-        or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked, row 1 of masked tokens, feedback (d/b, b, b).
+                 centre=(None, None), feedback=None, in_features=None):
+        """codes (C, d) int8 centred, or packed, (C, ⌈d/2⌉) uint8 with in_features d; scale (C,) fp32, bias (C,), zero
+        (C,) int32 centred or None (symmetric), clip (2,) or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked,
+        row 1 of masked tokens, feedback (d/b, b, b).
 
         Factors of P in bf16 stay so, others are kept in fp32.
         """
         super().__init__()
-        self.in_features, self.d_m, self.d_u, self.abits, self.wbits = codes.shape[1], d_m, d_u, abits, wbits
+        self.in_features, self.d_m, self.d_u = in_features or codes.shape[1], d_m, d_u
+        self.abits, self.wbits = abits, wbits
         self.packed, self._bases = wbits <= 4, {}
-        self.register_buffer("weight_packed", kernels.pack_int4(codes) if self.packed else codes)
+        to_pack = self.packed and codes.dtype == torch.int8
+        self.register_buffer("weight_packed", kernels.pack_int4(codes) if to_pack else codes)
         self.register_buffer("weight_scale", scale.float())
         self.register_buffer("weight_zero", zero)
         self.register_buffer("bias", None if bias is None else bias.float())
@@ -65,20 +68,16 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
-        """Rebuild from a state dict (no second copy of the packed weight)."""
+        """Rebuild from a state dict; its packed weight is taken as it is."""
         P = []
         for i in range(len(tensors)):
             if f"transform_{i}P1" in tensors:
                 P.append(Kronecker(tensors[f"transform_{i}P1"], tensors[f"transform_{i}P2"]))
             elif f"transform_{i}" in tensors:
                 P.append(tensors[f"transform_{i}"])
-        packed = tensors["weight_packed"]
-        codes = kernels.unpack_int4(packed, in_features) if wbits <= 4 else packed
-        layer = cls(codes, tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                    tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")),
-                    tensors.get("feedback"))
-        layer.weight_packed = packed
-        return layer
+        return cls(tensors["weight_packed"], tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
+                   tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")),
+                   tensors.get("feedback"), in_features)
 
     def _stored(self) -> list:
         return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))

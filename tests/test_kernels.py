@@ -51,6 +51,16 @@ class TestPacking:
         assert codes[0, 1::2].tolist() == [(b >> 4) - 16 * (b > 127) for b in range(256)]
         assert torch.equal(kernels.pack_int4(codes), packed)
 
+    @pytest.mark.parametrize("size", [kernels.SLICE, 40, 1])
+    @pytest.mark.parametrize(("n", "k"), [(0, 8), (1, 1), (7, 13), (33, 16)])
+    def test_row_sums_of_packed_and_other_codes(self, n, k, size, monkeypatch):
+        monkeypatch.setattr(kernels, "SLICE", size)
+        narrow, wide = integers(-8, 7, n, k), integers(-128, 127, n, k, seed=1)
+        for codes, stored in ((narrow, kernels.pack_int4(narrow)), (narrow, narrow), (wide, wide)):
+            sums = kernels.row_sums(stored)
+            assert sums.dtype == torch.int32
+            assert sums.tolist() == codes.numpy().sum(-1, dtype=np.int64).tolist()
+
     def test_strided_input(self):
         codes = integers(-8, 7, 7, 5)
         assert torch.equal(kernels.unpack_int4(kernels.pack_int4(codes.t()), 7), codes.t())
