@@ -237,8 +237,8 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
 
     def codes(linear, x):
         if cuda_kernels.usable(x, linear.weight_packed.shape[0], linear.feedback):
-            return cuda_kernels.codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u, linear.abits,
-                                      linear.clip, linear.feedback)
+            return cuda_kernels.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
+                                            linear.abits, linear.clip, linear.feedback)
         rows = linear.transformed(x, state).reshape(-1, x.shape[-1])
         return kernels.quantize_rows(rows, linear.abits, linear.clip, linear.feedback)
 
@@ -294,6 +294,9 @@ def tables(result: dict) -> str:
     names = list(points[0]["models"])
     out += markdown(("ms per step (least possible)", *names),
                     [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
+    if result.get("packed_product"):
+        out += ["", "`packed_product` was the faster product, and is used, for M x K -> N: "
+                    f"{', '.join(result['packed_product'])}."]
     names = result["linear_models"]
     out += markdown(("linear, M: µs (least possible)", *names),
                     [(f"{r['linear']} {r['K']} -> {r['N']}, {r['M']}", *(cell(r[n], 1e6, 0) for n in names))
@@ -360,6 +363,8 @@ def run(args, keep=lambda result: None) -> dict:
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     keep(result)
+    faster = [f"{M} x {K} -> {N}" for (_, _, M, N, K), way in cuda_kernels._FASTEST.items() if way == 0]
+    result["packed_product"] = faster
     # last, because what it tries on purpose may end a GPU's context
     result["refused"] = sorted([str(d), *sizes] for d, *sizes in kernels._REFUSED)  # these ran through the fallback
     return result | {"int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None}

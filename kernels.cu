@@ -1,5 +1,5 @@
 // The kernels of cuda_kernels.py, which says what they are for and puts the numbers and names defined outside (REAL,
-// THREADS, TAC_BLOCK, FEEDBACK_BLOCK; LINEAR, FEEDBACK) before this text. Plain CUDA C++ without headers.
+// THREADS, TAC_BLOCK, FEEDBACK_BLOCK, WARPS; LINEAR, FEEDBACK, PACKED) before this text. Plain CUDA C++ without headers.
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
@@ -27,6 +27,29 @@ __device__ void store4(bf16* y, const float v[4]) {
 __device__ void store1(float* y, float v) { *y = v; }
 __device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
 
+// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for four columns from n on; y, and shift, the
+// output of the mean of either state, have N columns.
+__device__ void finish4(int sum[4], int m, int n, const float* scale, const int* zero, const int* x_sum,
+                        const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
+                        const float* shift, const unsigned char* state, real* y, int N, int has_zero, int has_bias,
+                        int has_shift) {
+    int wu[4], wz[4];
+    float v[4], ws[4], b[4], sh[4];
+    load4(w_sum + n, wu);
+    load4(w_scale + n, ws);
+    if (has_zero) load4(w_zero + n, wz);
+    if (has_bias) load4(bias + n, b);
+    if (has_shift) load4(shift + (state[m] ? N : 0) + n, sh);
+    for (int j = 0; j < 4; j++) {
+        sum[j] -= zero[m] * wu[j];
+        if (has_zero) sum[j] -= x_sum[m] * wz[j];
+        v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
+        if (has_bias) v[j] = __fadd_rn(v[j], b[j]);
+        if (has_shift) v[j] = __fadd_rn(v[j], sh[j]);
+    }
+    store4(y + (long long)m * N + n, v);
+}
+
 #ifdef LINEAR
 // NaN stays NaN, where fminf and fmaxf take the other number
 __device__ float least(float a, float b) { return a < b || a != a ? a : b; }
@@ -46,7 +69,7 @@ extern "C" __global__ void centre(const real* x, const unsigned char* state, con
 // One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
 extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
                                          int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
-                                         int has_clip) {
+                                         int has_clip, int grid_only) {
     __shared__ float lows[THREADS], highs[THREADS];
     int row = blockIdx.x, t = threadIdx.x;
     char4* out = (char4*)(codes + (long long)row * K);
@@ -87,7 +110,7 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
     float s = most(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
     float z = rintf(__fdiv_rn(-low, s));
-    for (int k = 4 * t; k < K; k += 4 * THREADS) {
+    for (int k = 4 * t; k < K && !grid_only; k += 4 * THREADS) {  // else feedback rounds
         load4(in + k, v);
         signed char c[4];
         for (int j = 0; j < 4; j++) {
@@ -121,30 +144,16 @@ extern "C" __global__ void unpack_int4(const uint4* packed, uint4* codes, int co
     codes[2 * i + 1] = make_uint4(out[4], out[5], out[6], out[7]);
 }
 
-// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for one slice of `width` columns; y and
-// shift, the output of the mean of either state, have N of them.
+// `finish4` of int32 sums, for one slice of `width` columns.
 extern "C" __global__ void epilogue(const int* acc, const float* scale, const int* zero, const int* x_sum,
                                     const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
                                     const float* shift, const unsigned char* state, real* y, int width, int N,
                                     int has_zero, int has_bias, int has_shift) {
-    int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
+    int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x), sum[4];
     if (n >= width) return;
-    int sum[4], wu[4], wz[4];
-    float v[4], ws[4], b[4], sh[4];
     load4(acc + (long long)m * width + n, sum);
-    load4(w_sum + n, wu);
-    load4(w_scale + n, ws);
-    if (has_zero) load4(w_zero + n, wz);
-    if (has_bias) load4(bias + n, b);
-    if (has_shift) load4(shift + (state[m] ? N : 0) + n, sh);
-    for (int j = 0; j < 4; j++) {
-        sum[j] -= zero[m] * wu[j];
-        if (has_zero) sum[j] -= x_sum[m] * wz[j];
-        v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
-        if (has_bias) v[j] = __fadd_rn(v[j], b[j]);
-        if (has_shift) v[j] = __fadd_rn(v[j], sh[j]);
-    }
-    store4(y + (long long)m * N + n, v);
+    finish4(sum, m, n, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, y, N, has_zero, has_bias,
+            has_shift);
 }
 
 // Z_tac = Z M^T + d in blocks of 16 channels: a thread keeps its row of M and walks down the tokens.
@@ -217,3 +226,73 @@ extern "C" __global__ void feedback(const real* x, const float* scale, const int
         *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
 }
 #endif  // FEEDBACK
+
+#ifdef PACKED  // int8 tensor cores as `mma` has them: sm_80 and later
+#ifdef __CUDACC__  // a test without a GPU brings its own
+// c += a b by the 32 lanes of a warp: a 16 x 32 and b 32 x 8 signed bytes. Lane 4 g + t has, four to a register, bytes
+// 4 t.. and 16 + 4 t.. of rows g and g + 8 of a and of column g of b, and columns 2 t, 2 t + 1 of rows g and g + 8 of c.
+__device__ void mma(int c[4], const unsigned a[4], const unsigned b[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// The product and its epilogue for few tokens, straight from packed weights: they are read once and become bytes in
+// registers. A CUDA block has 32 tokens and 32 columns; its warps share out K in chunks of 128 and add up at the end.
+// Where all products are summed their order is free, so of a chunk lane t takes channels 32 t.. of every row: 16 bytes
+// of weights at a time. Even channels come first, since they are the low halves of bytes.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+packed_product(const signed char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
+               const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
+               const float* bias, const float* shift, const unsigned char* state, real* y, int M, int N, int K,
+               int has_zero, int has_bias, int has_shift) {
+    __shared__ int4 sums[WARPS][32 * 32 / 4];
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    x += (long long)(32 * blockIdx.y + g) * K + 32 * t;
+    w += (long long)(32 * blockIdx.x + g) * (K / 2) + 16 * t;
+    int c[2][4][4] = {};  // 16 tokens by 8 columns, twice and four times
+#pragma unroll 2  // the loads of one chunk run while the last one's products do
+    for (int k = 128 * warp; k < K; k += 128 * WARPS) {
+        unsigned in[4][8], packed[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // rows g + 8 i of both
+            const uint4* row = (const uint4*)(x + (long long)8 * i * K + k);
+            uint4 u = row[0], v = row[1], p = *(const uint4*)(w + (long long)4 * i * K + k / 2);
+            in[i][0] = u.x; in[i][1] = u.y; in[i][2] = u.z; in[i][3] = u.w;
+            in[i][4] = v.x; in[i][5] = v.y; in[i][6] = v.z; in[i][7] = v.w;
+            packed[i][0] = p.x; packed[i][1] = p.y; packed[i][2] = p.z; packed[i][3] = p.w;
+        }
+#pragma unroll
+        for (int s = 0; s < 4; s++) {  // eight channels
+            unsigned a[2][4];
+            for (int i = 0; i < 4; i++) {
+                a[i / 2][i % 2] = __byte_perm(in[i][2 * s], in[i][2 * s + 1], 0x6420);
+                a[i / 2][i % 2 + 2] = __byte_perm(in[i][2 * s], in[i][2 * s + 1], 0x7531);
+            }
+            for (int j = 0; j < 4; j++) {
+                // four bits in the upper half of a byte are 16 times their signed value
+                unsigned b[2] = {packed[j][s] << 4 & 0xf0f0f0f0u, packed[j][s] & 0xf0f0f0f0u};
+                mma(c[0][j], a[0], b);
+                mma(c[1][j], a[1], b);
+            }
+        }
+    }
+    int* mine = (int*)sums[warp];
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 4; j++)
+            for (int r = 0; r < 4; r++) mine[32 * (16 * i + r / 2 * 8 + g) + 8 * j + 2 * t + r % 2] = c[i][j][r];
+    __syncthreads();
+    for (int o = threadIdx.x; o < 32 * 32 / 4; o += 32 * WARPS) {
+        int m = 32 * blockIdx.y + o / 8, part[4], sum[4] = {};
+        if (m >= M) return;
+        for (int v = 0; v < WARPS; v++) {
+            load4((const int*)(sums[v] + o), part);
+            for (int j = 0; j < 4; j++) sum[j] += part[j];
+        }
+        for (int j = 0; j < 4; j++) sum[j] >>= 4;
+        finish4(sum, m, 32 * blockIdx.x + o % 8 * 4, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, y,
+                N, has_zero, has_bias, has_shift);
+    }
+}
+#endif  // PACKED

@@ -1,5 +1,6 @@
 // Just enough of CUDA to compile this project's kernels as C++ and run them on a CPU, one block at a time.
 // A block whose threads meet at barriers runs on real threads; the others run one thread after another.
+#include <array>
 #include <barrier>
 #include <cmath>
 #include <cstring>
@@ -9,6 +10,7 @@
 
 #define __global__
 #define __device__ static
+#define __launch_bounds__(threads)
 #define __restrict__
 #define __shared__ static  // blocks run one after another, so one copy serves each in turn
 struct Index { int x, y, z; };
@@ -39,6 +41,31 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     return out;
 }
 
+// c += a b by the 32 threads of a warp, which show each other their registers: fragments as PTX lays them out for
+// mma.m16n8k32 with bytes.
+struct Warp {
+    std::barrier<> all{32};
+    std::array<const unsigned*, 32> a, b;
+};
+static std::vector<Warp>* warps;
+static int byte_of(unsigned word, int i) { return (signed char)(word >> 8 * i); }
+static void mma(int* c, const unsigned* a, const unsigned* b) {
+    Warp& warp = (*warps)[threadIdx.x / 32];
+    int lane = threadIdx.x % 32;
+    warp.a[lane] = a;
+    warp.b[lane] = b;
+    warp.all.arrive_and_wait();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; k++) {
+            unsigned left = warp.a[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+            unsigned right = warp.b[column * 4 + k % 16 / 4][k / 16];
+            c[i] += byte_of(left, k % 4) * byte_of(right, k % 4);
+        }
+    }
+    warp.all.arrive_and_wait();  // what they showed may change again
+}
+
 template <class... A, std::size_t... I>
 void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel(*(A*)args[I]...); }
 
@@ -57,7 +84,9 @@ void launch(void (*kernel)(A...), int gx, int gy, int threads, bool meets, void*
             continue;
         }
         std::barrier<> barrier(threads);
+        std::vector<Warp> own(threads / 32);
         meeting = &barrier;
+        warps = &own;
         std::vector<std::thread> all;
         for (int t = 0; t < threads; t++) all.emplace_back(one, t);
         for (auto& t : all) t.join();

@@ -197,6 +197,8 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     for sizes in result["memory"].values():
         assert sizes["ratio"] == sizes["sixteen_bit"] / sizes["total"]
     assert "| part of a step | 16-bit | packed | int8 | starquant+ |" in text
+    assert "packed_product" not in bench.tables(result)  # there is none on a CPU
+    assert "used, for M x K -> N: 32 x 64 -> 96." in bench.tables(result | {"packed_product": ["32 x 64 -> 96"]})
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuda_kernels
@@ -76,7 +76,7 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
 def cpp_library(folder: Path, dtype, parts=tuple(cuda_kernels.PARTS), optimize="-O1"):
     lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda_kernels.source(dtype, *parts)]
     for name in (name for part in parts for name in cuda_kernels.PARTS[part]):
-        meets = "true" if name in ("quantize_rows", "feedback") else "false"
+        meets = "true" if name in ("quantize_rows", "feedback", "packed_product") else "false"
         lines.append(f"extern \"C\" void launch_{name}(int gx, int gy, int threads, void** args) "
                      f"{{ launch({name}, gx, gy, threads, {meets}, args); }}")
     source, library = folder / f"{cuda_kernels.TYPES[dtype]}.cpp", folder / f"{cuda_kernels.TYPES[dtype]}.so"
@@ -93,7 +93,7 @@ def on_cpu(tmp_path_factory, strict_int_mm):
         pytest.skip("needs g++")
     folder, libraries = tmp_path_factory.mktemp("cpp"), {}
 
-    def launch(name, dtype, grid, args):
+    def launch(name, dtype, grid, args, threads=None):
         grid = (*grid, 1)
         assert 0 < grid[0] < 2**31
         assert 0 < grid[1] < 2**16
@@ -102,10 +102,11 @@ def on_cpu(tmp_path_factory, strict_int_mm):
             assert isinstance(a, torch.Tensor) or -(2**31) <= a < 2**31
             values.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a))
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values))
-        getattr(libraries[dtype], f"launch_{name}")(grid[0], grid[1], cuda_kernels.THREADS, pointers)
+        getattr(libraries[dtype], f"launch_{name}")(grid[0], grid[1], threads or cuda_kernels.THREADS, pointers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_kernels, "THREADS", 16)  # few real threads; every loop and every grid gets longer
+        patch.setattr(cuda_kernels, "WARPS", 2)
         patch.setattr(cuda_kernels, "_launch", launch)
         libraries |= {dtype: cpp_library(folder, dtype) for dtype in DTYPES}
         yield libraries
@@ -170,6 +171,29 @@ def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
     y = cuda_kernels.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
     want = kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V)
     assert torch.equal(y, want.to(dtype))
+
+
+def check_packed(device, seed, M, K, N, dtype, bits, asymmetric, has_bias, shifted, extreme=False):
+    """A linear by `packed_product` against its eager twin: every output equal."""
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    state = (torch.rand(M, generator=g) < 0.5).to(device)
+    w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    if extreme:  # the largest sum there is
+        x, w = x.abs().add(1).clamp(max=1), torch.full_like(w, -8)
+    w, w_scale = w.to(device), torch.rand(N, generator=g).to(device)
+    bias = torch.randn(N, generator=g).to(device) if has_bias else None
+    w_zero = w[:, 0].int() if asymmetric else None
+    shift = torch.randn(2, N, generator=g).to(device) if shifted else None
+    with pytest.MonkeyPatch.context() as patch:
+        used = []
+        patch.setattr(cuda_kernels, "few", lambda codes, N, dtype: True)
+        patch.setattr(cuda_kernels, "fastest", lambda ways, key: used.append(len(ways)) or ways[0])
+        y = cuda_kernels.int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
+                                    bias, w_zero, None, None, shift)
+    assert used == [2]
+    want = kernels.int_linear(x, w, w_scale, kernels.row_sums(w), bits, 4, bias, w_zero, "float")
+    assert torch.equal(y, (want if shift is None else want + shift[state.long()]).to(dtype))
 
 
 def check_nan(device, dtype):
@@ -238,14 +262,16 @@ class TestOnCpu:
         ("quantize_rows", "half = 1 << (bits - 1)", "half = 1 << bits"), ("quantize_rows", "clip[1]", "clip[0]"),
         ("unpack_int4", "0x5140", "0x5410"), ("centre", "(state[row] ? K : 0)", "(state[row] ? 0 : K)"),
         ("feedback", "-= e * w.x", "+= e * w.x"), ("epilogue", "zero[m] * wu", "zero[m] + wu"),
-        ("epilogue", "(state[m] ? N : 0)", "0"), ("tac", "sum += m[j + i]", "sum += m[j]")])
+        ("epilogue", "(state[m] ? N : 0)", "0"), ("tac", "sum += m[j + i]", "sum += m[j]"),
+        ("packed_product", "0x7531", "0x7513"), ("packed_product", "sum[j] >>= 4", "sum[j] >>= 3"),
+        ("packed_product", "128 * warp; k", "0; k"), ("packed_product", "mma(c[1][j], a[1]", "mma(c[1][j], a[0]")])
     def test_self_check_names_a_broken_kernel(self, name, broken, wrong, on_cpu, tmp_path, monkeypatch):
-        part = "feedback" if name == "feedback" else "linear"
+        part = next(part for part, names in cuda_kernels.PARTS.items() if name in names)
         text, changed = cuda_kernels.SOURCE.read_text(), tmp_path / "kernels.cu"
         assert broken in text
         changed.write_text(text.replace(broken, wrong))
         monkeypatch.setattr(cuda_kernels, "SOURCE", changed)
-        parts = ("linear", *(["feedback"] * (part == "feedback")))
+        parts = ("linear", part) if part != "linear" else ("linear",)
         monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32, parts, "-O0"))
         assert cuda_kernels.self_check(torch.device("cpu"), torch.float32, part) == name
 
@@ -265,6 +291,16 @@ class TestOnCpu:
            st.sampled_from([2, 4, 8]), st.booleans())
     def test_feedback(self, seed, M, blocks, dtype, bits, clipped):
         check_feedback("cpu", seed, M, blocks, dtype, bits, clipped)
+
+    @given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 5), st.integers(1, 2), st.sampled_from(DTYPES),
+           st.sampled_from([2, 4, 8]), st.booleans(), st.booleans(), st.booleans())
+    @settings(max_examples=25)
+    def test_packed_product(self, seed, M, K128, N32, dtype, bits, asymmetric, has_bias, shifted):
+        check_packed("cpu", seed, M, 128 * K128, 32 * N32, dtype, bits, asymmetric, has_bias, shifted)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_packed_product_of_extreme_codes(self, bits):
+        check_packed("cpu", 0, 3, 384, 32, torch.float32, bits, False, False, False, extreme=True)
 
     def test_what_is_clipped_has_the_code_of_the_limit(self):
         """s = 1, z = 6 (a tie), limit 8.5: its code is 8 + 6 (a tie, too), where an unclipped 17 would end at 15."""
@@ -368,6 +404,76 @@ def test_every_element_belongs_to_one_thread(rows, columns):
     assert sorted(walked) == [(r, c) for r in range(rows) for c in range(columns)]
 
 
+def test_lanes_of_the_packed_product_meet_the_same_channels():
+    """What lane 4 g + t of `packed_product` hands to `mma` for row and column g: every channel once, and in the places
+    that are multiplied with each other, the same channel of both."""
+    K, codes = 256, torch.arange(256).remainder(16).sub(8).to(torch.int8)
+    packed = kernels.pack_int4(codes[None])[0].numpy()
+    met = []
+    for k in range(0, K, 128):
+        for t in range(4):
+            for s in range(4):
+                x = [k + 32 * t + 8 * s + i for i in range(8)]  # channels in in[.][2 s] and in[.][2 s + 1]
+                a = [x[i] for i in (0, 2, 4, 6)], [x[i] for i in (1, 3, 5, 7)]  # __byte_perm 0x6420 and 0x7531
+                word = packed[k // 2 + 16 * t + 4 * s :][:4].astype(np.int32)
+                b = (word << 4 & 0xF0).astype(np.uint8).view(np.int8), (word & 0xF0).astype(np.uint8).view(np.int8)
+                for channels, values in zip(a, b, strict=True):
+                    assert values.tolist() == [16 * int(codes[c]) for c in channels]
+                    met += channels
+    assert sorted(met) == list(range(K))
+
+
+# ---- which product -------------------------------------------------------------------------------------------------
+
+
+class TestFastest:
+    @pytest.fixture(autouse=True)
+    def timed(self, monkeypatch):
+        monkeypatch.setattr(cuda_kernels, "_FASTEST", {})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(cuda_kernels, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
+        self.timings = []
+
+    def test_the_faster_one_is_kept_for_its_shape(self):
+        ways, key = [lambda: 2.0, lambda: 1.0], ("cuda", 32, 64, 128)
+        assert cuda_kernels.fastest(ways, key) is ways[1]
+        assert self.timings == ways
+        assert cuda_kernels.fastest(ways, key) is ways[1]
+        assert len(self.timings) == 2
+        later = [lambda: 1.0, lambda: 2.0]
+        assert cuda_kernels.fastest(later, ("cuda", 64, 64, 128)) is later[0]
+        assert cuda_kernels.fastest(later, key) is later[1]  # as its shape was
+
+    def test_one_way_needs_no_clock(self):
+        way = object()
+        assert cuda_kernels.fastest([way], "key") is way
+        assert not self.timings
+
+    def test_nothing_is_timed_while_a_graph_is_recorded(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        ways = [lambda: 2.0, lambda: 1.0]
+        assert cuda_kernels.fastest(ways, ("cuda",)) is ways[0]
+        assert not self.timings
+        assert not cuda_kernels._FASTEST  # and nothing is kept that was not timed
+
+
+def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
+    class Codes:
+        def __init__(self, rows, K, is_cuda=True):
+            self.shape, self.is_cuda, self.device = (rows, K), is_cuda, torch.device("cuda", 0)
+
+    asked = []
+    monkeypatch.setattr(cuda_kernels, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
+    assert cuda_kernels.few(Codes(cuda_kernels.FEW, 4096), 4096, torch.bfloat16)
+    assert asked == [(0, torch.bfloat16, "packed")]
+    for codes, N in ((Codes(cuda_kernels.FEW + 32, 4096), 4096), (Codes(32, 4160), 4096), (Codes(32, 4096), 4112),
+                     (Codes(32, 4096, False), 4096)):
+        assert not cuda_kernels.few(codes, N, torch.bfloat16)
+    assert len(asked) == 1  # nothing is compiled that cannot serve
+    monkeypatch.setattr(cuda_kernels, "ready", lambda *_: False)
+    assert not cuda_kernels.few(Codes(32, 4096), 4096, torch.bfloat16)
+
+
 # ---- the layers ----------------------------------------------------------------------------------------------------
 
 
@@ -412,5 +518,6 @@ def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypat
     monkeypatch.setattr(cuda_kernels, "_launch", launch)
     monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
     monkeypatch.setattr(torch, "device", lambda *_: "cpu")
-    with pytest.warns(UserWarning, match=r'start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'):
+    said = r'epilogue, tac are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
+    with pytest.warns(UserWarning, match=said):
         assert not cuda_kernels.ready.__wrapped__(0, torch.float32)

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from test_cuda_kernels import DTYPES, check_feedback, check_linear, check_nan, check_plus, check_tac, layer
+from test_cuda_kernels import (
+    DTYPES,
+    check_feedback,
+    check_linear,
+    check_nan,
+    check_packed,
+    check_plus,
+    check_tac,
+    layer,
+)
 
 import cuda_kernels
 import kernels
@@ -37,6 +46,23 @@ def test_linear(dtype, M, K, N, packed, masked):
 @pytest.mark.parametrize("clipped", [True, False])
 def test_feedback(dtype, clipped):
     check_feedback("cuda", 0, 1000, 64, dtype, 4, clipped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 128, 32), (33, 1152, 96), (128, 4096, 12288), (256, 18944, 3584)])
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_packed_product(dtype, M, K, N, asymmetric):
+    check_packed("cuda", 0, M, K, N, dtype, 4, asymmetric, True, True)
+    check_packed("cuda", 0, M, K, N, dtype, 8, asymmetric, False, False, extreme=True)
+
+
+@pytest.mark.parametrize("M", [32, 256])
+def test_the_faster_product_is_chosen_and_kept(M, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_FASTEST", {})
+    check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, True, None, False, True)
+    (choice,) = cuda_kernels._FASTEST.items()
+    check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, True, None, False, True)
+    assert list(cuda_kernels._FASTEST.items()) == [choice]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
