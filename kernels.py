@@ -9,12 +9,18 @@ format. Codes are kept centred, X_c = X_int − 2^(b−1), so that every code of
 
 One integer matmul, one rank-one correction by precomputed row sums, two scales.
 
+Packed weights are unpacked in slices, by two byte-wise operations into a scratch that stays in the caches: one code of
+a byte shifted into its upper half, the other left there. Four bits in the upper half are 16 times their signed value,
+so the sums are shifted back by 4. Both codes of a byte end up half a row apart; the activations' channels are put in
+the same order instead.
+
 Layout contract of `torch._int_mm` (self, mat2), private and strict on CUDA: 2-D int8, M a multiple of 32 (Hopper),
 K and N multiples of 8 (16 here, the 16 bytes that vector loads are aligned to), self row-major, mat2 column-major. A
 weight kept as [N, K] contiguous gives mat2 = w.t() with strides (1, K), no copy. Operands with stride 0 or fewer than
 17 rows have been silently wrong in released versions, so A is always copied into fresh padded storage (zero rows and
 columns are exact) and one self-check against exact integers runs before the first use on a device; if it fails, or a
-shape is refused later, the exact fallback below serves, and, on a GPU, says so once.
+shape is refused later, the exact fallback below serves, and, on a GPU, says so once. A CPU reorders mat2 at every call,
+so there, for few tokens, the weight is self and the activations, transposed once for all slices, are mat2.
 
 This file is the readable version, any device and any shape. On a GPU `cuda_kernels.py` does the same with the passes
 fused; the integers are the same.
@@ -26,7 +32,7 @@ it is many times slower, or inexact, because it sums in 16 bits, which the self-
 
 import time
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +64,20 @@ def unpack_int4(packed, k: int):
     return both.view(torch.int8)[..., :k]
 
 
+def unpack_halves(packed, out):
+    """16 times the codes in two halves, even columns and odd ones: (N, K/2) uint8 -> out (N, K) int8."""
+    even, odd = out.view(torch.uint8).chunk(2, -1)
+    torch.bitwise_left_shift(packed, 4, out=even)
+    torch.bitwise_and(packed, 240, out=odd)
+    return out
+
+
+def halves(codes):
+    """The columns of codes (M, K) in the order of `unpack_halves`, (M, 2⌈K/2⌉)."""
+    codes = F.pad(codes, (0, codes.shape[-1] % 2))
+    return torch.cat((codes[:, 0::2], codes[:, 1::2]), -1)
+
+
 def row_sums(codes):
     """rowsum(W_c): (N, K) int8, or packed (N, ⌈K/2⌉) uint8, -> (N,) int32, in pieces that stay in the caches."""
     parts = codes.split(max(SLICE // max(codes.shape[1], 1), 1))
@@ -72,19 +92,39 @@ def _multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def int_mm(a, w):
-    """Σ_k a_mk w_nk in int32 by `torch._int_mm`, padded to its contract: a (M, K), w (N, K) int8 -> (M, N)."""
+def weights_first(device, M: int) -> bool:
+    """Whether the weight is the first operand of `_int_mm`, whose second one a CPU reorders at every call.
+
+    For more tokens than this it is read more often than reordered, and the result would have to be transposed.
+    """
+    return device.type == "cpu" and M <= 256
+
+
+def padded(a):
+    """a (M, K) int8 as an operand of `_int_mm`: (⌈M⌉32, ⌈K⌉16) in fresh storage with true strides, or that transposed
+    (`weights_first`)."""
+    M, K = a.shape
+    rows = torch.zeros(_multiple(max(M, 32), 32), _multiple(max(K, 16), 16), dtype=torch.int8, device=a.device)
+    rows[:M, :K] = a
+    return rows.t().contiguous() if weights_first(a.device, M) else rows
+
+
+def int_mm(a, w, operand=None):
+    """Σ_k a_mk w_nk in int32 by `torch._int_mm`: a (M, K), w (N, K) int8 -> (M, N); operand: `padded(a)`, if it is
+    needed more than once."""
     (M, K), N = a.shape, w.shape[0]
     K16, N16 = _multiple(max(K, 16), 16), _multiple(max(N, 16), 16)
-    rows = torch.zeros(_multiple(max(M, 32), 32), K16, dtype=torch.int8, device=a.device)  # fresh storage, true strides
-    rows[:M, :K] = a
+    operand = padded(a) if operand is None else operand
     if (K16, N16) != (K, N) or not w.is_contiguous():
         w = F.pad(w, (0, K16 - K, 0, N16 - N)).contiguous()
-    return torch._int_mm(rows, w.t())[:M, :N]
+    if weights_first(a.device, M):
+        return torch._int_mm(w, operand).t()[:M, :N]
+    return torch._int_mm(operand, w.t())[:M, :N]
 
 
 def float_mm(a, w, largest: int = 128 * 128):
-    """The same integers through a floating-point matmul wide enough to be exact; `largest` bounds |a_mk · w_nk|."""
+    """The same integers through a floating-point matmul wide enough to be exact; `largest` bounds |a_mk · w_nk|, of
+    16-fold codes (`unpack_halves`) those of the codes: multiples of 16 are exact 16 times as far."""
     wide = torch.float32 if a.shape[1] * largest < 2**24 else torch.float64
     return (a.to(wide) @ w.to(wide).t()).to(torch.int32)
 
@@ -136,7 +176,7 @@ def _seconds(multiply, a, w) -> float:
 def backend(device_type: str) -> str:
     """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
     if device_type == "cpu":
-        a, w = (torch.ones(n, 512, dtype=torch.int8) for n in (64, 512))
+        a, w = (torch.ones(n, 1024, dtype=torch.int8) for n in (64, 1024))  # large enough to tell them clearly apart
         faster = _self_check("cpu") and _seconds(int_mm, a, w) < _seconds(float_mm, a, w.float())
         return "int_mm" if faster else "float"
     if not _self_check(device_type):
@@ -146,10 +186,10 @@ def backend(device_type: str) -> str:
     return "int_mm"
 
 
-def int_matmul(a, w, largest: int = 128 * 128, use: str | None = None):
-    """Exact integer accumulators X_c W_cᵀ: a (M, K) int8, w (N, K) int8 -> (M, N) int32."""
+def int_matmul(a, w, largest: int = 128 * 128, use: str | None = None, operand=None):
+    """Exact integer accumulators X_c W_cᵀ: a (M, K) int8, w (N, K) int8 -> (M, N) int32; operand as for `int_mm`."""
     if (use or backend(a.device.type)) == "int_mm":
-        return product(int_mm, a, w, largest)
+        return product(partial(int_mm, operand=operand), a, w, largest)
     return float_mm(a, w, largest)
 
 
@@ -205,26 +245,36 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
 
 @torch.no_grad()  # rounding has no gradient
 def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,
-               use: str | None = None, clip=None, feedback=None):
+               use: str | None = None, clip=None, feedback=None, shift=None, state=None):
     """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
 
     weight (N, K) int8 centred codes or (N, ⌈K/2⌉) uint8 packed ones, weight_scale (N,) fp32, weight_sum (N,) int32 =
-    rowsum of the codes, weight_zero (N,) int32 or None for symmetric weights; clip and feedback as in `quantize_rows`.
-    A token with NaN comes out as NaN.
+    rowsum of the codes, weight_zero (N,) int32 or None for symmetric weights; clip and feedback as in `quantize_rows`;
+    shift (2, N), added to tokens by their state (M,) bool. A token with NaN comes out as NaN.
     """
     (M, K), N = x.shape, len(weight)
     codes, scale, zero = quantize_rows(x, bits, clip, feedback)
-    y, zero = scale.new_empty(M, N), zero.to(torch.int32)
+    y, zero, packed = scale.new_empty(M, N), zero.to(torch.int32), weight.dtype == torch.uint8
     if weight_zero is not None:
         # rowsum(X_c) − K z_c
         x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - K * zero
+    use, codes = use or backend(x.device.type), halves(codes) if packed else codes
+    operand = padded(codes) if use == "int_mm" else None
     width = max(SLICE // max(K, 1) // 16 * 16, 16)  # as `int_mm` wants them, without a copy
-    for part in (slice(n, n + width) for n in range(0, N, width)):
-        w = unpack_int4(weight[part], K) if weight.dtype == torch.uint8 else weight[part]
+    scratch = codes.new_empty(min(width, N), codes.shape[1])
+    for part in (slice(n, min(n + width, N)) for n in range(0, N, width)):
+        w = unpack_halves(weight[part], scratch[: part.stop - part.start]) if packed else weight[part]
+        acc = int_matmul(codes, w, 2 ** (bits + weight_bits - 2), use, operand)
+        if packed:
+            acc >>= 4
         # X_c W_cᵀ − z_c rowsum(W_c): exact in int32
-        acc = int_matmul(codes, w, 2 ** (bits + weight_bits - 2), use).sub_(zero * weight_sum[part])
+        acc.addcmul_(zero, weight_sum[part], value=-1)
         if weight_zero is not None:
             # − rowsum(X_c) zw_c + K z_c zw_c = − Σ_k (X_c − z_c) zw_c
-            acc.sub_(x_sum * weight_zero[part])
+            acc.addcmul_(x_sum, weight_zero[part], value=-1)
         torch.mul(acc.float().mul_(scale), weight_scale[part], out=y[:, part])
-    return y if bias is None else y.add_(bias)
+        if bias is not None:
+            y[:, part] += bias[part]
+        if shift is not None:
+            y[:, part] += torch.where(state[:, None], shift[1, part], shift[0, part])
+    return y

@@ -140,17 +140,16 @@ class QuantLinear(nn.Module):
 
         The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
         """
-        C = self.weight_packed.shape[0]
+        C, flat = self.weight_packed.shape[0], None if state is None else state.flatten().contiguous()
         if cuda_kernels.usable(x, C, self.feedback):
-            flat = None if state is None else state.flatten().contiguous()
             y = cuda_kernels.int_linear(self.rows(x, state), flat, self.d_m, self.d_u, self.weight_packed,
                                         self.weight_scale, self.weight_sum, self.abits, self.packed, self.bias,
                                         self.weight_zero, self.clip, self.feedback, self.shift)
-            return y.reshape(*x.shape[:-1], C)
-        rows = self.transformed(x, state).reshape(-1, self.in_features)
-        y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                               self.bias, self.weight_zero, None, self.clip, self.feedback)
-        return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)
+        else:
+            rows = self.transformed(x, state).reshape(-1, self.in_features)
+            y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                                   self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat)
+        return y.reshape(*x.shape[:-1], C).to(x.dtype)
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""

@@ -25,6 +25,7 @@ MODEL, FAM, CAL, SAMPLE, BENCH = ("test_model.py", "test_families.py", "test_cal
                                  "test_bench.py")
 BAL, EVAL, TABLES, PRE = "test_balance.py", "test_evaluate.py", "test_tables.py", "test_preflight.py"
 FEED, CUDA, BAD, BASE = "test_feedback.py", "test_cuda_kernels.py", "test_bad_input.py", "test_baselines.py"
+FIRST = "test_weights_first.py"
 
 MUTATIONS = [
     # ---- starquant.py: quantizers
@@ -123,10 +124,8 @@ MUTATIONS = [
      "return self.weight_scale[:, None] * (self.codes() + zero).float()", LAYERS),
     ("layers.py", "return (self.weight_scale[ids][..., None] * rows).to(self.dtype)",
      "return rows.to(self.dtype)", BENCH),
-    ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
-     "return self.shifted(y.reshape(*x.shape[:-1], C), state)", LAYERS),
-    ("layers.py", "return self.shifted(y.reshape(*x.shape[:-1], C), state).to(x.dtype)",
-     "return y.reshape(*x.shape[:-1], C).to(x.dtype)", BAL),
+    ("layers.py", "return y.reshape(*x.shape[:-1], C).to(x.dtype)", "return y.reshape(*x.shape[:-1], C)", LAYERS),
+    ("layers.py", "None, self.clip, self.feedback, self.shift, flat)", "None, self.clip, self.feedback)", BAL),
     ("layers.py", "(x - self.mean[state.long()])", "(x - self.mean[1 - state.long()])", BAL),
     ("layers.py", "y + self.shift[state.long()]", "y + self.shift[0]", BAL),
     ("layers.py", '(tensors.get("mean"), tensors.get("shift"))', "(None, None)", CAL),
@@ -226,18 +225,27 @@ MUTATIONS = [
     ("kernels.py", "codes.min() < -8 or codes.max() > 7", "codes.min() < -8 or codes.max() > 8", KERN),
     ("kernels.py", "a.shape[1] * largest < 2**24", "a.shape[1] * largest < 2**34", KERN),
     ("kernels.py", "part.sum(-1, dtype=torch.int32)", "part.sum(-1, dtype=torch.int8)", KERN),
-    ("kernels.py", "rows = torch.zeros(_multiple(max(M, 32), 32)", "rows = torch.zeros(_multiple(max(M, 17), 1)", KERN),
+    ("kernels.py", "torch.zeros(_multiple(max(M, 32), 32)", "torch.zeros(_multiple(max(M, 17), 1)", KERN),
     ("kernels.py", "if (a.device, M, K, N) not in _REFUSED:", "if not _REFUSED:", BACK),
     ("kernels.py", "raise  # out of memory", "pass  # out of memory", BACK),
-    ("kernels.py", "return torch._int_mm(rows, w.t())[:M, :N]", "return torch._int_mm(rows, w.t())[:M]", KERN),
+    ("kernels.py", "return torch._int_mm(operand, w.t())[:M, :N]", "return torch._int_mm(operand, w.t())[:M]", KERN),
     ("kernels.py", "(x / scale).round_().add_(zero)", "(x / scale).floor_().add_(zero)", KERN),
     ("kernels.py", "zero = torch.round(-low / scale) - half", "zero = torch.round(-high / scale) - half", KERN),
     ("kernels.py", ".clamp_(-half, levels - half)", "", KERN),
-    ("kernels.py", ".sub_(zero * weight_sum[part])", ".add_(zero * weight_sum[part])", KERN),
+    ("kernels.py", "acc.addcmul_(zero, weight_sum[part], value=-1)", "acc.addcmul_(zero, weight_sum[part])", KERN),
     ("kernels.py", "x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - K * zero",
      "x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32)", KERN),
-    ("kernels.py", "acc.sub_(x_sum * weight_zero[part])", "acc.sub_(x_sum * weight_zero[:1])", KERN),
-    ("kernels.py", "return y if bias is None else y.add_(bias)", "return y", KERN),
+    ("kernels.py", "acc.addcmul_(x_sum, weight_zero[part], value=-1)", "acc.addcmul_(x_sum, weight_zero[:1], value=-1)",
+     KERN),
+    ("kernels.py", "y[:, part] += bias[part]", "y[:, part] += bias[:1]", KERN),
+    ("kernels.py", "torch.where(state[:, None], shift[1, part], shift[0, part])",
+     "torch.where(state[:, None], shift[0, part], shift[1, part])", FIRST),
+    ("kernels.py", "acc >>= 4", "acc >>= 3", FIRST),
+    ("kernels.py", "torch.cat((codes[:, 0::2], codes[:, 1::2]), -1)", "codes", FIRST),
+    ("kernels.py", "torch.bitwise_and(packed, 240, out=odd)", "torch.bitwise_right_shift(packed, 4, out=odd)", FIRST),
+    ("kernels.py", 'return device.type == "cpu" and M <= 256', "return M <= 256", FIRST),
+    ("kernels.py", "return torch._int_mm(w, operand).t()[:M, :N]", "return torch._int_mm(w, operand).t()[:M]", FIRST),
+    ("kernels.py", "operand = padded(codes) if use == \"int_mm\" else None", "operand = None", FIRST),
     ("kernels.py", "faster = _self_check(\"cpu\") and ", "faster = ", BACK),
     ("kernels.py", "for M, K, N in ((33, 24, 40), (64, 512, 512)):", "for M, K, N in ((33, 24, 40),):", BACK),
     ("kernels.py", "return min(times[1:])", "return min(times)", BACK),

@@ -109,7 +109,7 @@ class TestBackend:
     def test_int_matmul_asks_the_backend(self, monkeypatch):
         a, w = integers(-8, 7, 3, 9), integers(-8, 7, 5, 9, seed=1)
         for name in ("int_mm", "float_mm"):
-            monkeypatch.setattr(kernels, name, lambda *args, name=name: name)
+            monkeypatch.setattr(kernels, name, lambda *args, name=name, **kwargs: name)
         for chosen in ("int_mm", "float"):
             monkeypatch.setattr(kernels, "backend", lambda device, chosen=chosen: chosen)
             assert kernels.int_matmul(a, w) == {"int_mm": "int_mm", "float": "float_mm"}[chosen]
