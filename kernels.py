@@ -245,8 +245,8 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
 
 @torch.no_grad()  # rounding has no gradient
 def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int, bias=None, weight_zero=None,
-               use: str | None = None, clip=None, feedback=None, shift=None, state=None):
-    """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N) fp32.
+               use: str | None = None, clip=None, feedback=None, shift=None, state=None, dtype=torch.float32):
+    """The integer path of Eq. 13: x (M, K) transformed activations -> (M, N), rounded to dtype at the end.
 
     weight (N, K) int8 centred codes or (N, ⌈K/2⌉) uint8 packed ones, weight_scale (N,) fp32, weight_sum (N,) int32 =
     rowsum of the codes, weight_zero (N,) int32 or None for symmetric weights; clip and feedback as in `quantize_rows`;
@@ -254,7 +254,7 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
     """
     (M, K), N = x.shape, len(weight)
     codes, scale, zero = quantize_rows(x, bits, clip, feedback)
-    y, zero, packed = scale.new_empty(M, N), zero.to(torch.int32), weight.dtype == torch.uint8
+    y, zero, packed = x.new_empty(M, N, dtype=dtype), zero.to(torch.int32), weight.dtype == torch.uint8
     if weight_zero is not None:
         # rowsum(X_c) − K z_c
         x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - K * zero
@@ -272,9 +272,10 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
         if weight_zero is not None:
             # − rowsum(X_c) zw_c + K z_c zw_c = − Σ_k (X_c − z_c) zw_c
             acc.addcmul_(x_sum, weight_zero[part], value=-1)
-        torch.mul(acc.float().mul_(scale), weight_scale[part], out=y[:, part])
+        out = acc.float().mul_(scale).mul_(weight_scale[part])
         if bias is not None:
-            y[:, part] += bias[part]
+            out += bias[part]
         if shift is not None:
-            y[:, part] += torch.where(state[:, None], shift[1, part], shift[0, part])
+            out += torch.where(state[:, None], shift[1, part], shift[0, part])
+        y[:, part] = out
     return y

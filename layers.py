@@ -148,8 +148,9 @@ class QuantLinear(nn.Module):
         else:
             rows = self.transformed(x, state).reshape(-1, self.in_features)
             y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                                   self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat)
-        return y.reshape(*x.shape[:-1], C).to(x.dtype)
+                                   self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat,
+                                   x.dtype)
+        return y.reshape(*x.shape[:-1], C)
 
     def reference(self, x, state=None):
         """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
