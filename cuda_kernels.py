@@ -10,7 +10,8 @@ cast, ... and again after the product), and on a GPU these walks cost more than 
     unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
     torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
     epilogue         zero point, both scales, bias, mean's output, int32 -> bf16     one read, one write
-    packed_product   few tokens: unpack_int4, product and epilogue at once           one read of the packed weights
+    packed_product   few tokens: unpack_int4, product and epilogue at once           a read of the packed weights, half
+                     a byte each, for every 32 tokens
     tac              Eq. 17 for blocks of 16                                         one read, one write
 
 Their source is `kernels.cu`, plain CUDA C++ without headers. It is compiled at first use, as
@@ -23,11 +24,12 @@ The weight is walked in slices along N, so that what one slice writes and the ne
 unpacked codes) is still in the L2 cache. Scratch memory comes from PyTorch's caching allocator, which hands out the
 same block again; inside a CUDA graph nothing is allocated at all, and the launch cost (some 10 us from Python) is gone.
 
-With few tokens (M up to `FEW`) a linear takes as long as its weights take to be read, and reading four bits, writing
-eight and reading them again is more than the sixteen that a bf16 product reads. `packed_product` unpacks in registers
-and ends in the epilogue, so that neither int8 weights nor int32 sums ever leave the chip. It is written for the bytes,
-not for the operations: each 32 tokens read the weights again. `fastest` times both products at the first use of a shape
-and keeps the faster one; their integers are the same.
+With a few tens of tokens a linear takes as long as its weights take to be read, and reading four bits, writing eight
+and reading them again is more than the sixteen that a bf16 product reads. `packed_product` unpacks in registers and
+ends in the epilogue, so that neither int8 weights nor int32 sums ever leave the chip. It is written for the bytes that
+come from memory, not for the operations: each 32 tokens read the weights again, and each 32 columns the activations,
+both from the L2. Up to `FEW` tokens `fastest` times both products at the first use of a shape and keeps the faster one;
+their integers are the same.
 
 What a production library does beyond this: such a product for many tokens as well, its tiles staged in shared memory
 and multiplied by a whole warp group (Hopper's wgmma).
@@ -243,26 +245,31 @@ _FASTEST = {}  # (device, ...) -> position in the list of ways
 
 def fastest(ways: list, key: tuple):
     """The fastest, when key was first met, of `ways`: functions that do the same on the device key[0]."""
-    if len(ways) > 1 and key not in _FASTEST:
+    if len(ways) == 1:
+        return ways[0]
+    if key not in _FASTEST:
         if torch.cuda.is_current_stream_capturing():
             return ways[0]  # nothing can be timed now; a warm-up forward comes before any recording
         seconds = [_gpu_seconds(way, key[0]) for way in ways]
         _FASTEST[key] = seconds.index(min(seconds))
-    return ways[_FASTEST.get(key, 0)]
+    return ways[_FASTEST[key]]
 
 
 def _gpu_seconds(call, device, repeats: int = 5) -> float:
-    """Seconds of a call on the GPU alone, which is kept busy until all repeats are queued."""
+    """Median seconds of a call on the GPU alone, which is kept busy until all repeats are queued; before each of them
+    the L2 cache is overwritten, since in a model the weights come from memory."""
     with torch.cuda.device(device):
         call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other = torch.empty(2**27, dtype=torch.uint8, device=device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         torch.cuda._sleep(10_000_000)  # cycles, some 6 ms
-        start.record()
-        for _ in range(repeats):
+        for start, end in events:
+            other.zero_()
+            start.record()
             call()
-        end.record()
+            end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
+        return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] / 1000
 
 
 def usable(x, N: int, V=None) -> bool:

@@ -238,11 +238,11 @@ __device__ void mma(int c[4], const unsigned a[4], const unsigned b[2]) {
 }
 #endif
 
-// The product and its epilogue for few tokens, straight from packed weights: they are read once and become bytes in
-// registers. A CUDA block has 32 tokens and 32 columns; its warps share out K in chunks of 128 and add up at the end.
+// The product and its epilogue for few tokens, straight from packed weights, which become bytes in registers. A CUDA
+// block has 32 tokens and 32 columns; its warps share out K in chunks of 128 and add up at the end.
 // Where all products are summed their order is free, so of a chunk lane t takes channels 32 t.. of every row: 16 bytes
 // of weights at a time. Even channels come first, since they are the low halves of bytes.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 packed_product(const signed char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
                const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
                const float* bias, const float* shift, const unsigned char* state, real* y, int M, int N, int K,
@@ -252,16 +252,21 @@ packed_product(const signed char* __restrict__ x, const unsigned char* __restric
     x += (long long)(32 * blockIdx.y + g) * K + 32 * t;
     w += (long long)(32 * blockIdx.x + g) * (K / 2) + 16 * t;
     int c[2][4][4] = {};  // 16 tokens by 8 columns, twice and four times
-#pragma unroll 2  // the loads of one chunk run while the last one's products do
+    uint4 next[4];  // weights are asked for one chunk ahead
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (128 * warp < K) next[j] = *(const uint4*)(w + (long long)4 * j * K + 64 * warp);
+#pragma unroll 1
     for (int k = 128 * warp; k < K; k += 128 * WARPS) {
         unsigned in[4][8], packed[4][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {  // rows g + 8 i of both
             const uint4* row = (const uint4*)(x + (long long)8 * i * K + k);
-            uint4 u = row[0], v = row[1], p = *(const uint4*)(w + (long long)4 * i * K + k / 2);
+            uint4 u = row[0], v = row[1], p = next[i];
             in[i][0] = u.x; in[i][1] = u.y; in[i][2] = u.z; in[i][3] = u.w;
             in[i][4] = v.x; in[i][5] = v.y; in[i][6] = v.z; in[i][7] = v.w;
             packed[i][0] = p.x; packed[i][1] = p.y; packed[i][2] = p.z; packed[i][3] = p.w;
+            if (k + 128 * WARPS < K) next[i] = *(const uint4*)(w + (long long)4 * i * K + k / 2 + 64 * WARPS);
         }
 #pragma unroll
         for (int s = 0; s < 4; s++) {  // eight channels
@@ -278,16 +283,17 @@ packed_product(const signed char* __restrict__ x, const unsigned char* __restric
             }
         }
     }
-    int* mine = (int*)sums[warp];
+    int* mine = (int*)sums[warp];  // a row's four groups of columns turned by the row: else its rows would meet in a bank
     for (int i = 0; i < 2; i++)
         for (int j = 0; j < 4; j++)
-            for (int r = 0; r < 4; r++) mine[32 * (16 * i + r / 2 * 8 + g) + 8 * j + 2 * t + r % 2] = c[i][j][r];
+            for (int r = 0; r < 4; r++)
+                mine[32 * (16 * i + r / 2 * 8 + g) + 8 * ((j + g) % 4) + 2 * t + r % 2] = c[i][j][r];
     __syncthreads();
     for (int o = threadIdx.x; o < 32 * 32 / 4; o += 32 * WARPS) {
         int m = 32 * blockIdx.y + o / 8, part[4], sum[4] = {};
         if (m >= M) return;
         for (int v = 0; v < WARPS; v++) {
-            load4((const int*)(sums[v] + o), part);
+            load4((const int*)(sums[v] + o / 8 * 8 + (o + o / 8 * 2) % 8), part);
             for (int j = 0; j < 4; j++) sum[j] += part[j];
         }
         for (int j = 0; j < 4; j++) sum[j] >>= 4;

@@ -33,12 +33,11 @@ it is many times slower, or inexact, because it sums in 16 bits, which the self-
 import time
 import warnings
 from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-
-from starquant import clip_range
 
 SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
 
@@ -65,7 +64,10 @@ def unpack_int4(packed, k: int):
 
 
 def unpack_halves(packed, out):
-    """16 times the codes in two halves, even columns and odd ones: (N, K/2) uint8 -> out (N, K) int8."""
+    """16 times the codes in two halves, even columns and odd ones: (N, K/2) uint8 -> out (N, K) int8.
+
+    With activations of 8 bits the sums of 16-fold codes stay within int32 for K < 2¹⁷.
+    """
     even, odd = out.view(torch.uint8).chunk(2, -1)
     torch.bitwise_left_shift(packed, 4, out=even)
     torch.bitwise_and(packed, 240, out=odd)
@@ -78,10 +80,11 @@ def halves(codes):
     return torch.cat((codes[:, 0::2], codes[:, 1::2]), -1)
 
 
-def row_sums(codes):
-    """rowsum(W_c): (N, K) int8, or packed (N, ⌈K/2⌉) uint8, -> (N,) int32, in pieces that stay in the caches."""
+def row_sums(codes, k: int | None = None):
+    """rowsum(W_c): (N, K) int8, or packed (N, ⌈K/2⌉) uint8 with k = K, -> (N,) int32, in pieces that stay in the
+    caches."""
     parts = codes.split(max(SLICE // max(codes.shape[1], 1), 1))
-    parts = (unpack_int4(part, 2 * part.shape[1]) if part.dtype == torch.uint8 else part for part in parts)
+    parts = (unpack_int4(part, k) if part.dtype == torch.uint8 else part for part in parts)
     return torch.cat([part.sum(-1, dtype=torch.int32) for part in parts])
 
 
@@ -149,11 +152,11 @@ def product(multiply, a, w, largest: int = 128 * 128):
 
 
 def _self_check(device) -> bool:
-    """`int_mm` against exact integers of the whole range, on a small awkward shape and a large even one, once per
-    device."""
+    """`int_mm` against exact integers of the whole range, on a small awkward shape, a large even one and one of many
+    tokens, once per device."""
     g = torch.Generator().manual_seed(0)
     try:
-        for M, K, N in ((33, 24, 40), (64, 512, 512)):
+        for M, K, N in ((33, 24, 40), (64, 512, 512), (257, 24, 40)):
             a, w = (torch.randint(-128, 128, s, generator=g, dtype=torch.int8) for s in ((M, K), (N, K)))
             if not torch.equal(int_mm(a.to(device), w.to(device)).cpu(), float_mm(a, w)):
                 return False
@@ -162,23 +165,29 @@ def _self_check(device) -> bool:
     return True
 
 
-def _seconds(multiply, a, w) -> float:
-    """The least time of five products after one that warms up."""
-    times = []
+def _seconds(calls) -> list[float]:
+    """The least time of each call in five rounds, in turn, after one that warms up."""
+    rounds = []
     for _ in range(6):
-        start = time.perf_counter()
-        multiply(a, w)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        times = [time.perf_counter()]
+        for call in calls:
+            call()
+            times.append(time.perf_counter())
+        rounds.append([after - before for before, after in pairwise(times)])
+    return [min(times) for times in zip(*rounds[1:], strict=True)]
 
 
 @cache
 def backend(device_type: str) -> str:
     """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
     if device_type == "cpu":
-        a, w = (torch.ones(n, 1024, dtype=torch.int8) for n in (64, 1024))  # large enough to tell them clearly apart
-        faster = _self_check("cpu") and _seconds(int_mm, a, w) < _seconds(float_mm, a, w.float())
-        return "int_mm" if faster else "float"
+        # large enough to tell them clearly apart, and so small that `float_mm` takes fp32
+        a, w = (torch.ones(n, 1008, dtype=torch.int8) for n in (64, 1008))
+        wide = w.float()
+        if not _self_check("cpu"):
+            return "float"
+        integer, floating = _seconds([lambda: int_mm(a, w), lambda: float_mm(a, wide)])
+        return "int_mm" if integer < floating else "float"
     if not _self_check(device_type):
         warnings.warn(f"torch._int_mm fails its self-check on {device_type}; using the exact float fallback (slower).",
                       stacklevel=2)
@@ -202,17 +211,18 @@ def quantize_rows(x, bits: int, clip=None, feedback=None):
     The same integers as `starquant.quantize` minus 2^(bits-1); one expression per pass over the data. clip (2,) narrows
     the range of every token (`clip_range`); feedback (n, b, b) rounds by feedback within it (`feedback_codes`).
     """
-    levels, half, given = 2**bits - 1, 2 ** (bits - 1), x.float()
-    x = given if clip is None else clip_range(given, clip.float())
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    levels, half, x = 2**bits - 1, 2 ** (bits - 1), x.float()
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if clip is not None:
+        low, high = torch.maximum(low, low * clip[0]), torch.minimum(high, high * clip[1])
     steps = x.new_full((), levels)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
     scale = (high / steps - low / steps).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.round(-low / scale) - half
-    if feedback is None:
-        codes = (x / scale).round_().add_(zero).clamp_(-half, levels - half).to(torch.int8)
-    else:
-        codes = feedback_codes(given, scale, zero, feedback, bits)
-    return codes, scale, zero
+    if feedback is not None:
+        return feedback_codes(x, scale, zero, feedback, bits), scale, zero
+    x = x if clip is None else x.clamp(low, high)
+    return (x / scale).round_().add_(zero).clamp_(-half, levels - half).to(torch.int8), scale, zero
 
 
 def fake_quantize_rows(x, bits: int, clip=None, feedback=None):
@@ -230,7 +240,8 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
     two bf16 numbers is exact in fp32, so that a fused multiply-add and a product with a subtraction give the same bits
     on every device.
     """
-    u, zero = rearrange(x / scale, "m (n b) -> b n m", n=len(feedback)).contiguous(), zero.mT
+    u, zero = rearrange(x, "m (n b) -> b n m", n=len(feedback)).clone(memory_format=torch.contiguous_format), zero.mT
+    u /= scale.mT
     V = rearrange(feedback.float(), "n i j -> i j n 1")
     low, high = -(2 ** (bits - 1)) - zero, 2 ** (bits - 1) - 1 - zero
     for i in range(len(V)):
@@ -260,8 +271,9 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
         x_sum = codes.sum(-1, keepdim=True, dtype=torch.int32) - K * zero
     use, codes = use or backend(x.device.type), halves(codes) if packed else codes
     operand = padded(codes) if use == "int_mm" else None
-    width = max(SLICE // max(K, 1) // 16 * 16, 16)  # as `int_mm` wants them, without a copy
-    scratch = codes.new_empty(min(width, N), codes.shape[1])
+    size = SLICE if x.device.type == "cpu" else 16 * SLICE  # fewer launches
+    width = max(size // max(K, 1) // 16 * 16, 16)  # as `int_mm` wants them, without a copy
+    scratch = codes.new_empty(min(width, N), codes.shape[1]) if packed else None
     for part in (slice(n, min(n + width, N)) for n in range(0, N, width)):
         w = unpack_halves(weight[part], scratch[: part.stop - part.start]) if packed else weight[part]
         acc = int_matmul(codes, w, 2 ** (bits + weight_bits - 2), use, operand)

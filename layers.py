@@ -41,6 +41,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.d_m, self.d_u = in_features or codes.shape[1], d_m, d_u
         self.abits, self.wbits = abits, wbits
+        if codes.dtype == torch.uint8 and codes.shape[1] != (self.in_features + 1) // 2:
+            raise ValueError(f"Rows of {codes.shape[1]} packed bytes do not hold {self.in_features} codes.")
         self.packed, self._bases = wbits <= 4, {}
         to_pack = self.packed and codes.dtype == torch.int8
         self.register_buffer("weight_packed", kernels.pack_int4(codes) if to_pack else codes)
@@ -50,7 +52,7 @@ class QuantLinear(nn.Module):
         for name, tensor in (("clip", clip), ("mean", centre[0]), ("shift", centre[1])):
             self.register_buffer(name, None if tensor is None else tensor.float())
         self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16).contiguous())
-        self.register_buffer("weight_sum", kernels.row_sums(codes), persistent=False)
+        self.register_buffer("weight_sum", kernels.row_sums(codes, self.in_features), persistent=False)
         self.kinds = []  # "kronecker" or "matrix", one per factor
         for i, factor in enumerate(P):
             parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}

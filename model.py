@@ -119,7 +119,7 @@ class Block(nn.Module):
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
             if mask is not None and mask.shape[-2] > 1:
                 # Dream's rows of padding see nothing: zero, as on the CPU, whatever another kernel makes of them
-                z = z.masked_fill(~mask.any(-1, keepdim=True), 0)
+                z = z.masked_fill(~mask.diagonal(dim1=-2, dim2=-1)[..., None], 0)  # who is seen sees itself
         return rearrange(z, "b n l h -> b l (n h)")
 
     def forward(self, x, state, table, mask=None):
@@ -396,7 +396,7 @@ def synchronize(device) -> None:
 def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 
-    weights: "packed" keeps 4-bit weights two a byte (smallest), "int8" one a byte (fastest).
+    weights: "packed" keeps 4-bit weights two a byte, "int8" one a byte (nothing to unpack; often a little faster).
     Raises CheckpointError or ConfigError with one sentence about what is wrong with the folder.
     """
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))

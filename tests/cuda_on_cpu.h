@@ -10,7 +10,7 @@
 
 #define __global__
 #define __device__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __restrict__
 #define __shared__ static  // blocks run one after another, so one copy serves each in turn
 struct Index { int x, y, z; };

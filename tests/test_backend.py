@@ -1,6 +1,5 @@
 """Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere."""
 
-import itertools
 import warnings
 from functools import partial
 
@@ -40,8 +39,7 @@ class TestBackend:
     @pytest.mark.parametrize("faster", ["int_mm", "float"])
     def test_a_cpu_takes_the_faster_product(self, monkeypatch, faster):
         """The one with int8 dot products `_int_mm`, the one without them fp32."""
-        seconds = {kernels.int_mm: 1.0, kernels.float_mm: 3.0 if faster == "int_mm" else 0.1}
-        monkeypatch.setattr(kernels, "_seconds", lambda multiply, a, w: seconds[multiply])
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: [1.0, 3.0 if faster == "int_mm" else 0.1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert kernels.backend("cpu") == faster
@@ -49,16 +47,37 @@ class TestBackend:
     @pytest.mark.parametrize("fault", ["saturates", "wrong in large shapes", "refused"])
     def test_a_cpu_whose_product_fails_its_self_check_takes_the_float_route(self, monkeypatch, fault):
         """int8 dot products of the first kind saturate at 16 bit: right for 4-bit codes and wrong for 8-bit ones."""
-        monkeypatch.setattr(kernels, "_seconds", lambda multiply, a, w: float(multiply is not kernels.int_mm))
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: [0.0, 1.0])
         monkeypatch.setattr(torch, "_int_mm", partial(faulty_int_mm, fault))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert kernels.backend("cpu") == "float"
 
-    def test_seconds_are_the_least_after_a_first_one_that_does_not_count(self, monkeypatch):
-        clock = itertools.accumulate(itertools.chain.from_iterable((5.0, s) for s in (1, 7, 4, 6, 9, 8)))
-        monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
-        assert kernels._seconds(lambda a, w: None, 0, 0) == 4
+    def test_the_race_is_one_of_the_integer_product_and_fp32(self, monkeypatch):
+        run, raced, matmul = [], [], torch.Tensor.__matmul__
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: run.extend(calls) or [1.0, 2.0])
+        kernels.backend("cpu")
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: raced.append(a.dtype) or checked_int_mm(a, b))
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: raced.append(a.dtype) or matmul(a, b))
+        integer, floating = (call() for call in run)
+        assert raced[:1] + raced[-1:] == [torch.int8, torch.float32]
+        assert torch.equal(integer, floating)
+
+    def test_seconds_are_the_least_of_rounds_in_turn_after_a_first_one_that_does_not_count(self, monkeypatch):
+        first, second, clock, called = (1, 7, 4, 6, 9, 8), (2, 3, 9, 5, 6, 7), [0.0], []
+
+        def call(name, seconds):
+            seconds = iter(seconds)
+
+            def one():
+                called.append(name)
+                clock[0] += next(seconds)
+
+            return one
+
+        monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
+        assert kernels._seconds([call("a", first), call("b", second)]) == [4, 3]
+        assert called == ["a", "b"] * 6
 
     def test_a_device_that_passes_its_self_check_takes_int_mm(self):
         assert kernels.backend("cpu:0") == "int_mm"

@@ -302,6 +302,13 @@ class TestOnCpu:
     def test_packed_product_of_extreme_codes(self, bits):
         check_packed("cpu", 0, 3, 384, 32, torch.float32, bits, False, False, False, extreme=True)
 
+    def test_packed_product_with_as_many_warps_as_on_a_gpu(self, on_cpu, tmp_path, monkeypatch):
+        """With fewer chunks than warps, and with more."""
+        monkeypatch.setattr(cuda_kernels, "WARPS", 8)
+        monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32, ("linear", "packed")))
+        for K in (128, 1152):
+            check_packed("cpu", 0, 5, K, 32, torch.float32, 4, True, True, True)
+
     def test_what_is_clipped_has_the_code_of_the_limit(self):
         """s = 1, z = 6 (a tie), limit 8.5: its code is 8 + 6 (a tie, too), where an unclipped 17 would end at 15."""
         x, clip = torch.zeros(1, 16), torch.tensor([1.0, 0.5])
@@ -443,6 +450,7 @@ class TestFastest:
         later = [lambda: 1.0, lambda: 2.0]
         assert cuda_kernels.fastest(later, ("cuda", 64, 64, 128)) is later[0]
         assert cuda_kernels.fastest(later, key) is later[1]  # as its shape was
+        assert cuda_kernels.fastest(later[:1], key) is later[0]  # the same shape with int8 residency
 
     def test_one_way_needs_no_clock(self):
         way = object()

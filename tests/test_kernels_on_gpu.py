@@ -63,6 +63,7 @@ def test_the_faster_product_is_chosen_and_kept(M, monkeypatch):
     (choice,) = cuda_kernels._FASTEST.items()
     check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, True, None, False, True)
     assert list(cuda_kernels._FASTEST.items()) == [choice]
+    check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, False, None, False, True)  # int8: one way
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -105,6 +105,17 @@ class TestQuantLinear:
         assert layer.weight_packed.numel() == (7 * 13 if bits <= 4 else 7 * 25)
         torch.testing.assert_close(layer.weight(), starquant.fake_quantize(weight, bits, symmetric=True))
 
+    def test_packed_codes_come_with_their_width(self):
+        layer = QuantLinear.fold(randn(7, 25))
+        packed = layer.weight_packed.clone()
+        packed[:, -1] |= 0x70  # nobody's code
+        again = QuantLinear(packed, layer.weight_scale, in_features=25)
+        assert torch.equal(again.weight_sum, layer.weight_sum)
+        assert torch.equal(again(randn(5, 25)), layer(randn(5, 25)))
+        for width in (None, 24, 27):
+            with pytest.raises(ValueError, match="13 packed bytes do not hold"):
+                QuantLinear(packed, layer.weight_scale, in_features=width)
+
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("wbits", "asymmetric", "with_bias"),
                              [(4, False, False), (4, True, True), (8, False, True), (3, True, False)])

@@ -37,6 +37,25 @@ def test_exact_for_any_shape(M, K, N, seed):
     assert torch.equal(kernels.int_mm(a, w, kernels.padded(a)).long(), exact(a, w))
 
 
+@pytest.mark.parametrize("wrong", ["weight first", "activations first"])
+def test_the_self_check_sees_either_order(wrong, monkeypatch):
+    def faulty(a, b):
+        few = a.shape[0] <= 256 and b.stride(1) == 1
+        return plain_int_mm(a, b) + int(few == (wrong == "weight first"))
+
+    assert kernels._self_check("cpu")
+    monkeypatch.setattr(torch, "_int_mm", faulty)
+    assert not kernels._self_check("cpu")
+
+
+@pytest.mark.parametrize("M", [1, 5, 256, 257, 300])
+def test_torchs_own_product_is_exact_in_either_order_where_it_serves(M, monkeypatch):
+    monkeypatch.undo()
+    kernels.backend.cache_clear()
+    a, w = integers(-128, 127, M, 40), integers(-128, 127, 24, 40, seed=1)
+    assert torch.equal(kernels.int_matmul(a, w).long(), exact(a, w))
+
+
 @pytest.mark.parametrize(("M", "weight_is_first"), [(256, True), (257, False)])
 def test_an_aligned_weight_is_not_copied(M, weight_is_first, monkeypatch):
     seen, w = [], integers(-8, 7, 32, 48)
