@@ -18,7 +18,7 @@ def hessian(x, token_weights=None, rows: int = 8192):
     weights = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
     for part, w in zip(x.split(rows), weights.split(rows), strict=True):
         H += (w[:, None] * part).mT @ part
-    return 2 / len(x) * H
+    return H.mul_(2 / len(x))
 
 
 def output_error(error, H):
@@ -97,5 +97,5 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
             errors[i] = (w - scale * rounded[i]) / near[i, i]
             columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
         codes[:, start:end] = rounded.mT
-        W[:, end:] -= errors.mT.contiguous() @ U[start:end, end:]
+        W[:, end:].addmm_(errors.mT, U[start:end, end:], alpha=-1)
     return codes, scale.float()

@@ -164,7 +164,7 @@ MUTATIONS = [
     # ---- gptq.py
     ("gptq.py", "columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)", "", BASE),
     ("gptq.py", ".flip(-2, -1)).flip(-2, -1)", ".flip(-2, -1))", BASE),
-    ("gptq.py", "W[:, end:] -= errors", "W[:, end:] += errors", BASE),
+    ("gptq.py", "errors.mT, U[start:end, end:], alpha=-1)", "errors.mT, U[start:end, end:])", BASE),
     ("gptq.py", "max(1, at_a_time // weight.shape[1])", "len(weight)", BASE),
     # ---- feedback.py
     ("feedback.py", "block_moments(weight, size), damping)", "block_moments(weight, size), 1)", FEED),
