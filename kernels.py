@@ -40,6 +40,17 @@ import torch.nn.functional as F
 from einops import rearrange
 
 SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
+PIECE = 2**20  # activations at a time, on a CPU: a dozen passes go over them
+
+
+def by_rows(function, *tensors):
+    """function(tensors), which gives a row, or several, for every row that it takes: on a CPU piece by piece."""
+    rows = max(PIECE // max(tensors[0].shape[-1], 1), 1)
+    if tensors[0].device.type != "cpu" or len(tensors[0]) <= rows:
+        return function(*tensors)
+    pieces = [function(*piece) for piece in zip(*(t.split(rows) for t in tensors), strict=True)]
+    return torch.cat(pieces) if torch.is_tensor(pieces[0]) else tuple(map(torch.cat, zip(*pieces, strict=True)))
+
 
 # ---- packing -------------------------------------------------------------------------------------------------------
 
@@ -264,7 +275,10 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
     shift (2, N), added to tokens by their state (M,) bool. A token with NaN comes out as NaN.
     """
     (M, K), N = x.shape, len(weight)
-    codes, scale, zero = quantize_rows(x, bits, clip, feedback)
+    if feedback is None:
+        codes, scale, zero = by_rows(partial(quantize_rows, bits=bits, clip=clip), x)
+    else:  # its steps are short already
+        codes, scale, zero = quantize_rows(x, bits, clip, feedback)
     y, zero, packed = x.new_empty(M, N, dtype=dtype), zero.to(torch.int32), weight.dtype == torch.uint8
     if weight_zero is not None:
         # rowsum(X_c) − K z_c

@@ -127,10 +127,14 @@ class QuantLinear(nn.Module):
 
     def transformed(self, x, state):
         """Φ_s(x) of Eq. 11 for every token, centred first where `centre` was given; fp32."""
-        x = apply_basis(self.centred(x.float(), state), self.P)
-        if self.d_m or self.d_u:
-            x = x * state_gate(state, self.in_features, self.d_m, self.d_u)
-        return x
+        P = self.P
+
+        def rows(x, state=None):
+            x = apply_basis(self.centred(x.float(), state), P)
+            return x * state_gate(state, self.in_features, self.d_m, self.d_u) if self.d_m or self.d_u else x
+
+        states = () if state is None else (state.flatten(),)
+        return kernels.by_rows(rows, x.reshape(-1, self.in_features), *states).reshape(x.shape)
 
     def rows(self, x, state):
         """x centred and transformed in its own dtype, (M, d), for the CUDA kernels, which gate and quantize."""

@@ -143,6 +143,36 @@ class TestIntegerMatmul:
 rows_of_floats = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9)
 
 
+class TestByRows:
+    def test_pieces_are_put_together_in_order(self, monkeypatch):
+        seen, x, state = [], torch.arange(35.0).reshape(7, 5), torch.arange(7)
+        monkeypatch.setattr(kernels, "PIECE", 10)  # two rows of 5
+
+        def function(x, state):
+            seen.append(state.tolist())
+            return x + state[:, None], state
+
+        got = kernels.by_rows(function, x, state)
+        assert seen == [[0, 1], [2, 3], [4, 5], [6]]
+        assert torch.equal(got[0], x + state[:, None])
+        assert torch.equal(got[1], state)
+        assert torch.equal(kernels.by_rows(lambda x: 2 * x, x), 2 * x)
+
+    @pytest.mark.parametrize(("rows", "device"), [(2, "cpu"), (7, "meta"), (0, "cpu")])
+    def test_what_is_small_or_not_on_a_cpu_stays_whole(self, rows, device, monkeypatch):
+        monkeypatch.setattr(kernels, "PIECE", 10)
+        x = torch.empty(rows, 5, device=device)
+        assert kernels.by_rows(lambda given: given, x) is x
+
+    @pytest.mark.parametrize("clip", [None, torch.tensor([0.8, 0.9])])
+    def test_a_linear_by_pieces_is_the_same(self, clip, monkeypatch):
+        x, w = randn(9, 32), integers(-8, 7, 20, 32)
+        args = w, randn(20, seed=1).abs(), kernels.row_sums(w), 4, 4, None, None, None, clip
+        whole = kernels.int_linear(x, *args)
+        monkeypatch.setattr(kernels, "PIECE", 64)
+        assert torch.equal(kernels.int_linear(x, *args), whole)
+
+
 class TestQuantizeRows:
     def check(self, x, bits):
         codes, scale, zero = kernels.quantize_rows(x, bits)

@@ -63,6 +63,14 @@ class TestQuantLinear:
         assert torch.equal(mixed[[1, 4, 5]], unmasked[[1, 4, 5]])
         assert not torch.allclose(masked, unmasked, atol=1e-2)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_tokens_by_pieces(self, kind, monkeypatch):
+        layer, x = QuantLinear.fold(randn(7, 24), factors(kind), 2, 3), randn(3, 5, 24, seed=1)
+        state = torch.arange(15).reshape(3, 5) % 3 == 0
+        whole = layer.transformed(x, state)
+        monkeypatch.setattr(kernels, "PIECE", 4 * 24)
+        torch.testing.assert_close(layer.transformed(x, state), whole)
+
     def test_asymmetric_weights(self):
         codes, zero = integers(-8, 7, 7, 24), integers(-8, 7, 7, dtype=np.int32)
         scale = randn(7).abs() + 0.1
