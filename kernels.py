@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 SLICE = 2**22  # weights at a time: what is unpacked, and its part of the output, stays in the caches
-PIECE = 2**20  # activations at a time, on a CPU: a dozen passes go over them
+PIECE = 2**19  # activations at a time, on a CPU: a dozen passes go over them
 
 
 def by_rows(function, *tensors):
