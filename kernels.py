@@ -223,8 +223,7 @@ def quantize_rows(x, bits: int, clip=None, feedback=None):
     the range of every token (`clip_range`); feedback (n, b, b) rounds by feedback within it (`feedback_codes`).
     """
     levels, half, x = 2**bits - 1, 2 ** (bits - 1), x.float()
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     if clip is not None:
         low, high = torch.maximum(low, low * clip[0]), torch.minimum(high, high * clip[1])
     steps = x.new_full((), levels)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
@@ -232,7 +231,7 @@ def quantize_rows(x, bits: int, clip=None, feedback=None):
     zero = torch.round(-low / scale) - half
     if feedback is not None:
         return feedback_codes(x, scale, zero, feedback, bits), scale, zero
-    x = x if clip is None else x.clamp(low, high)
+    x = x if clip is None else torch.minimum(torch.maximum(x, low), high)
     return (x / scale).round_().add_(zero).clamp_(-half, levels - half).to(torch.int8), scale, zero
 
 

@@ -180,7 +180,7 @@ MUTATIONS = [
     ("kernels.py", "addcmul_(e, V[i, i + 1 :], value=-1)", "addcmul_(e, V[i, i + 1 :], value=1)", FEED),
     ("kernels.py", "return feedback_codes(x, scale", "return feedback_codes(x.clamp(low, high), scale", FEED),
     ("kernels.py", "torch.minimum(high, high * clip[1])", "torch.minimum(high, high * clip[0])", BASE, KERN),
-    ("kernels.py", "x = x if clip is None else x.clamp(low, high)", "", BASE, KERN, CUDA),
+    ("kernels.py", "x = x if clip is None else torch.minimum(torch.maximum(x, low), high)", "", BASE, KERN, CUDA),
     ("kernels.cu", "k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK", "k % FEEDBACK_BLOCK >= k / FEEDBACK_BLOCK", CUDA),
     ("kernels.cu", "j = (i + 1) / 4;", "j = (i + 4) / 4;", CUDA),
     ("kernels.cu", "shift + (state[m] ? N : 0) + n, sh", "shift + (state[m] ? 0 : N) + n, sh", CUDA),
