@@ -157,6 +157,9 @@ class TestByRows:
         assert torch.equal(got[0], x + state[:, None])
         assert torch.equal(got[1], state)
         assert torch.equal(kernels.by_rows(lambda x: 2 * x, x), 2 * x)
+        seen.clear()
+        kernels.by_rows(function, x[:3], state[:3])
+        assert seen == [[0, 1], [2]]
 
     @pytest.mark.parametrize(("rows", "device"), [(2, "cpu"), (7, "meta"), (0, "cpu")])
     def test_what_is_small_or_not_on_a_cpu_stays_whole(self, rows, device, monkeypatch):
