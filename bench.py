@@ -240,7 +240,7 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
             return cuda_kernels.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
                                             linear.abits, linear.clip, linear.feedback)
         rows = linear.transformed(x, state).reshape(-1, x.shape[-1])
-        return kernels.quantize_rows(rows, linear.abits, linear.clip, linear.feedback)
+        return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
     calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
              "attention": [partial(b.attention, qkv, table, mask) for b in blocks],

@@ -44,7 +44,7 @@ PIECE = 2**19  # activations at a time, on a CPU: a dozen passes go over them
 
 
 def by_rows(function, *tensors):
-    """function(tensors), which gives a row, or several, for every row that it takes: on a CPU piece by piece."""
+    """function(tensors), a tensor or several with a row for each of theirs: on a CPU piece by piece."""
     rows = max(PIECE // max(tensors[0].shape[-1], 1), 1)
     if tensors[0].device.type != "cpu" or len(tensors[0]) <= rows:
         return function(*tensors)
@@ -224,7 +224,7 @@ def quantize_rows(x, bits: int, clip=None, feedback=None):
     """
     levels, half, x = 2**bits - 1, 2 ** (bits - 1), x.float()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    if clip is not None:
+    if clip is not None:  # to what `clip_range` leaves
         low, high = torch.maximum(low, low * clip[0]), torch.minimum(high, high * clip[1])
     steps = x.new_full((), levels)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
     scale = (high / steps - low / steps).clamp_min(torch.finfo(torch.float32).tiny)
@@ -233,6 +233,13 @@ def quantize_rows(x, bits: int, clip=None, feedback=None):
         return feedback_codes(x, scale, zero, feedback, bits), scale, zero
     x = x if clip is None else torch.minimum(torch.maximum(x, low), high)
     return (x / scale).round_().add_(zero).clamp_(-half, levels - half).to(torch.int8), scale, zero
+
+
+def token_codes(x, bits: int, clip=None, feedback=None):
+    """`quantize_rows`, by pieces but for feedback, whose steps are short already."""
+    if feedback is not None:
+        return quantize_rows(x, bits, clip, feedback)
+    return by_rows(partial(quantize_rows, bits=bits, clip=clip), x)
 
 
 def fake_quantize_rows(x, bits: int, clip=None, feedback=None):
@@ -274,10 +281,7 @@ def int_linear(x, weight, weight_scale, weight_sum, bits: int, weight_bits: int,
     shift (2, N), added to tokens by their state (M,) bool. A token with NaN comes out as NaN.
     """
     (M, K), N = x.shape, len(weight)
-    if feedback is None:
-        codes, scale, zero = by_rows(partial(quantize_rows, bits=bits, clip=clip), x)
-    else:  # its steps are short already
-        codes, scale, zero = quantize_rows(x, bits, clip, feedback)
+    codes, scale, zero = token_codes(x, bits, clip, feedback)
     y, zero, packed = x.new_empty(M, N, dtype=dtype), zero.to(torch.int32), weight.dtype == torch.uint8
     if weight_zero is not None:
         # rowsum(X_c) − K z_c

@@ -1,4 +1,5 @@
-"""Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere."""
+"""Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere;
+on a GPU, for few tokens, the faster of two."""
 
 import warnings
 from functools import partial
@@ -8,6 +9,7 @@ import torch
 from conftest import checked_int_mm
 from test_kernels import integers
 
+import cuda_kernels
 import kernels
 
 pytestmark = pytest.mark.usefixtures("strict_int_mm")
@@ -132,3 +134,71 @@ class TestBackend:
         for chosen in ("int_mm", "float"):
             monkeypatch.setattr(kernels, "backend", lambda device, chosen=chosen: chosen)
             assert kernels.int_matmul(a, w) == {"int_mm": "int_mm", "float": "float_mm"}[chosen]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+class TestFastest:
+    @pytest.fixture(autouse=True)
+    def timed(self, monkeypatch):
+        monkeypatch.setattr(cuda_kernels, "_FASTEST", {})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(cuda_kernels, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
+        self.timings = []
+
+    def test_the_faster_one_is_kept_for_its_shape(self):
+        ways, key = [lambda: 2.0, lambda: 1.0], ("cuda", 32, 64, 128)
+        assert cuda_kernels.fastest(ways, key) is ways[1]
+        assert self.timings == ways
+        assert cuda_kernels.fastest(ways, key) is ways[1]
+        assert len(self.timings) == 2
+        later = [lambda: 1.0, lambda: 2.0]
+        assert cuda_kernels.fastest(later, ("cuda", 64, 64, 128)) is later[0]
+        assert cuda_kernels.fastest(later, key) is later[1]  # as its shape was
+        assert cuda_kernels.fastest(later[:1], key) is later[0]  # the same shape with int8 residency
+
+    def test_one_way_needs_no_clock(self):
+        way = object()
+        assert cuda_kernels.fastest([way], "key") is way
+        assert not self.timings
+
+    def test_nothing_is_timed_while_a_graph_is_recorded(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        ways = [lambda: 2.0, lambda: 1.0]
+        assert cuda_kernels.fastest(ways, ("cuda",)) is ways[0]
+        assert not self.timings
+        assert not cuda_kernels._FASTEST  # and nothing is kept that was not timed
+
+
+def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
+    class Codes:
+        def __init__(self, rows, K, is_cuda=True):
+            self.shape, self.is_cuda, self.device = (rows, K), is_cuda, torch.device("cuda", 0)
+
+    asked = []
+    monkeypatch.setattr(cuda_kernels, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
+    assert cuda_kernels.few(Codes(cuda_kernels.FEW, 4096), 4096, torch.bfloat16)
+    assert asked == [(0, torch.bfloat16, "packed")]
+    for codes, N in ((Codes(cuda_kernels.FEW + 32, 4096), 4096), (Codes(32, 4160), 4096), (Codes(32, 4096), 4112),
+                     (Codes(32, 4096, False), 4096)):
+        assert not cuda_kernels.few(codes, N, torch.bfloat16)
+    assert len(asked) == 1  # nothing is compiled that cannot serve
+    monkeypatch.setattr(cuda_kernels, "ready", lambda *_: False)
+    assert not cuda_kernels.few(Codes(32, 4096), 4096, torch.bfloat16)
+
+
+def test_kernels_are_for_gpus_only():
+    assert not cuda_kernels.usable(torch.randn(4, 64), 64)
+
+
+def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypatch):
+    def launch(*_):
+        raise RuntimeError('Compilation failed:\nkernels.cu(3): error: identifier "rintg" is undefined\n\n1 error')
+
+    monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    said = r'epilogue, tac are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
+    with pytest.warns(UserWarning, match=said):
+        assert not cuda_kernels.ready.__wrapped__(0, torch.float32)

@@ -1,8 +1,8 @@
-"""The kernels on a GPU: the assertions of `test_cuda_kernels.py`, away from the stand-ins that serve there."""
+"""The kernels on a GPU: the assertions of `kernel_checks.py`, away from the stand-ins that serve there."""
 
 import pytest
 import torch
-from test_cuda_kernels import (
+from kernel_checks import (
     DTYPES,
     check_feedback,
     check_linear,
