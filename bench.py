@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import cuda_kernels
 import kernels
-from checkpoint import CheckpointError, write_json
-from cli import Parser
-from families import ConfigError
-from graphs import GraphedModel
-from layers import TAC, QuantLinear
-from memory import linear_shapes, memory_table
-from model import FUSED, generate, load_model, pick_device, synchronize
-from twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
+from checkpoint.families import FUSED
+from checkpoint.folder import write_json
+from experiments.twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
+from methods.storage import linear_shapes, memory_table
+from model import generate, load_model
+from runtime import cuda
+from runtime.graphs import GraphedModel
+from runtime.layers import TAC, QuantLinear
+from runtime.processes import Parser, Refused, pick_device, synchronize
 
 # Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model
 PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
@@ -44,7 +44,6 @@ POINTS = {"cuda": [(1, 128, 1), (1, 512, 1), (1, 1024, 4), (4, 1024, 4), (16, 51
 
 def log(*text):
     print(*text, file=sys.stderr, flush=True)
-
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
@@ -128,7 +127,7 @@ def ceilings(device, dtype, repeats: int) -> dict:
     seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
     for name, s in seconds.items():
         if "failed" in s:
-            raise CheckpointError(f"the machine's limits cannot be measured: {name}: {s['failed']}.")
+            raise Refused(f"the machine's limits cannot be measured: {name}: {s['failed']}.")
     # a ceiling is what was reached, so the fast quartile
     return {"bytes_per_s": 2 * size / seconds["copy"]["low"],
             **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] for k in products}}
@@ -154,7 +153,6 @@ def probe_int_mm(device) -> dict:
     columns = (8, 16, 24, 32, 40, 64)
     return {layout: {"M": [M for M in rows if good(layout, M=M)], "K": [K for K in columns if good(layout, K=K)],
                      "N": [N for N in columns if good(layout, N=N)]} for layout in ("column-major", "row-major")}
-
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
 
@@ -236,8 +234,8 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     hidden = model.norm(x)
 
     def codes(linear, x):
-        if cuda_kernels.usable(x, linear.weight_packed.shape[0], linear.feedback):
-            return cuda_kernels.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
+        if cuda.usable(x, linear.weight_packed.shape[0], linear.feedback):
+            return cuda.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
                                             linear.abits, linear.clip, linear.feedback)
         rows = linear.transformed(x, state).reshape(-1, x.shape[-1])
         return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
@@ -256,7 +254,6 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     if "transforms, gates, codes" in seconds:
         seconds["linears"] -= seconds["transforms, gates, codes"]  # a QuantLinear contains them
     return seconds
-
 
 # ---- the report ----------------------------------------------------------------------------------------------------
 
@@ -321,7 +318,7 @@ def run(args, keep=lambda result: None) -> dict:
         model = load_model(args.model, device, dtype)
     model.requires_grad_(False)
     if any(isinstance(m, QuantLinear) for m in model.modules()):
-        raise CheckpointError(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
+        raise Refused(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
     result = {"model": args.model, "random_weights": args.random_weights, "blocks": args.blocks,
@@ -330,8 +327,8 @@ def run(args, keep=lambda result: None) -> dict:
               "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
-              "cuda_kernels": [part for part in cuda_kernels.PARTS if device.type == "cuda"
-                               and cuda_kernels.ready(torch.cuda.current_device(), dtype, part)],
+              "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
+                               and cuda.ready(torch.cuda.current_device(), dtype, part)],
               "ceilings": (top := ceilings(device, dtype, args.repeats))}
     log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)
@@ -363,7 +360,7 @@ def run(args, keep=lambda result: None) -> dict:
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     keep(result)
-    faster = [f"{M} x {K} -> {N}" for (_, _, M, N, K), way in cuda_kernels._FASTEST.items() if way == 0]
+    faster = [f"{M} x {K} -> {N}" for (_, _, M, N, K), way in cuda._FASTEST.items() if way == 0]
     result["packed_product"] = faster
     # last, because what it tries on purpose may end a GPU's context
     result["refused"] = sorted([str(d), *sizes] for d, *sizes in kernels._REFUSED)  # these ran through the fallback
@@ -409,7 +406,7 @@ def main(argv=None) -> int:
         command = {"command": "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)}
         with torch.no_grad():
             result = command | run(args, lambda part: args.out and write_json(args.out, command | part))
-    except (CheckpointError, ConfigError, ValueError) as error:
+    except ValueError as error:
         log(f"bench.py: {error}")
         return 2
     except torch.OutOfMemoryError:

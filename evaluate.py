@@ -13,21 +13,18 @@ progress to standard error.
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import data
-import distributed
-import metrics
-import protocol
-import tables
-from checkpoint import Checkpoint, CheckpointError, resolve, write_json
-from cli import Parser
-from families import ConfigError
-from model import load_model, pick_device
-from sampling import denoise
+from checkpoint.folder import write_json
+from experiments import protocol, tables
+from model import load_model
+from runtime import processes
+from runtime.processes import Parser, Refused, pick_device
+from runtime.sampling import denoise
+from tiny import metrics, tasks
 
 MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math": "math, accuracy",
             "code": "code, accuracy", "cloze": "cloze, accuracy", "tokens": "same final token",
@@ -57,7 +54,7 @@ def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=N
     tokenizer, out = next(iter(models.values())).tokenizer, sys.stdout if out is None else out
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     if ids.shape[1] == 0:
-        raise CheckpointError("--prompt holds no text.")
+        raise Refused("--prompt holds no text.")
 
     def text(model, row):
         tokens = [("░" if t == model.mask_id else tokenizer.decode([t], skip_special_tokens=True)) for t in row]
@@ -74,42 +71,6 @@ def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=N
         out.flush()
     return {name: tokenizer.decode(step.ids[0, ids.shape[1]:].tolist())
             for name, step in zip(models, batch, strict=True)}
-
-
-# ---- benchmarks ------------------------------------------------------------------------------------------------------
-
-
-def benchmarks(args, dtype) -> dict:
-    """The harness' tasks under the model's protocol, beside the paper's numbers; requests are shared under torchrun."""
-    try:
-        import harness
-    except ImportError as error:
-        raise CheckpointError(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") \
-            from None
-    folder = resolve(args.model)
-    name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
-    name = args.protocol or protocol.protocol_of(name, family)
-    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
-                for task in args.tasks.split(",")}
-    for task, setting in settings.items():
-        if setting.runs_code and not args.confirm_run_unsafe_code:
-            raise CheckpointError(f"{task} executes code that the model wrote; where that can do no harm (a container "
-                                  f"without network), allow it with --confirm-run-unsafe-code.")
-    manager = harness.find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
-    device = distributed.start(pick_device(args.device))
-    model, results = load_model(args.model, device, dtype, args.weights), {}
-    identity = harness.fingerprint(args.model)
-    for task, s in settings.items():
-        lm = harness.HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
-                               cache=args.cache, identity=identity, **s.generation)
-        results[task] = harness.run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
-        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
-        print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
-              file=sys.stderr)
-    if distributed.rank() == 0:
-        print(protocol.table(name, results))
-    return {"model": args.model, "protocol": name, "limit": args.limit, "processes": distributed.world(),
-            "tasks": results}
 
 
 def parse(argv):
@@ -150,11 +111,11 @@ def run(args) -> dict:
     given = {"problems": args.problems, "gen-length": args.gen_length, "steps": args.steps, "limit": args.limit,
              "batch-size": args.batch_size, "mc-num": args.mc_num, "sequences": args.sequences}
     for name in (name for name, value in given.items() if value is not None and value < 1):
-        raise CheckpointError(f"--{name} must be at least 1.")
+        raise Refused(f"--{name} must be at least 1.")
     if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
-        raise CheckpointError(f"--out {args.out} cannot be a file there.")
+        raise Refused(f"--out {args.out} cannot be a file there.")
     if args.table:
-        device = distributed.start(pick_device(args.device))
+        device = processes.start(pick_device(args.device))
         run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device),
                                 sequences=args.sequences), args.seeds
         if args.quick:
@@ -162,19 +123,24 @@ def run(args) -> dict:
         return tables.make(args.table, run, seeds, args.quick, args.fresh)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
     if args.tasks:
+        try:
+            from experiments.harness import benchmarks
+        except ImportError as error:
+            raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") \
+                from None
         return benchmarks(args, dtype)
     names = [args.model] + ([args.against] if args.against else [])
     models = {name: load_model(name, args.device, dtype, args.weights) for name in names}
     for name, model in models.items():
         if model.tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer.json, which text needs.")
+            raise Refused(f"{name} has no tokenizer.json, which text needs.")
     if args.prompt is not None:
-        length = args.gen_length or data.GEN_LENGTH
+        length = args.gen_length or tasks.GEN_LENGTH
         written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
         return {"prompt": args.prompt, "text": written}
     other = models.get(args.against)
     if other and other.config.vocab_size != models[args.model].config.vocab_size:
-        raise CheckpointError(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
+        raise Refused(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
     results = {name: metrics.scores(model, args.problems, args.seed, label=name,
                                     reference=None if model is other else other) for name, model in models.items()}
     record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
@@ -192,7 +158,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     try:
         record = run(args)
-    except (CheckpointError, ConfigError, ValueError) as error:
+    except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -201,7 +167,7 @@ def main(argv=None) -> int:
     except torch.OutOfMemoryError:
         print("evaluate.py: out of GPU memory; lower --batch-size (or --problems).", file=sys.stderr)
         return 2
-    if distributed.rank():
+    if processes.rank():
         return 0
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

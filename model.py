@@ -12,7 +12,6 @@ Linears with one input are one fused linear (`qkv`, `out`, `gate_up`, `down`): o
 """
 
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,24 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from checkpoint import (
-    SINGLE,
-    Checkpoint,
-    CheckpointError,
-    check_quantized,
-    resolve,
-    write_file,
-    write_json,
-    write_tensors,
-)
-from families import NAMES, ModelConfig, norm_names
-from layers import TAC, QuantEmbedding, QuantLinear
-from sampling import denoise, generate
-from softmax_value import QuantAttention
-from tokenizer import load_tokenizer
+from checkpoint.families import NAMES, ModelConfig, norm_names
+from checkpoint.folder import SINGLE, Checkpoint, resolve, write_file, write_json, write_tensors
+from checkpoint.loading import _fill, _load_quantized, _load_quantized_outer, check_tensors, part_rows
+from checkpoint.tokenizer import load_tokenizer
+from runtime.processes import Refused, pick_device
+from runtime.sampling import denoise, generate
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
-FUSED = ("qkv", "out", "gate_up", "down")
 
 
 class Linear(nn.Linear):
@@ -215,46 +204,6 @@ class DiffusionLM(nn.Module):
             write_file(folder / "tokenizer.json", lambda p: self.tokenizer.save(str(p)))
 
 
-def part_rows(c: ModelConfig, fused: str) -> list[slice]:
-    """Rows that each checkpoint tensor takes in a fused linear."""
-    sizes = {"qkv": [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim],
-             "gate_up": [c.d_ffn, c.d_ffn], "out": [c.d_model], "down": [c.d_model]}[fused]
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def in_features(c: ModelConfig, fused: str) -> int:
-    return {"out": c.n_heads * c.head_dim, "down": c.d_ffn}.get(fused, c.d_model)
-
-
-def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a 16-bit checkpoint of this config."""
-    names, d = NAMES[c.family], c.d_model
-    out = {f"{names.embed}.weight": (c.vocab_size, d), f"{names.final_norm}.weight": (d,)}
-    if not c.tied:
-        out[f"{names.head}.weight"] = (c.vocab_size, d)
-    for i in range(c.n_layers):
-        prefix = names.block.format(i)
-        for ours, theirs in norm_names(c).items():
-            out[f"{prefix}.{theirs}.weight"] = (c.head_dim,) if ours in ("q_norm", "k_norm") else (d,)
-        for fused, parts in names.linears.items():
-            for part, rows in zip(parts, part_rows(c, fused), strict=True):
-                out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, in_features(c, fused))
-                if fused == "qkv" and c.qkv_bias:
-                    out[f"{prefix}.{part}.bias"] = (rows.stop - rows.start,)
-    return out
-
-
-def _fill(parameter, tensors, device, dtype):
-    """A parameter from checkpoint tensors stacked along rows, without a second copy of the whole."""
-    out = torch.empty(parameter.shape, device=device, dtype=dtype)
-    row = 0
-    for t in tensors:
-        out[row : row + len(t)] = t
-        row += len(t)
-    return nn.Parameter(out, requires_grad=False)
-
-
 def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32, weights="packed") -> Block:
     """Block i, 16-bit or quantized, read tensor by tensor: the unit in which calibration streams a model."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
@@ -278,26 +227,6 @@ def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32
     return block
 
 
-def _load_quantized(checkpoint: Checkpoint, block: Block, prefix: str, device, weights: str) -> Block:
-    q, c = checkpoint.quantization, checkpoint.config
-    for fused in FUSED:
-        start = f"{prefix}.{fused}."
-        tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
-        rows, K, bits = part_rows(c, fused)[-1].stop, in_features(c, fused), q["weight_bits"]
-        checkpoint.require(f"{start}weight_packed", (rows, -(-K // 2) if bits <= 4 else K))
-        checkpoint.require(f"{start}weight_scale", (rows,))
-        gates = q["linears"][fused]
-        linear = QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"], bits)
-        setattr(block, fused, linear.unpack_weights() if weights == "int8" and bits <= 4 else linear)
-    if f"{prefix}.tac.M" in checkpoint.shapes:
-        block.tac = TAC(checkpoint.get(f"{prefix}.tac.M"), checkpoint.get(f"{prefix}.tac.bias")).to(device)
-    start = f"{prefix}.softmax_value."
-    tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
-    if tensors:
-        block.softmax_value = QuantAttention(**tensors)
-    return block
-
-
 def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: bool = True) -> DiffusionLM:
     """The model without its blocks: embedding, final norm, head (on request), tokenizer."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
@@ -305,7 +234,7 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: 
         model = DiffusionLM(replace(c, n_layers=1))
     model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
     if model.tokenizer is not None and model.tokenizer.get_vocab_size() > c.vocab_size:
-        raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
+        raise Refused(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
                               f"embedding only {c.vocab_size}.")
     parts = [("embed", names.embed), ("norm", names.final_norm)] + [("head", names.head)] * (head and not c.tied)
     if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
@@ -320,84 +249,11 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: 
     return model.eval()
 
 
-def quantize_outer(model: DiffusionLM, head_bits: int = 8, embed_bits: int | None = None) -> DiffusionLM:
-    """Embedding and head in integers, in place: rows of embed_bits (4 or 8, default head_bits) with a scale each.
-
-    The head runs on integers like every other linear, its input in head_bits. A tied pair stays one tensor.
-    """
-    tied, head = model.config.tied, model.head.weight
-    model.embed = QuantEmbedding.fold(model.embed.weight, head_bits if tied else embed_bits or head_bits)
-    model.head = QuantLinear.fold(head, abits=head_bits, wbits=head_bits)
-    if tied:
-        model.head.weight_packed = model.embed.weight_packed
-    return model
-
-
-def outer_tensors(model: DiffusionLM) -> dict[str, torch.Tensor]:
-    """Checkpoint tensors of embedding, final norm and head, 16-bit or quantized: what `load_outer` reads."""
-    names, out = NAMES[model.config.family], {}
-    for module, name in ((model.embed, names.embed), (model.norm, names.final_norm), (model.head, names.head)):
-        if module is not model.head or not model.config.tied:
-            out |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
-    return out
-
-
-def _load_quantized_outer(checkpoint: Checkpoint, model: DiffusionLM, device, dtype) -> None:
-    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
-    bits, tensors = {"embed": q.get("embed_bits", q["head_bits"]), "head": q["head_bits"]}, {}
-    for ours, theirs in (("embed", names.embed), ("head", names.head)):
-        if ours == "head" and c.tied:
-            tensors[ours] = tensors["embed"]
-            continue
-        width = -(-c.d_model // 2) if bits[ours] <= 4 else c.d_model
-        checkpoint.require(f"{theirs}.weight_packed", (c.vocab_size, width))
-        tensors[ours] = {"weight_packed": checkpoint.get(f"{theirs}.weight_packed").to(device),
-                         "weight_scale": checkpoint.get(f"{theirs}.weight_scale", (c.vocab_size,)).to(device)}
-    model.embed = QuantEmbedding(*tensors["embed"].values(), c.d_model, bits["embed"], dtype)
-    model.head = QuantLinear.from_tensors(tensors["head"], c.d_model, 0, 0, bits["head"], bits["head"])
-
-
-def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape and type, and no other: before any is loaded."""
-    c, expected = checkpoint.config, expected_tensors(checkpoint.config)
-    if checkpoint.quantization:
-        return check_quantized(checkpoint)
-    for name, shape in expected.items():
-        checkpoint.require(name, shape)
-        if checkpoint.dtypes[name] not in ("BF16", "F16", "F32", "F64"):
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has type {checkpoint.dtypes[name]}, not a "
-                                  f"float type of 16 to 64 bits.")
-    extra = sorted(set(checkpoint.shapes) - set(expected))
-    embed, head = (f"{n}.weight" for n in (NAMES[c.family].embed, NAMES[c.family].head))
-    if c.tied and extra == [head] and torch.equal(checkpoint.get(head), checkpoint.get(embed)):
-        return  # a tied head that was saved twice
-    if extra:
-        raise CheckpointError(f"{checkpoint.folder} holds {len(extra)} tensors that this architecture does not have, "
-                              f"first {extra[0]!r}.")
-
-
-def pick_device(device: str) -> torch.device:
-    """auto -> cuda if there is one; a device that is not there is named."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()  # a device such as "meta" exists but holds no number
-    except (RuntimeError, AssertionError, ValueError):
-        raise CheckpointError(f"device {device!r} is not available here; use --device cpu.") from None
-    return torch.device(device)
-
-
-def synchronize(device) -> None:
-    """Wait for what a GPU was told to do: before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 
     weights: "packed" keeps 4-bit weights two a byte, "int8" one a byte (nothing to unpack; often a little faster).
-    Raises CheckpointError or ConfigError with one sentence about what is wrong with the folder.
+    Raises Refused with one sentence about what is wrong with the folder.
     """
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))
     check_tensors(checkpoint)

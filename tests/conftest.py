@@ -8,10 +8,10 @@ import torch
 from hypothesis import settings
 
 import kernels
-import train
-from checkpoint import resolve
-from families import read_config
+from checkpoint.families import read_config
+from checkpoint.folder import resolve
 from model import DiffusionLM
+from tiny import train
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import bench
 import calibrate
 import evaluate
-import figures
-import stress
-import twins
-from checkpoint import INDEX
+from checkpoint import published
+from checkpoint.folder import INDEX
+from experiments import figures
+from tiny import stress
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 EMBED, NORM = "model.transformer.wte.weight", "model.transformer.ln_f.weight"
@@ -357,7 +357,7 @@ FILES = {"empty.txt": b"", "blank.txt": b" \n\t\n", "nul.txt": b"\0" * 99, "lati
 
 
 COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main,
-            "twins": twins.main, "figures": figures.main}
+            "twins": published.main, "figures": figures.main}
 
 
 def tree(folder: Path) -> dict:

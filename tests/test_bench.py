@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
-import twins
-from blocks import quantize_model
-from checkpoint import SINGLE, write_json, write_tensors
-from families import NAMES, read_config
-from layers import QuantEmbedding, QuantLinear, quantize_weight
-from memory import factor_shapes, memory_table
+from calibrate import quantize_model
+from checkpoint import published
+from checkpoint.families import FUSED, NAMES, read_config
+from checkpoint.folder import SINGLE, write_json, write_tensors
+from checkpoint.loading import outer_tensors
+from experiments import twins
 from methods import QuantConfig
-from model import FUSED, load_model, outer_tensors, quantize_outer
+from methods.rtn import quantize_outer
+from methods.storage import factor_shapes, memory_table
+from model import load_model
+from runtime.layers import QuantEmbedding, QuantLinear, quantize_weight
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = {name: str(ROOT / "tests" / "fixtures" / name) for name in ("llada", "dream")}
@@ -64,9 +67,9 @@ def test_memory_table_counts_the_bytes_of_a_calibrated_model(name):
 
 
 # bytes that the published index files state as total_size
-@pytest.mark.parametrize(("name", "published"), [("llada-8b", 16031162368), ("dream-7b", 15231233024)])
-def test_sixteen_bit_size_is_the_published_one(name, published):
-    assert memory_table(read_config(twins.SHAPES[name]))["sixteen_bit"] == published
+@pytest.mark.parametrize(("name", "size"), [("llada-8b", 16031162368), ("dream-7b", 15231233024)])
+def test_sixteen_bit_size_is_the_published_one(name, size):
+    assert memory_table(read_config(published.SHAPES[name]))["sixteen_bit"] == size
 
 
 @pytest.mark.parametrize(("name", "method", "embed_bits"), [
@@ -75,7 +78,7 @@ def test_sixteen_bit_size_is_the_published_one(name, published):
 def test_saving_at_published_shapes(name, method, embed_bits):
     """Dream with 8-bit embedding and head stays at 3.48x: its vocabulary is 14 % of the model, so 3.5x needs less;
     what `starquant+` adds needs it, too."""
-    sizes = memory_table(read_config(twins.SHAPES[name]), head_bits=8, embed_bits=embed_bits, method=method)
+    sizes = memory_table(read_config(published.SHAPES[name]), head_bits=8, embed_bits=embed_bits, method=method)
     assert sizes["sixteen_bit"] / sizes["total"] >= 3.5
 
 
@@ -159,10 +162,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_peak_while_loading(tmp_path):
     """The process grows by at most 1.2x of the model, counting the file's pages, which a CPU maps into it, too."""
-    raw = twins._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
+    raw = published._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
                           "vocab_size": 16000, "embedding_size": 16000, "mask_token_id": 15000, "eos_token_id": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(twins.SHAPES, "small", raw)
+        patch.setitem(published.SHAPES, "small", raw)
         model = twins.random_model("small", torch.device("cpu"), torch.bfloat16, 0)
     model = twins.quantized_twin(model)
     write_quantized(model, tmp_path, 8)

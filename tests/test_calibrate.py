@@ -8,16 +8,17 @@ import pytest
 import torch
 from arguments import fast
 
-import baselines
-import blocks
 import calibrate
-import data
-import preflight
-from blocks import QuantConfig, masked_copies, quantize_model, run_block
-from checkpoint import INDEX, Checkpoint, sha256
-from layers import TAC, QuantLinear
-from model import FUSED, load_model
+from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from calibration import preflight, segments
+from checkpoint import folder as folder_module
+from checkpoint.families import FUSED
+from checkpoint.folder import INDEX, Checkpoint, sha256
+from methods import rtn
+from model import load_model
+from runtime.layers import TAC, QuantLinear
 from starquant import state_gate
+from tiny import tasks
 
 
 def command(model, out, *more):
@@ -46,14 +47,14 @@ class TestResult:
 
     def test_function_gives_the_same_model_as_the_command(self, small_folder, quantized_folder):
         full = load_model(small_folder, "cpu")
-        tokens, region = data.calibration_set(full.tokenizer, 9, 40, 0)
+        tokens, region = tasks.calibration_set(full.tokenizer, 9, 40, 0)
         mine = quantize_model(full, tokens, QuantConfig(epochs=1), region)
         assert torch.equal(mine(ids()), load_model(quantized_folder, "cpu")(ids()))
 
     def test_the_same_for_starquant_plus(self, small_folder, tmp_path):
         assert command(small_folder, tmp_path / "q", "--method", "starquant+", "--set", "tac=ridge") == 0
         full = load_model(small_folder, "cpu")
-        tokens, region = data.calibration_set(full.tokenizer, 9, 40, 0)
+        tokens, region = tasks.calibration_set(full.tokenizer, 9, 40, 0)
         mine = quantize_model(full, tokens, QuantConfig(method="starquant+", tac="ridge", epochs=1), region)
         assert torch.equal(mine(ids()), load_model(tmp_path / "q", "cpu")(ids()))
 
@@ -149,7 +150,7 @@ class Stop:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
-        return baselines.fit_rtn(*args)
+        return rtn.fit_rtn(*args)
 
 
 class TestResume:
@@ -167,13 +168,12 @@ class TestResume:
             assert sha256(shard) == sha256(tmp_path / "cut" / shard.name)
 
     def test_no_half_written_file_stands_under_a_final_name(self, small_folder, tmp_path, monkeypatch):
-        import checkpoint
 
         def full_disk(tensors, path, metadata):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+        monkeypatch.setattr(folder_module, "save_file", full_disk)
         assert command(small_folder, tmp_path / "q", "--method", "rtn") == 2
         assert not list((tmp_path / "q").glob("*.safetensors"))
         assert not list((tmp_path / "q").glob(".*tmp"))
@@ -184,7 +184,7 @@ class TestCalibrationText:
         rows = [{"sentence": "The trophy beat the _ .", "option1": "case", "option2": "bag", "answer": "2"},
                 {"text": "plain"}]
         (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        assert data.read_texts(tmp_path / "w.jsonl") == ["The trophy beat the bag .", "plain"]
+        assert segments.read_texts(tmp_path / "w.jsonl") == ["The trophy beat the bag .", "plain"]
 
     def test_text_file_calibrates(self, small_folder, tmp_path):
         (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
@@ -196,8 +196,8 @@ class TestCalibrationText:
 def test_progress_comes_to_its_end(small_folder, setting):
     model, calls, config = load_model(small_folder, "cpu"), [], QuantConfig(**setting, epochs=2)
     noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-    list(blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, progress=calls.append))
-    assert len(calls) == len(model.blocks) * blocks.progress_steps(config)
+    list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, progress=calls.append))
+    assert len(calls) == len(model.blocks) * calibrate.progress_steps(config)
 
 
 class TestSpill:
@@ -212,16 +212,16 @@ class TestSpill:
     def test_streams_and_inputs_lie_in_files_of_that_folder(self, small_folder, tmp_path, monkeypatch):
         model, made = load_model(small_folder, "cpu"), []
 
-        def record(*args, original=blocks.activations):
+        def record(*args, original=calibrate.activations):
             made.append(original(*args))
             return made[-1]
 
-        monkeypatch.setattr(blocks, "activations", record)
+        monkeypatch.setattr(calibrate, "activations", record)
         config = QuantConfig(method="dllmquant+")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        whole = [r for *_, r in blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+        whole = [r for *_, r in calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
         in_memory = len(made)
-        stream = blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
+        stream = calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
         spilled = [r for *_, r in stream]
         assert [r["linears"] for r in whole] == [r["linears"] for r in spilled]
         files = [t.untyped_storage().filename for t in made]
@@ -233,17 +233,17 @@ class TestSpill:
     def test_most_bytes_at_once_are_what_the_preflight_says(self, small_folder, tmp_path, monkeypatch):
         model, live, most = load_model(small_folder, "cpu"), [], 0
 
-        def record(*args, original=blocks.activations):
+        def record(*args, original=calibrate.activations):
             nonlocal most
             tensor = original(*args)
             live.append((weakref.ref(tensor), tensor.numel() * tensor.element_size()))
             most = max(most, sum(size for ref, size in live if ref() is not None))
             return tensor
 
-        monkeypatch.setattr(blocks, "activations", record)
+        monkeypatch.setattr(calibrate, "activations", record)
         config = QuantConfig(method="rtn")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        list(blocks.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
+        list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
         assert 0.7 * preflight.spilled_bytes(model.config, 8 * 24, 4) < most
         assert most <= preflight.spilled_bytes(model.config, 8 * 24, 4)
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import TOLERANCE, orthogonal, randn, seeds
 
-import layers
 import starquant
-from families import ModelConfig
+from checkpoint.families import ModelConfig
 from model import Block, rope, rope_table
+from runtime import layers
 
 
 class TestEq16:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-import data
 import evaluate
-import metrics
 from model import generate, load_model
+from runtime import sampling
+from tiny import metrics, tasks
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ class TestKL:
         assert torch.equal(got["nelbo"], metrics.losses(model, ids, region, 1, seed=3)["nelbo"])
 
         g = torch.Generator().manual_seed(3)
-        t = data.stratified_ratios(8, g, 1e-3)
-        noisy = data.mask_tokens(ids, region, t, model.mask_id, g)
+        t = sampling.stratified_ratios(8, g, 1e-3)
+        noisy = sampling.mask_tokens(ids, region, t, model.mask_id, g)
         for row in range(8):
             with torch.no_grad():
                 p, q = (torch.softmax(m(noisy[row : row + 1])[0].double(), -1) for m in (reference, model))
@@ -64,7 +64,7 @@ class TestKL:
 
 class TestTasks:
     def test_left_padding_in_a_batch_changes_no_answer(self, tiny):
-        problems = data.problems("math", "eval", 3, 11) + data.problems("code", "eval", 3, 11)
+        problems = tasks.problems("math", "eval", 3, 11) + tasks.problems("code", "eval", 3, 11)
         ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
         assert not mask.all()
         together = generate(tiny, ids, 12, 24, attention_mask=mask)[:, -24:]
@@ -73,7 +73,7 @@ class TestTasks:
             assert torch.equal(generate(tiny, alone, 12, 24)[0, -24:], row)
 
     def test_grade_judges_the_text_that_generate_writes(self, tiny):
-        problems = data.problems("code", "eval", 4, 12)
+        problems = tasks.problems("code", "eval", 4, 12)
         ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
         texts = metrics.answers(tiny.tokenizer, generate(tiny, ids, 24, 24, attention_mask=mask)[:, -24:])
         want = [float(p.correct(t)) for p, t in zip(problems, texts, strict=True)]
@@ -86,8 +86,8 @@ class TestTasks:
         assert metrics.answers(tiny.tokenizer, torch.tensor([[*body, eos, *body]])) == ["1+1=2"]
 
     def test_cloze_is_far_above_chance_and_a_tie_is_no_hit(self, tiny):
-        problems = data.cloze_problems(tiny.tokenizer, "eval", 24, 2)
-        equal = [data.Cloze(p.context, p.options[:1].expand(4, -1), 3) for p in problems[:8]]
+        problems = tasks.cloze_problems(tiny.tokenizer, "eval", 24, 2)
+        equal = [tasks.Cloze(p.context, p.options[:1].expand(4, -1), 3) for p in problems[:8]]
         assert metrics.cloze(tiny, problems).mean() > 0.4
         assert metrics.cloze(tiny, equal).sum() == 0  # argmax of a four-way tie is the first option
 
@@ -104,7 +104,7 @@ class TestFidelity:
         assert out["divergence"].tolist() == [1.0, 0.5, 0.25]
 
     def test_trajectory_records_every_commit(self, tiny):
-        problems = data.problems("math", "eval", 2, 1)
+        problems = tasks.problems("math", "eval", 2, 1)
         ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
         tokens, when = metrics.trajectory(tiny, problems, 8, 24)
         assert torch.equal(tokens, generate(tiny, ids, 8, 24, attention_mask=mask)[:, -24:])

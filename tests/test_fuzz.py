@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import calibrate
-from checkpoint import INDEX, SINGLE, CheckpointError
-from families import ConfigError
+from checkpoint.folder import INDEX, SINGLE
 from model import load_model
+from runtime.processes import Refused
 
 SECONDS = 10  # far above a load of these folders (20 ms), far below a hang
 FUZZ = settings(max_examples=4 * settings().max_examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -45,7 +45,7 @@ def loads_or_refuses(folder) -> bool:
         with torch.no_grad():
             assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, model.config.vocab_size)
         return True
-    except (CheckpointError, ConfigError) as error:
+    except Refused as error:
         sentence = str(error)
     finally:
         assert time.perf_counter() - start < SECONDS

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import model as model_module
-import sampling
-from families import ModelConfig
-from model import FUSED, DiffusionLM, Linear, RMSNorm, load_model, rope, rope_table
-from sampling import denoise, generate
+from checkpoint import loading
+from checkpoint.families import FUSED, ModelConfig
+from model import DiffusionLM, Linear, RMSNorm, load_model, rope, rope_table
+from runtime import sampling
+from runtime.sampling import denoise, generate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = {f: load_file(FIXTURES / f / "parity.safetensors") for f in ("llada", "dream")}
@@ -409,7 +409,7 @@ def test_saved_and_loaded_again_bit_by_bit(models, family, dtype, tmp_path):
 def test_names_and_shapes_are_those_a_checkpoint_must_have(models):
     for family, model in models.items():
         original = load_file(FIXTURES / family / "model.safetensors")
-        assert model_module.expected_tensors(model.config) == {k: tuple(v.shape) for k, v in original.items()}
+        assert loading.expected_tensors(model.config) == {k: tuple(v.shape) for k, v in original.items()}
 
 
 def test_tied_head_is_the_embedding():

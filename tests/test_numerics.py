@@ -8,13 +8,13 @@ import torch
 from arguments import fast
 from safetensors.torch import load_file
 
-import baselines
 import calibrate
-import methods
-from blocks import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
-from checkpoint import CheckpointError
-from layers import QuantLinear
-from model import FUSED, generate, load_model
+from calibrate import METHODS, QuantConfig, calibrate_blocks, quantize_block, quantize_model
+from checkpoint.families import FUSED
+from methods import rtn, sgat
+from model import generate, load_model
+from runtime.layers import QuantLinear
+from runtime.processes import Refused
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -57,7 +57,7 @@ class TestNamed:
         full = load_model(small_folder, "cpu")
         x, state, table, _ = full.prepare(torch.randint(1000, (3, 8)))
         x[0, 0, 0] = x[2, 1, 3] = bad
-        with pytest.raises(CheckpointError, match=rf"^block 7: the input of qkv holds {count} NaN or Inf of 1536 "):
+        with pytest.raises(Refused, match=rf"^block 7: the input of qkv holds {count} NaN or Inf of 1536 "):
             quantize_block(full.blocks[0], x, x, state, table, QuantConfig(method="rtn"), 7)
 
 
@@ -94,7 +94,7 @@ CASES = ["zero rows", "constant rows", "a dead channel", "no input", "no weight"
 
 def fit(method, x, w, masked=0.5):
     state = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(1)) < masked
-    given = baselines.Inputs(x, x @ w.mT, state, torch.full(state.shape, 0.5), torch.ones(x.shape[-1]))
+    given = rtn.Inputs(x, x @ w.mT, state, torch.full(state.shape, 0.5), torch.ones(x.shape[-1]))
     fitted, record = METHODS[method](w, None, given, QuantConfig(method=method, epochs=1),
                                      torch.Generator().manual_seed(0), lambda loss: None)
     return fitted(x, state), record
@@ -130,7 +130,7 @@ class TestEveryMethod:
         try:
             block, record = quantize_block(full.blocks[0], x, x, state, table, QuantConfig(method=method, epochs=1), 0,
                                            confidence=torch.full(state.shape, 0.5))
-        except CheckpointError as error:
+        except Refused as error:
             sentence = str(error)
         else:
             assert torch.isfinite(block(x, state, table)).all()
@@ -181,8 +181,6 @@ class TestDivergence:
                             f"ended at {r['last']:.4g}; the best iterate, {r['best']:.4g}, is kept.")
 
     def test_a_loss_that_is_nan_is_said_and_leaves_valid_json(self, small_folder, tmp_path, capsys, monkeypatch):
-        import sgat
-
         trained, original = [False], sgat.sgat_loss
 
         def burst(*args):
@@ -193,7 +191,7 @@ class TestDivergence:
 
         def fresh(*args):
             trained[0] = False
-            return methods.fit_starquant(*args)
+            return sgat.fit_starquant(*args)
 
         monkeypatch.setattr(sgat, "sgat_loss", burst)
         monkeypatch.setitem(METHODS, "starquant", fresh)

@@ -12,10 +12,11 @@ import pytest
 
 import calibrate
 import evaluate
+import methods
 import starquant
-import twins
-from families import read_config
-from memory import memory_table
+from checkpoint import published
+from checkpoint.families import read_config
+from methods.storage import memory_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,7 +60,7 @@ def test_commands_parse(line):
         assert (ROOT / words[0]).is_file()
         module = {"calibrate.py": calibrate, "evaluate.py": evaluate}.get(words[0])
         if module is calibrate:
-            calibrate.config_from(calibrate.parse(words[1:]))
+            methods.config_from(calibrate.parse(words[1:]))
         elif module is not None:
             module.parse(words[1:])
 
@@ -101,7 +102,7 @@ def test_memory_table_is_the_exact_count():
     assert len(rows) == 4
     for model, method, cells in rows:
         for cell, (head, embed) in zip(cells.split("|")[1:], ((16, 16), (8, 8), (8, 4)), strict=True):
-            sizes = memory_table(read_config(twins.SHAPES[model.lower()]), 4, head, embed, method)
+            sizes = memory_table(read_config(published.SHAPES[model.lower()]), 4, head, embed, method)
             saving = sizes["sixteen_bit"] / sizes["total"]
             assert cell.strip() == f"{sizes['total'] / 1e9:.2f} GB, {saving:.2f}x"
 

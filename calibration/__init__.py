@@ -1,0 +1,1 @@
+"""What stands around the calibration: text in, checks before it, the folder it writes."""

@@ -1,0 +1,180 @@
+"""Before anything is written: can this run finish? And `--dry-run`, which also rehearses one optimization step.
+
+`check` runs at the start of every calibration: weights without NaN and Inf (the rest of the model files is checked when
+they are opened), the exact bytes of the output against the free disk, permission to write, and a lower bound of the
+memory against what is free. Every failure is one sentence. `rehearse` fits the first linear of the first block for one
+step and estimates the time of the whole run from it.
+"""
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from calibration.output import OURS
+from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes
+from checkpoint.folder import TOKENIZER_FILES, Checkpoint
+from methods import SECOND_ORDER
+from methods.rtn import Inputs
+from methods.storage import WIDTH, output_bytes
+from runtime.processes import Refused, free_memory, synchronize, watched
+from starquant import linear
+
+HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
+FORWARDS = 9  # passes of a block's inputs through it: targets, four inputs, TAC's two, both streams onwards
+
+# ---- memory, from below ----------------------------------------------------------------------------------------------
+
+
+def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False, gptq: bool = False) -> dict:
+    """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
+
+    gptq: the method rounds weights by GPTQ, in float64: second moment, its factor, the weight and its codes.
+    Of what is spilled to disk nothing is counted but the 16-bit stream while it leaves the embedding, which is gone
+    when the blocks come. Scratch of the optimizer, attention and integer products is on top and depends on the device.
+    """
+    shapes = list(linear_shapes(c).values())  # in the order they are fitted
+    # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
+    stages = [(0 if spilled else tokens * sum(d for _, d in shapes[i + 1 :]) * itemsize,
+               4 * (tokens * (rows + d) + rows * d), gptq * (16 * d * d + 9 * rows * d))
+              for i, (rows, d) in enumerate(shapes)]
+    later, fit, second_order = max(stages, key=sum)
+    parts = {
+        "embedding": c.vocab_size * c.d_model * itemsize,
+        "one block": sum(map(prod, shapes)) * itemsize,
+        "both streams": 0 if spilled else 2 * tokens * c.d_model * itemsize,
+        "fitting a linear": fit,
+        "inputs of later linears": later,
+        **({"GPTQ": second_order} if gptq else {}),
+    }
+    outer, stream = parts["embedding"], tokens * c.d_model * itemsize
+    return parts | {"total": max(outer + stream, sum(parts.values()) - outer)}
+
+
+def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
+    """Most bytes of activations that --spill keeps on disk at once.
+
+    The two streams and what a block makes of one, the 16-bit inputs of all linears and the widest quantized one.
+    """
+    widths = [d for _, d in linear_shapes(c).values()]
+    return tokens * (3 * c.d_model + sum(widths) + max(widths)) * itemsize
+
+# ---- every run -------------------------------------------------------------------------------------------------------
+
+
+def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int, device, dtype,
+          spill: Path | None = None) -> dict:
+    """What the run will take, or Refused in one sentence; nothing is written."""
+    c = source.config
+    try:
+        blocks, outer = output_bytes(source, config, compensated)
+    except ValueError as error:  # a width without a Hadamard rotation
+        raise Refused(f"method {config.method} cannot serve this model: {error}") from None
+    home = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        what = "cannot be written to" if home.is_dir() else "is not a folder"
+        raise Refused(f"{home} {what}; choose another --out.")
+    files = sum((source.folder / n).stat().st_size for n in TOKENIZER_FILES if (source.folder / n).is_file())
+    disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2)
+    kept = sum(p.stat().st_size for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else 0
+    free = shutil.disk_usage(home).free + kept
+    if disk > free:
+        raise Refused(f"the output takes {disk / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; free "
+                              f"some or choose another --out.")
+    if spill is not None:
+        if not spill.is_dir() or not os.access(spill, os.W_OK | os.X_OK):
+            raise Refused(f"--spill {spill} is not a folder that can be written to.")
+        room, free_there = spilled_bytes(c, tokens, dtype.itemsize), shutil.disk_usage(spill).free
+        if room > free_there:
+            raise Refused(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "
+                                  f"lower --segments or --length or choose another folder.")
+    memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None,
+                                     config.method in SECOND_ORDER), free_memory(device)
+    if available is not None and memory["total"] > available:
+        raise Refused(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
+                              f"{available / 1e9:.4g} GB are free; lower --segments or --length"
+                              + (", or add --spill FOLDER." if spill is None else "."))
+    for name in watched(source.shapes, "checking tensors"):
+        source.get(name)  # names NaN and Inf
+    return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,
+            "memory_free": available, "model_bytes": sum(prod(s) * WIDTH[source.dtypes[n]]
+                                                         for n, s in source.shapes.items())}
+
+# ---- --dry-run -------------------------------------------------------------------------------------------------------
+
+
+def timed(function, device):
+    """(result, seconds) of function(), to the end of what it launched."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def fit_once(fit, outer, block, noisy, config):
+    """(record, seconds) of fitting the first block's qkv to segments noisy (S, L), straight from the embedding."""
+    x, state, _, _ = outer.prepare(noisy)
+    x, layer = block.attn_norm(x).detach().float(), block.qkv
+    weight, bias = layer.weight.detach().float(), layer.bias
+    y = linear(x, weight) if bias is None else linear(x, weight) + bias.float()
+    inputs = Inputs(x, y, state, torch.full(state.shape, 0.5, device=x.device), block.attn_norm.weight.detach())
+    generator = torch.Generator().manual_seed(config.seed)
+    (fitted, record), seconds = timed(lambda: fit(weight, bias, inputs, config, generator, lambda loss: None), x.device)
+    error = float((fitted(x, state) - y).square().sum() / y.square().sum().clamp_min(1e-30))
+    return {**record, "error": error}, seconds
+
+
+def rehearse(fit, outer, block, noisy, config) -> dict:
+    """One real optimization step on the first block's qkv and the time of the whole run that follows from it.
+
+    fit: the method, noisy (S, L) the calibration segments. Methods that do not train are fitted whole. Other linears
+    are taken to cost in proportion to their weights.
+    """
+    c, few = outer.config, noisy[: config.batch + 1]  # one is held out, the others make one batch
+    fit_once(fit, outer, block, few, replace(config, epochs=0))  # the first call of everything is slow
+    _, around = fit_once(fit, outer, block, few, replace(config, epochs=0))
+    record, seconds = fit_once(fit, outer, block, few, replace(config, epochs=min(config.epochs, 1)))
+    if "epochs" in record:
+        steps = config.epochs * -(-(len(noisy) - max(len(noisy) // 8, 1)) // config.batch)
+        step = max(seconds - around, 0.0)
+        linear_seconds = around * len(noisy) / len(few) + steps * step
+    else:
+        steps, (record, linear_seconds) = 0, fit_once(fit, outer, block, noisy, config)
+        step = 0.0
+    sizes = {name: prod(shape) for name, shape in linear_shapes(c).items()}
+    with torch.no_grad():
+        x, state, table, _ = outer.prepare(few)
+        _, seconds = timed(lambda: block(x, state, table), x.device)
+    forwards = FORWARDS * seconds * len(noisy) / len(few)
+    total = c.n_layers * (forwards + linear_seconds * sum(sizes.values()) / sizes["qkv"])
+    return {"linear": "block 0: qkv", "loss_before": record.get("start"), "loss_after": record.get("last"),
+            "error": record["error"], "steps_per_linear": steps, "step_seconds": step,
+            "estimated_seconds": float(f"{total:.3g}")}
+
+
+def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
+    """The plan as Markdown: what happens to which tensors, bytes per stage, the rehearsed step."""
+    names, blocks = NAMES[c.family], plan["blocks"]
+    kept = ["norms"] + ([names.embed, names.head][: 1 if c.tied else 2] if config.head_bits == 16 else [])
+    head = "" if config.head_bits == 16 else (f"; {names.embed} in {config.embed_bits or config.head_bits} bit, "
+                                              f"{names.head} in {config.head_bits} bit")
+    memory, free = plan["memory"], plan["memory_free"]
+    rows = [("read: the 16-bit model", plan["model_bytes"]),
+            *((f"memory: {part}", size) for part, size in memory.items() if part != "total"),
+            ("memory, at least" + ("" if free is None else f" ({free / 1e9:.4g} GB free)"), memory["total"]),
+            (f"write: each of {len(blocks)} blocks", max(blocks)),
+            ("write: embedding, head, final norm", plan["outer"]),
+            (f"disk, at most ({plan['disk_free'] / 1e9:.4g} GB free)", plan["disk"])]
+    loss = "" if step["loss_before"] is None else (f" loss {step['loss_before']:.4g} before and "
+                                                   f"{step['loss_after']:.4g} after the step,")
+    return "\n".join([
+        f"Quantized to W{config.wbits}A{config.abits} by {config.method}: {', '.join(FUSED)} of blocks 0 to "
+        f"{c.n_layers - 1}, {4 * c.n_layers} linears{head}.", f"Stays in 16 bit: {', '.join(kept)}.", "",
+        "| stage | bytes |", "|---|---|", *(f"| {what} | {size} |" for what, size in rows), "",
+        f"Rehearsed {step['linear']}:{loss} relative output error {step['error']:.4g}; the whole run takes about "
+        f"{step['estimated_seconds']:g} s. Nothing was written."])

@@ -1,0 +1,125 @@
+"""Token states along the model's own denoising trajectory, for calibration (`--states rollout`).
+
+The paper is silent on where token states come from. By default each segment is a masked copy: a share t of its tokens
+is replaced by [MASK] (the forward process). Here the model continues the first half of each segment, one token a step,
+and the sequence is taken when a share t of the other half is still masked.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from runtime.processes import Refused, batches
+from runtime.sampling import denoise
+from tiny import tasks
+
+WINOGRANDE = {"repo_id": "allenai/winogrande", "filename": "winogrande_xl/train-00000-of-00001.parquet",
+              "revision": "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "repo_type": "dataset"}
+
+
+def rollout(model, tokens, ratios, rows: int = 16):
+    """Segments (S, L) and the share t in (0, 1] of each, (S,) -> (S, L): prompt, what the model wrote, and [MASK].
+
+    `rows` segments run at once, L/2 steps.
+    """
+    length = tokens.shape[1] // 2
+    left, out = (ratios * length).ceil().clamp(1, length).to(model.device), []
+    for r in batches(len(tokens), rows):
+        prompt = tokens[r, : tokens.shape[1] - length].to(model.device)
+        states, taken = F.pad(prompt, (0, length), value=model.mask_id), left[r] == length
+        for step in denoise(model, prompt, length, length):
+            now = ((step.ids == model.mask_id).sum(-1) <= left[r]) & ~taken
+            states, taken = torch.where(now[:, None], step.ids, states), taken | now
+            if taken.all():
+                break
+        out.append(states.cpu())
+    return torch.cat(out)
+
+
+def find_texts(name: str) -> Path:
+    """A file as it is; "winogrande" is downloaded from the hub (once) unless a file has that name."""
+    if name != "winogrande" or Path(name).exists():
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(**WINOGRANDE))
+    except Exception as error:  # network, proxy, removed repository: many types, one meaning
+        raise Refused(f"WinoGrande could not be downloaded ({type(error).__name__}); fetch {WINOGRANDE['filename']} "
+                        f"of the data set {WINOGRANDE['repo_id']} elsewhere and give the file: --data FILE.") from None
+
+
+def read_texts(path: Path) -> list[str]:
+    """Documents of a .txt file (one), or rows of a .jsonl or .parquet file: "text", or WinoGrande's "sentence" with its
+    answer in the gap."""
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
+    if path.suffix == ".txt":
+        return rows
+    texts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            text = row.get("text", row.get("sentence"))
+            if str(row.get("answer")) in ("1", "2") and "option1" in row:
+                text = text.replace("_", row[f"option{row['answer']}"])
+            texts.append(text + "")
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise Refused(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
+    return texts
+
+
+def _text_rows(path: Path) -> list[str]:
+    try:
+        content = path.read_bytes().decode()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise Refused(f"{path} is not UTF-8 text.") from None
+    if "\0" in content or not content.strip():
+        raise Refused(f"{path} holds no text.")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise Refused(f"{path} is none of .txt, .jsonl and .parquet.")
+    return [content] if path.suffix == ".txt" else list(filter(None, map(str.strip, content.split("\n"))))
+
+
+def _parquet_rows(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise Refused(f"{path} needs pyarrow to be read: python -m pip install pyarrow.") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses
+        raise Refused(f"{path} cannot be read as parquet ({type(error).__name__}).") from None
+    if not rows:
+        raise Refused(f"{path} holds no rows.")
+    return rows
+
+
+def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int, seed: int):
+    """n windows of `length` tokens from the joined documents of `source`, and an all-True region (Section 4.1)."""
+    tokens = torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids])
+    if len(tokens) < 2 * length:
+        raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}.")
+    starts = torch.randint(len(tokens) - length, (n, 1), generator=torch.Generator().manual_seed(seed))
+    ids = tokens[starts + torch.arange(length)]
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def calibration_texts(args) -> list[str]:
+    """The documents of --data, which every model but the embedded one needs."""
+    if not args.data:
+        raise Refused(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
+                      f"or --data FILE, a .txt, .jsonl or .parquet.")
+    return read_texts(find_texts(args.data))
+
+
+def calibration_tokens(args, tokenizer, texts: list[str] | None):
+    """Segments and their maskable region: from texts, or for the embedded model its own calibration split."""
+    if tokenizer is None:
+        raise Refused(f"{args.model} has no tokenizer, which calibration text needs.")
+    if texts is not None:
+        return text_segments(tokenizer, texts, args.data, args.segments, args.length, args.seed)
+    return tasks.calibration_set(tokenizer, args.segments, args.length, args.seed)

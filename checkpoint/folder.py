@@ -1,0 +1,230 @@
+"""Checkpoint folders: finding them, reading safetensors tensor by tensor, writing atomically.
+
+A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`. Tensors are
+read one at a time through a memory map; names, shapes and dtypes come from the headers, so a wrong or truncated file
+is named before any work starts, and where the index holds checksums (ours do) so is a flipped bit. Pickled weights are
+never opened. Files are written as temporary -> fsync -> replace, so no half-written file ever stands under a final
+name.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from checkpoint.families import ALIASES, ModelConfig, read_config
+from runtime.processes import Refused
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
+
+
+def hub_id(name_or_path: str) -> str | None:
+    """The id to download for an alias or hub id, None for the embedded model and for a folder."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path == "tiny" or path.is_dir():
+        return None
+    name = ALIASES.get(name_or_path, name_or_path)
+    if name.count("/") != 1 or path.exists() or name.startswith((".", "/", "~")):
+        known = ", ".join(["tiny", *ALIASES])
+        raise Refused(f"model {name_or_path!r} is neither a folder, a hub id (owner/name), nor one of {known}.")
+    return name
+
+
+def resolve(name_or_path: str) -> Path:
+    """Alias, folder or hub id -> local folder. Only a hub id touches the network (finished files are kept)."""
+    name = hub_id(name_or_path)
+    if name is None:
+        tiny = Path(__file__).parent.parent / "tiny" / "weights"
+        return tiny if name_or_path == "tiny" else Path(name_or_path).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+    except Exception as error:  # network, authentication, unknown repository: many types, one meaning
+        raise Refused(f"could not download {name} ({type(error).__name__}); download it elsewhere and give "
+                              f"the folder instead: --model FOLDER.") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or one sentence about why not."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{path} holds no JSON object.")
+    return value
+
+
+def added_tokens(folder: Path) -> dict[int, dict]:
+    """id -> {content, special, ...} of the tokens that the tokenizer's small files add to its vocabulary."""
+    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    try:
+        out = {i: {"content": t} for t, i in (read_json(plain) if plain.is_file() else {}).items()}
+        listed = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+        out |= {int(i): dict(t) for i, t in (listed or {}).items()}
+        if not all(isinstance(i, int) and isinstance(t["content"], str) for i, t in out.items()):
+            raise TypeError("an id is no number or a token no text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{folder}: the tokenizer's added tokens cannot be read ({error}).") from None
+    return out
+
+
+def mask_token_id(folder: Path) -> int:
+    """Id of the mask token by the tokenizer's files: dLLM's Qwen models keep it there and not in config.json."""
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    text = config.get("mask_token") or "<|mask|>"
+    text = text.get("content") if isinstance(text, dict) else text
+    ids = [i for i, token in added_tokens(folder).items() if token["content"] == text]
+    if not ids and (folder / "tokenizer.json").is_file():
+        listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        ids = [t["id"] for t in listed if isinstance(t, dict) and t.get("content") == text and "id" in t]
+    if not ids:
+        raise Refused(f"{folder}: neither config.json (mask_token_id) nor the tokenizer ({text}) has a mask token.")
+    return ids[0]
+
+
+def write_file(path: Path, write) -> None:
+    """Call write(temporary path), flush it to disk, and only then give it its final name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # the safetensors library makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_file(path, lambda p: p.write_text(text))
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """One safetensors shard. Tensors are copied to contiguous CPU memory first.
+
+    `metadata` holds a single key: the library writes several in random order, and equal runs must give equal bytes.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        write_file(path, lambda p: save_file(tensors, p, metadata or {"format": "pt"}))
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(f"{path} cannot be written ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """Read access to a folder: `config`, `names`, `get(name)`. Headers are checked when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        raw = read_json(self.folder / "config.json")
+        if "mask_token_id" not in raw and str(raw.get("model_type")).startswith("a2d-"):
+            raw["mask_token_id"] = mask_token_id(self.folder)
+        self.config: ModelConfig = read_config(raw)
+        self.quantization: dict | None = raw.get("quantization_config")
+        ours = {"linears", "weight_bits", "activation_bits"}
+        if self.quantization is not None and not ours <= set(self.quantization):
+            raise Refused(f"{self.folder} was quantized by another tool (quant_method "
+                                  f"{self.quantization.get('quant_method')!r}); give the 16-bit model instead.")
+        self.files = self._shards()
+        self._open = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in sorted(set(self.files.values())) if self.files else [SINGLE]:
+            handle = self._handle(file)
+            for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
+                if self.files is not None and self.files.get(name) != file:
+                    raise Refused(f"{self.folder / file} holds {name!r}, which {INDEX} does not place there.")
+                view = handle.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        missing = sorted(set(self.files or ()) - set(self.shapes))
+        if missing:
+            raise Refused(f"{self.folder}: {INDEX} lists {missing[0]!r} (and {len(missing) - 1} more), but its "
+                                  f"shard does not hold it.")
+        if self.files is None:
+            self.files = dict.fromkeys(self.shapes, SINGLE)
+
+    def _shards(self) -> dict[str, str] | None:
+        """weight_map of the index, or None for a single file; refuses paths that leave the folder."""
+        if (self.folder / INDEX).exists():
+            index = read_json(self.folder / INDEX)
+            files, metadata = index.get("weight_map"), index.get("metadata")
+            if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+                raise Refused(f"{self.folder / INDEX} has no usable weight_map.")
+            bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
+            if bad:
+                raise Refused(f"{self.folder / INDEX} names {bad[0]!r}, which is not a safetensors file in "
+                                      f"this folder.")
+            missing = sorted({f for f in files.values() if not (self.folder / f).is_file()})
+            if missing:
+                raise Refused(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
+                                      f"{INDEX} lists: {', '.join(missing)}.")
+            stray = sorted(p.name for p in self.folder.glob("model-*-of-*.safetensors") if p.name not in files.values())
+            if stray:
+                raise Refused(f"{self.folder} holds {stray[0]}, which {INDEX} does not list; it belongs to "
+                                      f"another model.")
+            self._verify(metadata.get("sha256") if isinstance(metadata, dict) else None)
+            return files
+        if (self.folder / SINGLE).is_file():
+            return None
+        hint = " (pickled weights are never loaded)" if any(self.folder.glob("*.bin")) else ""
+        raise Refused(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
+
+    def _verify(self, sums) -> None:
+        """Compare shards with the checksums that calibration leaves in the index's metadata."""
+        for file, digest in (sums if isinstance(sums, dict) else {}).items():
+            if file in os.listdir(self.folder) and sha256(self.folder / file) != digest:
+                raise Refused(f"{self.folder / file} differs from its checksum in {INDEX}; copy or make it "
+                                      f"again.")
+
+    def _handle(self, file: str):
+        if file not in self._open:
+            try:
+                # one at a time: the pages of a mapped file count as the process's memory while it is open
+                self._open = {file: safe_open(self.folder / file, framework="pt")}
+            except (SafetensorError, OSError) as error:
+                raise Refused(f"{self.folder / file} is not a whole safetensors file ({error}).") from None
+        return self._open[file]
+
+    def metadata(self, file: str) -> dict:
+        return self._handle(file).metadata() or {}
+
+    def require(self, name: str, shape) -> None:
+        """Name a missing tensor or a wrong shape before anything is allocated."""
+        if name not in self.shapes:
+            raise Refused(f"{self.folder} lacks the tensor {name!r}.")
+        if self.shapes[name] != tuple(shape):
+            raise Refused(f"{self.folder}: tensor {name!r} has shape {list(self.shapes[name])}, but "
+                                  f"config.json asks for {list(shape)}.")
+
+    def get(self, name: str, shape=None) -> torch.Tensor:
+        """One tensor, finite (NaN and Inf are named with their count)."""
+        if shape is not None:
+            self.require(name, shape)
+        tensor = self._handle(self.files[name]).get_tensor(name)
+        # NaN and Inf come through to the extremes, which a CPU finds twenty times as fast as it counts
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            # in pieces: a mask of a whole embedding would take as much memory again
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(4096))
+            raise Refused(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
+        return tensor

@@ -1,0 +1,86 @@
+"""Tokenizers and chat templates, without transformers or jinja.
+
+`tokenizer.json` is read by the tokenizers library as it is. Dream publishes no such file but `vocab.json` and
+`merges.txt`, from which the same byte-level BPE is built. The two chat templates are short functions, equal to the
+template strings in the models' tokenizer_config.json.
+"""
+
+from pathlib import Path
+
+from checkpoint.folder import added_tokens
+from runtime.processes import Refused
+
+# Qwen2's splitting before BPE: contractions, words with one leading symbol, single digits, punctuation, ends of line
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder (a `tokenizers.Tokenizer`), or None: only text entry points need one.
+
+    Raises Refused with one sentence if the files are there but broken or disagree about ids.
+    """
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        return None
+    from tokenizers import AddedToken, Tokenizer
+
+    source = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(source)) if source.name == "tokenizer.json" else _qwen2_bpe(folder)
+    except Exception as error:  # the library raises a bare Exception
+        raise Refused(f"{source} is not a tokenizer ({error}).") from None
+    tokenizer.no_truncation()  # a saved training length must not cut prompts
+    tokenizer.no_padding()
+    for index, token in sorted(added_tokens(folder).items()):
+        flags = {k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+        tokenizer.add_tokens([AddedToken(token["content"], **flags)])  # the next free id, unless it has one
+        if tokenizer.token_to_id(token["content"]) != index:
+            raise Refused(f"{folder}: token {token['content']!r} should have id {index}, but the vocabulary "
+                                  f"gives it {tokenizer.token_to_id(token['content'])}.")
+    return tokenizer
+
+
+def _qwen2_bpe(folder: Path):
+    """Byte-level BPE from `vocab.json` and `merges.txt`: NFC, Qwen2's splitting, bytes as letters, merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+# ---- chat ----------------------------------------------------------------------------------------------------------
+
+
+def _llada_chat(messages, generation_prompt) -> str:  # the official template adds the generation prompt always
+    text = "<|startoftext|>" if messages else ""
+    for m in messages:
+        text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
+    return text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def _dream_chat(messages, generation_prompt) -> str:  # ChatML
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + ("<|im_start|>assistant\n" if generation_prompt else "")
+_CHAT = {"llada": _llada_chat, "dream": _dream_chat}
+
+
+def chat_prompt(family: str, messages: list[dict], generation_prompt: bool = True) -> str:
+    """A conversation [{"role": "system" | "user" | "assistant", "content": text}, ...] as the prompt text of a family.
+
+    The text holds the special tokens; `tokenizer.encode(text, add_special_tokens=False)` turns them into their ids.
+    Raises ValueError for an empty conversation, an unknown role, or a family whose template is not known here.
+    """
+    if family not in _CHAT:
+        raise ValueError(f"no chat template is known for family {family!r}; format the prompt yourself.")
+    if not messages:
+        raise ValueError("a conversation needs at least one message.")
+    for m in messages:
+        if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
+            raise ValueError(f"message {m!r} needs a role (system, user or assistant) and a text as content.")
+    return _CHAT[family](messages, generation_prompt)

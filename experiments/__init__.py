@@ -1,0 +1,1 @@
+"""The paper again: its tables, its figures, its benchmarks."""

@@ -1,0 +1,244 @@
+"""The paper's figures from activations measured on the embedded model: python figures.py [--only 3] [--stress 8]
+
+    1   masked against unmasked activations along the denoising steps (Fig. 1)
+    3   error of the hidden state along the denoising steps, with and without TAC (Fig. 3)
+    4   outliers of the attention output's input, block by block, at the first step (Fig. 4)
+    5   beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
+    6   beyond the paper: KL from 16 bit against bits for every method, from the tables in `results/`
+
+Each is written to `results/figures` as PNG and SVG, its numbers beside it as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib import ticker
+
+from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from checkpoint.families import FUSED
+from experiments.tables import METHODS
+from methods.sgat import allocate_subspaces, initial_basis
+from model import load_model
+from runtime.processes import Parser, Refused
+from runtime.sampling import denoise
+from starquant import state_gate, transform
+from tiny import tasks
+from tiny.stress import stress
+
+matplotlib.use("Agg")
+RESULTS = Path(__file__).parent.parent / "results"
+# Okabe and Ito's palette, told apart by colour-blind readers; every line has a marker of its own too
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#000000")
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "legend.frameon": False, "svg.hashsalt": "starquant", "figure.constrained_layout.use": True}
+PROMPT, WRITTEN, PASSAGES = 40, 24, 48  # tokens given, tokens written one a step, english passages
+SEED = 20
+
+
+def denoising_states(model, prompts):
+    """Token ids before every step of a greedy run that writes WRITTEN tokens behind prompts (n, PROMPT)."""
+    start = torch.full((len(prompts), WRITTEN), model.mask_id, device=prompts.device)
+    steps = [step.ids for step in denoise(model, prompts, WRITTEN, WRITTEN)]
+    return [torch.cat((prompts, start), 1), *steps[:-1]]
+
+
+@torch.no_grad()
+def inputs_of(model, ids, names=FUSED):
+    """Inputs of the linears `names` of every block for token ids (n, L): a list of {name: (n, L, d)}."""
+    x, state, table, _ = model.prepare(ids)
+    out = []
+    for block in model.blocks:
+        x, seen = run_block(block, x, state, table, watch=names)
+        out.append(seen)
+    return out
+
+
+def prompts_for(model):
+    ids, _ = tasks.english_segments(model.tokenizer, "eval", PASSAGES, PROMPT, SEED)
+    return ids.to(model.device)
+
+
+def figure_1(model):
+    """Histograms of one input at four steps, and the size of both states' activations at every step."""
+    states = denoising_states(model, prompts_for(model))
+    block, name = len(model.blocks) // 2, "qkv"
+    rms, axes_at = {"masked": [], "unmasked": []}, [0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1]
+    figure, axes = plt.subplots(1, 5, figsize=(11, 2.4), width_ratios=[1, 1, 1, 1, 1.35])
+    panels = dict(zip(axes_at, axes, strict=False))
+    for step, ids in enumerate(states):
+        x, masked = inputs_of(model, ids, (name,))[block][name], ids == model.mask_id
+        for label, where, colour in (("masked", masked, ORANGE), ("unmasked", ~masked, BLUE)):
+            values = x[where]
+            rms[label].append(float(values.square().mean().sqrt()))
+            if step in panels:
+                panels[step].hist(values.flatten().cpu().numpy(), bins=80, density=True, histtype="step", color=colour,
+                                  linewidth=1.2, label=label)
+    limit = max(abs(v) for p in panels.values() for v in p.get_xlim())
+    for step, panel in panels.items():
+        panel.set(title=f"step {step + 1} of {WRITTEN}", yscale="log", xlim=(-limit, limit), ylim=(1e-4, 3),
+                  xlabel="activation")
+    axes[0].set_ylabel("density")
+    for (label, values), colour, marker in zip(rms.items(), (ORANGE, BLUE), "os", strict=True):
+        axes[4].plot(range(1, WRITTEN + 1), values, color=colour, marker=marker, markersize=3, label=label)
+    axes[4].set(title="root mean square", xlabel="denoising step")
+    axes[4].legend(fontsize=7)
+    return figure, {"block": block, "linear": name, "rms": rms}
+VARIANTS = {"RTN": ({"method": "rtn", "kv_bits": 4, "softmax_bits": 4}, GREY, "x"),
+            "QuaRot": ({"method": "quarot", "kv_bits": 4, "softmax_bits": 4}, SKY, "v"),
+            "QuaRot*": ({"method": "quarot"}, BLUE, "^"),
+            "STaR-Quant without TAC": ({"tac": "none"}, ORANGE, "o"),
+            "STaR-Quant": ({}, RED, "s"),
+            "starquant+ (ours)": ({"method": "starquant+"}, GREEN, "D")}
+
+
+@torch.no_grad()
+def figure_3(model):
+    """Relative MSE of the final hidden state: on the 16-bit model's states, and on each model's own."""
+    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, SEED)
+    prompts = prompts_for(model)
+    reference = denoising_states(model, prompts)
+    exact = [model.hidden(ids) for ids in reference]
+
+    def error(hidden, step):
+        return float((hidden - exact[step]).square().sum() / exact[step].square().sum())
+
+    numbers, styles = {}, {}
+    for label, (setting, colour, marker) in VARIANTS.items():
+        quantized = quantize_model(model, tokens, QuantConfig(**setting, seed=SEED), region)
+        own = denoising_states(quantized, prompts)
+        numbers[label] = {"same": [error(quantized.hidden(ids), t) for t, ids in enumerate(reference)],
+                          "own": [error(quantized.hidden(ids), t) for t, ids in enumerate(own)]}
+        styles[label] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2, "label": label}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, kind, title in zip(axes, ("same", "own"), ("on the 16-bit model's states", "on its own states"),
+                                 strict=True):
+        for label, values in numbers.items():
+            axis.plot(range(1, WRITTEN + 1), values[kind], **styles[label])
+        axis.set(title=title, xlabel="denoising step", yscale="log")
+    axes[0].set_ylabel("relative MSE of the hidden state")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure, numbers
+
+
+def figure_4(model):
+    """Quantiles of |input of the attention output projection| in every block at the first step."""
+    ids = denoising_states(model, prompts_for(model))[0]
+    shares = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999}
+    values = [seen["out"].abs().flatten() for seen in inputs_of(model, ids, ("out",))]
+    numbers = {k: [float(torch.quantile(v, q)) for v in values] for k, q in shares.items()}
+    numbers["maximum"] = [float(v.max()) for v in values]
+    figure, axis = plt.subplots(figsize=(4.6, 2.8))
+    blocks = range(1, len(values) + 1)
+    for (label, heights), colour, marker in zip(numbers.items(), (GREY, SKY, BLUE, RED), "osv^", strict=True):
+        axis.plot(blocks, heights, color=colour, marker=marker, label=label)
+    axis.set(xlabel="block", ylabel="|input of the output projection|", yscale="log", xticks=list(blocks))
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    figure.legend(loc="outside lower center", fontsize=8, ncols=4)
+    return figure, numbers
+
+
+@torch.no_grad()
+def figure_5(model):
+    """Share of energy that gating removes from each linear's input, per way to choose the subspaces."""
+    config = QuantConfig(seed=SEED, tac="none")
+    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, SEED)
+    ids = masked_copies(tokens, region, model.mask_id, config).to(model.device)
+    fitted = {"learned from random (paper)": quantize_model(model, tokens, config, region),
+              "learned from closed form": quantize_model(
+                  model, tokens, QuantConfig(seed=SEED, tac="none", allocation="closed_form"), region)}
+    state, generator = (ids == model.mask_id).flatten(), torch.Generator().manual_seed(SEED)
+    numbers = {k: [] for k in ("random", "learned from random (paper)", "closed form", "learned from closed form")}
+    for i, seen in enumerate(inputs_of(model, ids)):
+        for name in FUSED:
+            x = seen[name].flatten(0, 1).float()
+            d = x.shape[1]
+            d_s = d // config.state_fraction
+            bases = {"random": initial_basis(d, "kronecker", generator),
+                     "closed form": allocate_subspaces(x, state, d_s, d_s, "kronecker", generator),
+                     **{k: getattr(m.blocks[i], name).P[0] for k, m in fitted.items()}}
+            lost = 1 - state_gate(state, d, d_s, d_s)
+            for k, P in bases.items():
+                P = type(P)(*(f.to(x) for f in P))
+                numbers[k].append(float(transform(x, P, lost).square().sum() / x.square().sum()))
+    figure, axis = plt.subplots(figsize=(8, 2.8))
+    places = range(len(numbers["random"]))
+    for (label, shares), colour, marker in zip(numbers.items(), (GREY, ORANGE, BLUE, GREEN), "xosD", strict=True):
+        axis.plot(places, shares, color=colour, marker=marker, markersize=4, linewidth=1, label=label)
+    axis.axhline(1 / 32, color=BLACK, linewidth=0.8, linestyle=":")
+    axis.text(places[-1] + 0.2, 1 / 32, "1/32", va="center", fontsize=8)
+    axis.set(ylabel="energy gated away", yscale="log",
+             xticks=list(places), xticklabels=[f"{n}" for _ in model.blocks for n in FUSED])
+    axis.tick_params(axis="x", rotation=90, labelsize=7)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    return figure, numbers
+
+
+def figure_6(_):
+    """KL divergence from 16 bit against weight and activation bits, with intervals."""
+    bits = ["W8A8", "W4A8", "W8A4", "W4A4", "W4A3", "W3A4", "W3A3", "W2A4"]
+    points: dict[str, dict[str, list]] = {}
+    for table, suffix in (("5", "W8A8"), ("1", "W4A4"), ("low-bit", None)):
+        file = next((f for f in (RESULTS / f"table-{table}{kind}.json" for kind in ("", "-nelbo")) if f.exists()), None)
+        for row in json.loads(file.read_text())["rows"] if file else ():
+            method, _, width = row["setting"].rpartition(" ") if suffix is None else (row["setting"], "", suffix)
+            if "kl" in row and method in METHODS:
+                points.setdefault(method, {})[width] = row["kl"]
+    if not points:
+        raise Refused(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN, "#882255")
+    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPhsDo", strict=False):
+        # NaN where nothing was measured: a line joins neighbours only
+        mean, low, high = zip(*(values.get(b, [float("nan")] * 3) for b in bits), strict=True)
+        axis.plot(mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
+        axis.fill_between(range(len(bits)), low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
+    axis.legend(fontsize=7, ncols=2)
+    return figure, points
+FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6}
+
+
+def main(argv=None) -> int:
+    parser = Parser("figures.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=FIGURES, help="one figure instead of all")
+    parser.add_argument("--model", default="tiny", help="tiny, or a folder of a 16-bit model of the embedded tasks")
+    parser.add_argument("--stress", type=float, default=1.0, metavar="C", help="outlier channels of scale C (1: off)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS / "figures")
+    args = parser.parse_args(argv)
+    written = []
+    try:
+        model = load_model(args.model, args.device, torch.float32)  # what is shown is the error of quantization alone
+        if model.tokenizer is None:
+            raise Refused(f"{args.model} has no tokenizer, which text needs.")
+        model = model if args.stress == 1 else stress(model, args.stress)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for number in [args.only] if args.only else FIGURES:
+            with plt.rc_context(STYLE):
+                figure, numbers = FIGURES[number](model)
+            stem = f"figure-{number}" + (f"-stress{args.stress:g}" if args.stress != 1 else "")
+            figure.savefig(args.out / f"{stem}.png", dpi=160)
+            figure.savefig(args.out / f"{stem}.svg", metadata={"Date": None})
+            plt.close(figure)
+            (args.out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            written.append(stem)
+            print(f"{args.out / stem}.png", file=sys.stderr)
+    except Refused as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfigures.py: interrupted.", file=sys.stderr)
+        return 130
+    print(json.dumps({"out": str(args.out), "figures": written}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

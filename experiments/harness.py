@@ -1,0 +1,302 @@
+"""lm-evaluation-harness (lm-eval, https://github.com/EleutherAI/lm-evaluation-harness) with any model of this project.
+
+    python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's tasks under the authors' settings
+    python harness.py --model starquant --model_args model=tiny --tasks …  the harness' own command with our model
+
+Likelihoods are Monte-Carlo estimates with classifier-free guidance, batched across requests and masks; texts are
+generated in batches of similar length. Requests are cut into batches before they are shared among processes, and every
+random number belongs to a request or a batch, so neither the number of processes nor an interruption changes a result.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from checkpoint.folder import Checkpoint, resolve
+from checkpoint.tokenizer import chat_prompt
+from experiments import protocol
+from model import DiffusionLM, load_model
+from runtime import processes
+from runtime.likelihood import log_likelihoods, request_generator, suffix_greedy_prediction
+from runtime.processes import Refused, pick_device
+from runtime.sampling import END_OF_TURN, generate
+
+MAX_LENGTH = {"llada": 4096, "dream": 2048}  # tokens, as the authors evaluate; longer contexts lose their beginning
+DREAM_BOS = "<|beginoftext|>"  # Dream's evaluation puts it before every context (add_bos_token=true)
+
+
+def fingerprint(name: str) -> str:
+    """What tells the weights of two folders apart without reading them: names, sizes and times of the files."""
+    files = [*sorted(resolve(name).glob("*.safetensors")), resolve(name) / "config.json"]
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@register_model("starquant")
+class HarnessLM(LM):
+    """A masked-diffusion model as the harness sees it.
+
+    model: what `load_model` takes, or a loaded model, whose weights `identity` then tells apart in the cache.
+    mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size sequences go through the model at once, an
+    eighth of it when generating (all their logits are kept). gen_length None takes the task's max_gen_toks; steps and
+    block_length None are gen_length; `sampling` are further options of `generate`. check_greedy: also say whether
+    greedy denoising gives the answer (a pass per token; no task of the paper asks). chat: the prompts hold a chat
+    template. cache: a folder for finished answers. weights: "packed" or "int8", as they lie in memory.
+    """
+
+    def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, gen_length=None,
+                 steps=None, block_length=None, check_greedy=False, chat=False, max_length=None, cache=None,
+                 identity="", device="auto", dtype=None, weights="packed", max_batch_size=None, **sampling):
+        super().__init__()
+        if isinstance(model, str):
+            device = processes.start(pick_device(device or "auto"))
+            dtype = dtype and getattr(torch, dtype)
+            identity, model = fingerprint(model), load_model(model, device, dtype, weights)
+        self.model: DiffusionLM = model
+        self.tokenizer = model.tokenizer
+        if self.tokenizer is None:
+            raise Refused("the harness gives texts, but the model's folder has no tokenizer.json.")
+        self._device, self.family = model.device, model.config.family
+        self.end = [model.config.eos_id] if self.family == "dream" else []  # Dream's answers end with EOS
+        self.likelihood = {"mc_num": int(mc_num), "mc_batch": int(mc_batch), "cfg_scale": float(cfg), "seed": int(seed)}
+        self.sampling = {"gen_length": gen_length, "steps": steps, "block_length": block_length, **sampling}
+        self.batch_size, self.check_greedy, self.chat = int(batch_size), check_greedy, chat
+        self.max_length = max_length or MAX_LENGTH.get(self.family, 4096)
+        self.settings = [identity, str(model.norm.weight.dtype), self.likelihood, self.sampling, check_greedy, chat,
+                         self.max_length]
+        self.cache = Path(cache) if cache else None
+        self.answered, self.seconds = 0, 0.0  # requests of this process, and what they took
+
+    # ---- tokens --------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        if self.family == "dream" and not self.chat and self.tokenizer.token_to_id(DREAM_BOS) is not None:
+            text = DREAM_BOS + text
+        return self.tokenizer.encode(text, add_special_tokens=not self.chat).ids
+
+    def pair(self, context: str, continuation: str):
+        """Token ids of both: spaces between them belong to the continuation, which Dream ends with EOS."""
+        whole = self.encode(context + continuation)
+        start = min(len(self.encode(context.rstrip())), len(whole) - 1)
+        whole = torch.tensor(whole + self.end, dtype=torch.long)
+        cut = max(0, len(whole) - self.max_length)
+        start = max(cut, start)
+        return whole[cut:start], whole[start:]
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """The conversation as text; without a generation prompt its last message stays open, to be continued."""
+        if add_generation_prompt:
+            return chat_prompt(self.family, chat_history)
+        return chat_prompt(self.family, chat_history[:-1]) + chat_history[-1]["content"]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.family}-{hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]}"
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests):
+        return [tuple(a) for a in self._answer("loglikelihood", requests, self.batch_size, self._likelihoods)]
+
+    def loglikelihood_rolling(self, requests):
+        return self._answer("loglikelihood_rolling", requests, self.batch_size, self._rolling)
+
+    def generate_until(self, requests):
+        return self._answer("generate_until", requests, max(1, self.batch_size // 8), self._generate,
+                            lambda args: self.length_of(args[1]))
+
+    def _likelihoods(self, batch):
+        pairs = [self.pair(*args) for args in batch]
+        values = log_likelihoods(self.model, pairs, batch_size=self.batch_size, **self.likelihood)
+        cfg = self.likelihood["cfg_scale"]
+        return [[v, self.check_greedy and suffix_greedy_prediction(self.model, *p, cfg_scale=cfg)]
+                for v, p in zip(values, pairs, strict=True)]
+
+    def _rolling(self, batch):
+        """Σ of pieces of half the maximal length, each given the half before it: every token is predicted once."""
+        half, pieces, owner = self.max_length // 2, [], []
+        for i, (text,) in enumerate(batch):
+            ids = self.encode(text)
+            first = int(self.family == "dream")  # Dream never predicts the first token
+            for at in range(first, len(ids), half):
+                parts = ids[max(0, at - half) : at], ids[at : at + half] + self.end
+                pieces.append([torch.tensor(part, dtype=torch.long) for part in parts])
+                owner.append(i)
+        values = log_likelihoods(self.model, pieces, batch_size=self.batch_size, **self.likelihood)
+        return [sum(v for v, o in zip(values, owner, strict=True) if o == i) for i in range(len(batch))]
+
+    def length_of(self, options: dict) -> int:
+        return int(self.sampling["gen_length"] or options.get("max_gen_toks") or 256)
+
+    def _generate(self, batch):
+        options, length = dict(self.sampling), self.length_of(batch[0][1])
+        options |= {"gen_length": length, "steps": options["steps"] or length}
+        prompts = [self.encode(context)[-(self.max_length - length):] for context, _ in batch]
+        longest, pad = max(map(len, prompts)), self.model.config.eos_id or 0
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], dtype=torch.long)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        if options.get("temperature"):  # the draws of a batch are determined by its prompts
+            seed = request_generator(ids.flatten(), mask.flatten(), self.likelihood["seed"]).initial_seed()
+            options["generator"] = torch.Generator(self.device).manual_seed(seed)
+        out = generate(self.model, ids.to(self.device), attention_mask=mask.to(self.device), **options)[:, longest:]
+        return [self._text(row, args[1].get("until") or []) for row, args in zip(out.tolist(), batch, strict=True)]
+
+    def _text(self, ids, until) -> str:
+        """Generated tokens as text up to a stop string; only LLaDA's evaluation does not stop at end of text."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        ends = [until] if isinstance(until, str) else list(until)
+        if self.family != "llada":
+            eos = self.model.config.eos_id
+            ends += [None if eos is None else self.tokenizer.id_to_token(eos), END_OF_TURN[self.family]]
+        for end in filter(None, ends):
+            text = text.split(end)[0]
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # ---- batches, processes, resume ------------------------------------------------------------------------------
+
+    def _answer(self, kind, requests, size, compute, group=lambda args: 0):
+        """compute(batch of arguments) for the batches of this process that no earlier run finished; all answers."""
+        args = [list(r.args) for r in requests]
+        keys = [hashlib.sha256(json.dumps([self.settings, kind, a]).encode()).hexdigest()[:32] for a in args]
+        order = sorted(range(len(args)), key=lambda i: (group(args[i]), -sum(len(str(a)) for a in args[i])))
+        batches = [rows[i : i + size] for _, g in itertools.groupby(order, lambda i: group(args[i]))
+                   for rows in [list(g)] for i in range(0, len(rows), size)]
+        known = processes.first(self._stored)
+        mine = batches[processes.rank()::processes.world()]
+        todo = [b for b in mine if any(keys[i] not in known for i in b)]
+        new, start = {}, time.time()
+        total = sum(map(len, mine))
+        with tqdm(total=total, initial=total - sum(map(len, todo)), desc=kind, unit="request", file=sys.stderr,
+                  disable=processes.rank() > 0) as bar:
+            for batch in todo:
+                answers = dict(zip([keys[i] for i in batch], compute([args[i] for i in batch]), strict=True))
+                self._store(answers)
+                new |= answers
+                self.answered += len(batch)
+                bar.update(len(batch))
+        self.seconds += time.time() - start
+        for part in processes.gather(new):
+            known |= part
+        return [known[k] for k in keys]
+
+    def _stored(self) -> dict:
+        answers = {}
+        for file in sorted(self.cache.glob("answers-*.jsonl")) if self.cache else []:
+            for line in file.read_text().split("\n"):
+                try:
+                    answers |= json.loads(line)
+                except ValueError:  # the line at which a run was killed
+                    continue
+        return answers
+
+    def _store(self, answers: dict) -> None:
+        if self.cache:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with open(self.cache / f"answers-{processes.rank()}.jsonl", "a") as file:
+                file.write("\n" + json.dumps(answers))  # a line of its own, even behind one cut short
+
+# ---- running tasks ---------------------------------------------------------------------------------------------------
+
+
+class LibraryFinder:
+    """Finds `evaluate` everywhere but in this project's folder."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "evaluate":
+            here = Path(__file__).parent.parent.resolve()
+            return PathFinder.find_spec(name, [p for p in sys.path if Path(p or ".").resolve() != here])
+
+
+@contextmanager
+def hugging_face_evaluate():
+    """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
+    ours = sys.modules.pop("evaluate", None)
+    sys.meta_path.insert(0, LibraryFinder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(LibraryFinder)
+        sys.modules.pop("evaluate", None)
+        if ours is not None:
+            sys.modules["evaluate"] = ours
+
+
+def find_tasks(names, include=None, unsafe=False):
+    """The harness' TaskManager, once it has every task and its data; tasks of the folder `include` come first."""
+    from lm_eval.tasks import TaskManager
+
+    if unsafe:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the library that judges HumanEval
+    manager = TaskManager(include_path=include and str(include), include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # indexing the harness' own tasks takes seconds
+        manager = TaskManager(include_path=include and str(include))
+    for name in names:
+        if name not in manager.all_tasks:
+            raise Refused(f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists those it has.")
+        try:
+            with hugging_face_evaluate():
+                manager.load([name])
+        except Exception as error:  # no network, no such file, a broken task: many types, before any work
+            raise Refused(f"lm-eval cannot load task {name!r} and its data ({type(error).__name__}: "
+                                  f"{' '.join(str(error).split())[:200]}).") from None
+    return manager
+
+
+def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
+    """Results of one task, {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; under torchrun on the first process only."""
+    from lm_eval import simple_evaluate
+
+    with hugging_face_evaluate():
+        out = simple_evaluate(lm, tasks=[setting.task], num_fewshot=setting.shots, limit=limit, task_manager=manager,
+                              apply_chat_template=setting.chat, confirm_run_unsafe_code=unsafe, bootstrap_iters=1000,
+                              log_samples=False)
+    return out["results"][setting.task] if out else {}
+
+
+def benchmarks(args, dtype) -> dict:
+    """The harness' tasks under the model's protocol, beside the paper's numbers; requests are shared under torchrun."""
+    folder = resolve(args.model)
+    name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
+    name = args.protocol or protocol.protocol_of(name, family)
+    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
+                for task in args.tasks.split(",")}
+    for task, setting in settings.items():
+        if setting.runs_code and not args.confirm_run_unsafe_code:
+            raise Refused(f"{task} executes code that the model wrote; where that can do no harm (a container "
+                          f"without network), allow it with --confirm-run-unsafe-code.")
+    manager = find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
+    device = processes.start(pick_device(args.device))
+    model, results = load_model(args.model, device, dtype, args.weights), {}
+    identity = fingerprint(args.model)
+    for task, s in settings.items():
+        lm = HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
+                         cache=args.cache, identity=identity, **s.generation)
+        results[task] = run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
+        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
+        print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
+              file=sys.stderr)
+    if processes.rank() == 0:
+        print(protocol.table(name, results))
+    return {"model": args.model, "protocol": name, "limit": args.limit, "processes": processes.world(),
+            "tasks": results}
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    with hugging_face_evaluate():
+        cli_evaluate()

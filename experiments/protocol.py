@@ -1,0 +1,151 @@
+"""How each model is evaluated on the paper's nine benchmarks, and what the paper reports (Tables 1 and 5).
+
+One row per model and task: the harness' task, shots, Monte-Carlo samples, guidance, generation lengths. Sources:
+[L] ML-GSAI/LLaDA, `EVAL.md` and `eval_llada_lm_eval.sh` (lm-evaluation-harness; the batch size there is mc_batch here);
+[O] the same repository's OpenCompass settings (steps = gen_length, chat template), run here through the harness' task;
+[D] DreamLM/Dream, `eval/eval_dream_mc.sh`, `eval_dream_gen.sh` and `eval_instruct/eval.sh`;
+[-] not published for this model: taken from LLaDA-8B-Base, so compare it with your own 16-bit run only.
+The paper says only that it follows LLaDA's setup; several of its 16-bit numbers are those published by [L], [O], [D].
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from checkpoint.families import ALIASES
+
+TASKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
+         "gsm8k")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task of one model."""
+
+    task: str  # the harness' name
+    shots: int | None = None  # None: as the task says
+    mc_num: int = 128  # masks per likelihood
+    mc_batch: int = 8  # of which so many are one stratified batch
+    cfg: float = 0.0  # classifier-free guidance
+    generation: dict = field(default_factory=dict)  # options of `sampling.generate`
+    chat: bool = False  # apply the chat template
+    source: str = ""
+    runs_code: bool = False  # judging it executes what the model wrote
+
+
+def _length(n: int, block: int | None = None, **more) -> dict:
+    """One token per step."""
+    return {"gen_length": n, "steps": n, "block_length": block or n, **more}
+
+
+def _dream(n: int, temperature: float, top_p: float) -> dict:
+    return {"gen_length": n, "steps": n, "temperature": temperature, "top_p": top_p, "algorithm": "entropy"}
+
+
+def _settings(source: str, *settings: Setting) -> dict[str, Setting]:
+    return {s.task: replace(s, source=s.source or source) for s in settings}
+_LLADA = _settings(
+    "L",
+    Setting("truthfulqa_mc2", 0, cfg=2.0), Setting("arc_challenge", 0, cfg=0.5), Setting("hellaswag", 0, cfg=0.5),
+    Setting("winogrande", 5), Setting("piqa", 0, cfg=0.5),
+    # one-token answers: one mask is exact
+    Setting("mmlu", 5, mc_num=1, mc_batch=1), Setting("ceval-valid", 5, mc_num=1, mc_batch=1),
+    Setting("humaneval", 0, generation=_length(1024), runs_code=True), Setting("gsm8k", 5, generation=_length(1024)))
+_BORROWED = {t: replace(s, source="-") for t, s in _LLADA.items()}
+_CODE = Setting("humaneval_instruct", 0, source="O", chat=True, runs_code=True)
+_MATH = Setting("gsm8k", 4, source="O", chat=True)
+_DREAM = _settings("D", *(Setting(t, s, mc_batch=32, source="-" if t in ("truthfulqa_mc2", "ceval-valid") else "D")
+                          for t, s in (("truthfulqa_mc2", 0), ("arc_challenge", 0), ("hellaswag", 0), ("winogrande", 5),
+                                       ("piqa", 0), ("mmlu", 5), ("ceval-valid", 5))))
+PROTOCOLS = {
+    "llada-8b": _LLADA,
+    "llada-8b-instruct": _BORROWED | {
+        "humaneval": replace(_CODE, generation=_length(512, logits_eos_inf=True)),
+        "gsm8k": replace(_MATH, generation=_length(256, 8))},
+    "llada-1.5": _BORROWED | {
+        "humaneval": replace(_CODE, generation=_length(512, 32, confidence_eos_eot_inf=True)),
+        "gsm8k": replace(_MATH, generation=_length(256, 16, confidence_eos_eot_inf=True))},
+    "dream-7b": _DREAM | {
+        "humaneval": Setting("humaneval", 0, generation=_dream(512, 0.2, 0.95), source="D", runs_code=True),
+        "gsm8k": Setting("gsm8k_cot", 8, generation=_dream(256, 0.0, 0.95), source="D")},
+    "dream-7b-instruct": {t: replace(s, source="-") for t, s in _DREAM.items()} | {
+        "humaneval": replace(_CODE, generation=_dream(768, 0.1, 0.9), source="D"),
+        "gsm8k": Setting("gsm8k_cot", 0, generation=_dream(256, 0.1, 0.9), chat=True, source="D")},
+}
+# what the harness calls the results, the paper's measure ("accuracy") first
+METRICS = {"acc,none": "acc", "acc_norm,none": "acc_norm", "pass@1,create_test": "pass@1",
+           "exact_match,strict-match": "exact match", "exact_match,flexible-extract": "exact match, flexible"}
+# Tables 1 (W4A4) and 5 (W8A8), in the order of TASKS, in percent
+PAPER = {
+    "LLaDA-8B": {
+        "FP": (47.49, 44.03, 54.06, 74.90, 74.65, 65.85, 69.54, 32.92, 67.48),
+        "RTN W4A4": (40.45, 41.83, 45.40, 64.72, 67.95, 49.26, 57.95, 14.02, 16.56),
+        "AWQ W4A4": (40.87, 42.92, 46.14, 66.88, 69.43, 51.22, 58.43, 20.10, 36.88),
+        "DLLMQuant+ W4A4": (41.53, 43.44, 46.51, 67.87, 70.12, 51.72, 59.38, 22.13, 40.66),
+        "QuaRot W4A4": (42.53, 44.20, 49.76, 69.85, 70.75, 55.96, 56.32, 25.33, 44.57),
+        "DLLMQuant++ W4A4": (43.53, 44.18, 51.00, 71.85, 73.94, 57.77, 61.22, 28.92, 56.25),
+        "STaR-Quant W4A4": (49.12, 44.23, 52.75, 72.92, 73.85, 62.95, 64.56, 35.98, 57.29),
+        "STaR-Quant W8A8": (48.56, 44.25, 54.40, 68.72, 74.23, 64.36, 67.87, 36.09, 65.74)},
+    "LLaDA-1.5": {
+        "FP": (47.20, 88.50, 74.70, 74.80, 74.86, 66.00, 70.05, 49.40, 83.30),
+        "RTN W4A4": (39.51, 81.77, 56.82, 65.27, 66.91, 48.88, 58.96, 23.44, 36.56),
+        "AWQ W4A4": (40.96, 82.22, 66.84, 67.93, 69.32, 51.12, 60.03, 30.07, 57.95),
+        "DLLMQuant+ W4A4": (42.14, 83.38, 70.09, 68.69, 70.22, 51.63, 61.28, 32.44, 59.55),
+        "QuaRot W4A4": (43.21, 84.23, 65.34, 69.55, 70.17, 56.23, 57.66, 37.33, 65.86),
+        "DLLMQuant++ W4A4": (43.87, 84.18, 69.20, 71.74, 73.58, 57.27, 60.04, 44.58, 74.30),
+        "STaR-Quant W4A4": (48.77, 85.12, 72.43, 72.09, 73.36, 63.29, 64.34, 46.53, 76.45),
+        "STaR-Quant W8A8": (49.72, 86.50, 74.31, 73.98, 74.24, 65.79, 68.96, 47.55, 79.37)},
+    "Dream-7B": {
+        "FP": (49.76, 59.80, 73.30, 74.50, 75.66, 69.50, 64.89, 57.90, 77.20),
+        "RTN W4A4": (41.25, 54.34, 58.32, 64.52, 66.26, 51.51, 49.89, 28.90, 30.82),
+        "AWQ W4A4": (43.66, 57.82, 65.57, 67.13, 68.96, 55.50, 53.27, 33.14, 48.98),
+        "DLLMQuant+ W4A4": (44.14, 58.38, 66.93, 68.66, 69.53, 57.63, 54.21, 35.12, 51.14),
+        "QuaRot W4A4": (47.58, 58.18, 67.13, 70.05, 70.36, 69.50, 53.19, 34.48, 59.20),
+        "DLLMQuant++ W4A4": (47.86, 59.43, 70.14, 71.54, 72.09, 69.50, 55.89, 44.50, 66.17),
+        "STaR-Quant W4A4": (48.72, 59.76, 71.32, 72.98, 74.34, 69.37, 58.79, 47.43, 69.57),
+        "STaR-Quant W8A8": (49.02, 60.28, 72.89, 73.50, 74.23, 70.11, 62.89, 51.76, 73.44)},
+}
+PAPER_MODEL = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+
+
+def source_name(name: str, folder: Path) -> str:
+    """The name of the 16-bit model: of a quantized folder what its `starquant.json` says."""
+    state = folder / "starquant.json"
+    return json.loads(state.read_text())["run"]["model"] if state.is_file() else name
+
+
+def protocol_of(name: str, family: str) -> str:
+    """The protocol of a model by its alias, hub id or folder name; an unknown name gets its family's base model's."""
+    known = {**{a: a for a in ALIASES}, **{h: a for a, h in ALIASES.items()},
+             **{h.split("/")[1]: a for a, h in ALIASES.items()}}
+    return known.get(name) or known.get(Path(name).name) or ("dream-7b" if family == "dream" else "llada-8b")
+
+
+def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) -> Setting:
+    """The protocol's setting; any other task of the harness runs as it is defined there. What is given replaces it."""
+    s = PROTOCOLS[protocol].get(task) or Setting(task, source="the task's own")
+    if mc_num:
+        s = replace(s, mc_num=min(mc_num, s.mc_num), mc_batch=min(mc_num, s.mc_batch))
+    if gen_length:
+        lengths = {"gen_length": gen_length, "steps": gen_length, "block_length": gen_length}
+        s = replace(s, generation=s.generation | {k: min(n, s.generation.get(k, n)) for k, n in lengths.items()})
+    return replace(s, generation=s.generation | {"steps": steps}) if steps else s
+
+
+def table(protocol: str, results: dict[str, dict]) -> str:
+    """Our numbers beside the paper's, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
+    paper = PAPER.get(PAPER_MODEL.get(protocol), {})
+    head = ["task", "measure", "here", *(f"paper: {row}" for row in paper)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for task, values in results.items():
+        for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
+            error = values.get(key.replace(",", "_stderr,"))
+            here = f"{100 * values[key]:.2f}" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")
+            beside = [f"{row[TASKS.index(task)]:.2f}" if task in TASKS and i == 0 else "" for row in paper.values()]
+            lines.append("| " + " | ".join([task, name, here, *beside]) + " |")
+    if set(TASKS) <= set(results):
+        mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in TASKS) / len(TASKS)
+        beside = [f"{sum(row) / len(row):.2f}" for row in paper.values()]
+        lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *beside]) + " |")
+    note = f"\n\nThe paper's columns are for {PAPER_MODEL[protocol]} (its Tables 1 and 5)." if paper else ""
+    return "\n".join(lines) + note

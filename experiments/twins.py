@@ -1,0 +1,156 @@
+"""Models of published shape without their weights: what the benchmark compares, and checkpoints to rehearse on.
+
+    python twins.py --model llada-8b --blocks 2 --out FOLDER       # a true-shape checkpoint, random weights, outliers
+
+In memory: the 16-bit model, its quantized twin in both residencies, and other people's ways. Twins share every tensor
+that they do not replace, so that comparing does not need twice the memory.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from checkpoint.families import FUSED, read_config
+from checkpoint.published import published
+from methods.hadamard import spread
+from methods.rtn import quantize_outer
+from methods.sgat import initial_basis
+from model import DiffusionLM, Linear, RMSNorm
+from runtime.layers import TAC, QuantLinear
+from starquant import tac_block_size
+
+
+def random_model(name: str, device, dtype, seed: int, blocks: int | None = None) -> DiffusionLM:
+    """A 16-bit model of published shape with normal weights of standard deviation 0.02."""
+    with torch.device("meta"):
+        model = DiffusionLM(read_config(published(name, blocks))).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, Linear | nn.Embedding):
+            module.weight.normal_(std=0.02, generator=generator)
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(1)
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()
+    return model.eval()
+
+
+@torch.no_grad()
+def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_bits: int | None = None) -> DiffusionLM:
+    """The same model at W4A4 as `starquant` deploys it: Kronecker transforms, d/32 gates, TAC, rounding to nearest.
+
+    Transforms are random rotations and corrections close to the identity: fitting them changes accuracy, not speed.
+    """
+    c, generator = model.config, torch.Generator().manual_seed(seed)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)  # what is not replaced is shared
+    twin.blocks = nn.ModuleList()
+    g = tac_block_size(c.n_heads * c.head_dim)
+    for block in model.blocks:
+        new = copy.copy(block)
+        new._modules = dict(block._modules)
+        for fused in FUSED:
+            linear = getattr(block, fused)
+            d = linear.weight.shape[1]
+            P = initial_basis(d, "kronecker", generator)
+            P = type(P)(*(p.to(linear.weight.device, torch.float32) for p in P))
+            setattr(new, fused, QuantLinear.fold(linear.weight, [P], d // 32, d // 32, bias=linear.bias))
+        blocks = c.n_heads * c.head_dim // g
+        M = torch.eye(g) + 0.01 * torch.randn(blocks, g, g, generator=generator)
+        new.tac = TAC(M, torch.zeros(blocks, g)).to(model.device)
+        twin.blocks.append(new)
+    return quantize_outer(twin, head_bits, embed_bits) if head_bits < 16 else twin
+
+
+@torch.no_grad()
+def plus_twin(twin: DiffusionLM, seed: int = 0) -> DiffusionLM:
+    """The integers of a `quantized_twin` as `starquant+` deploys them: centring, blocks of 64 and a rotation across
+    them, clipping, feedback; no gates, no TAC. The packed weights are shared."""
+    generator, out = torch.Generator().manual_seed(seed), copy.copy(twin)
+    out._modules = dict(twin._modules)
+    out.blocks = nn.ModuleList()
+    for block in twin.blocks:
+        new = copy.copy(block)
+        new._modules = dict(block._modules) | {"tac": nn.Identity()}
+        for fused in FUSED:
+            setattr(new, fused, _plus(getattr(block, fused), generator))
+        out.blocks.append(new)
+    return out
+
+
+def _plus(linear: QuantLinear, generator) -> QuantLinear:
+    (C, d), b = (len(linear.weight_scale), linear.in_features), tac_block_size(linear.in_features, 64)
+    device = linear.weight_packed.device
+    blocks = torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0]
+    P = [blocks, spread(d // b, generator)] if b < d else [blocks[0]]
+    V = (0.1 * torch.randn(d // b, b, b, generator=generator)).triu(1)
+    means, shifts = torch.randn(2, d, generator=generator), torch.randn(2, C, generator=generator)
+    new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device, torch.bfloat16) for p in P], bias=linear.bias,
+                      clip=torch.full((2,), 0.9, device=device), centre=(means.to(device), shifts.to(device)),
+                      feedback=V.to(device))
+    new.weight_packed, new.packed = linear.weight_packed, linear.packed
+    return new
+
+
+def residents(model) -> int:
+    """Bytes of a model's parameters and buffers, each storage once; a tensor that wraps others (torchao's) counts as
+    what it wraps."""
+    tensors, sizes = [*model.parameters(), *model.buffers()], {}
+    while tensors:
+        t = tensors.pop()
+        if hasattr(t, "__tensor_flatten__"):
+            tensors += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+        else:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(sizes.values())
+
+
+def unpacked(model) -> DiffusionLM:
+    """The quantized model with its block weights resident as int8."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.blocks = nn.ModuleList()
+    for block in model.blocks:
+        new = copy.copy(block)
+        new._modules = {k: _unpacked(m) for k, m in block._modules.items()}
+        twin.blocks.append(new)
+    return twin
+
+
+def _unpacked(module):
+    if not isinstance(module, QuantLinear):
+        return module
+    module = copy.copy(module)
+    module._buffers = dict(module._buffers)
+    return module.unpack_weights()
+
+
+def peers(model, log=print) -> dict:
+    """torch.compile of the 16-bit model and torchao's int8 dynamic quantization, as far as they install and run.
+
+    `log` is told what is left out, and why.
+    """
+    def compiled(twin):
+        twin.hidden = torch.compile(twin.hidden)
+        return twin
+
+    def torchao():
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        twin = copy.deepcopy(model)
+        quantize_(twin.blocks, Int8DynamicActivationInt8WeightConfig())
+        return compiled(twin)
+
+    out = {}
+    probe = torch.zeros(1, 32, dtype=torch.long, device=model.device)
+    for name, build in {"16-bit compiled": lambda: compiled(copy.copy(model)), "torchao int8": torchao}.items():
+        try:
+            twin = build()
+            with torch.no_grad():
+                twin.hidden(probe)
+            out[name] = twin
+        except Exception as error:  # a peer may fail in any way; it is left out, and said
+            log(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return out

@@ -1,0 +1,110 @@
+"""FlatQuant (arXiv 2410.09426) and FreeAct (arXiv 2603.01776): learned Kronecker transforms with learned clipping.
+
+Both train, per linear, ‖Y − Q_a(X P G_s) Q_w(P⁻¹Wᵀ)‖² (Eq. 15) over the transform and clipping factors:
+
+    FlatQuant   P = diag(δ)(P1 ⊗ P2), P_i = U diag(s) Vᵀ invertible; no gates
+    FreeAct     P = diag(δ)(P1 ⊗ P2), P_i orthogonal; gates for two token types, d/32 dimensions each
+
+Without clipping and gates the orthogonal form is STaR-Quant's. FlatQuant's code minimizes a block's output error on
+16-bit inputs; here the loss is per linear behind the quantized prefix, as for STaR-Quant, so that methods differ in
+their transforms and not in their training.
+"""
+
+import torch
+from torch import nn
+
+from methods.sgat import cayley, initial_basis, minimize
+from runtime.layers import QuantLinear
+from starquant import (
+    Kronecker,
+    clip_range,
+    fake_quantize,
+    inverse_transpose,
+    linear,
+    quant_params,
+    quantize,
+    reconstruction_loss,
+    state_gate,
+    transform,
+)
+
+
+class FlatParameters(nn.Module):
+    """Yields (P, clip_x (2,), clip_w (C, 2)): P a list of factors; clip factors sigmoid(p), p = 4 at the start."""
+
+    def __init__(self, start: Kronecker, channels: int, diagonal=None, orthogonal=False, clipping=True):
+        super().__init__()
+        self.start, self.orthogonal = start, orthogonal
+        self.left = nn.ParameterList(torch.zeros_like(f) for f in start)
+        if not orthogonal:
+            self.right = nn.ParameterList(torch.zeros_like(f) for f in start)
+            self.sizes = nn.ParameterList(torch.ones_like(f[0]) for f in start)
+        self.diagonal = None if diagonal is None else nn.Parameter(diagonal)
+        if clipping:
+            self.clip_x = nn.Parameter(start.P1.new_full((2,), 4.0))
+            self.clip_w = nn.Parameter(start.P1.new_full((channels, 2), 4.0))
+        self.clipping = clipping
+
+    def forward(self):
+        factors = []
+        for i, f in enumerate(self.start):
+            # P_i = U diag(s) Vᵀ, U = start · cayley(A), V = cayley(B), s = 1 at the start
+            U = f @ cayley(self.left[i])
+            factors.append(U if self.orthogonal else (U * self.sizes[i]) @ cayley(self.right[i]).mT)
+        P = [Kronecker(*factors)] if self.diagonal is None else [self.diagonal, Kronecker(*factors)]
+        clips = (self.clip_x.sigmoid(), self.clip_w.sigmoid()) if self.clipping else (None, None)
+        # a copy: what is kept as the best iterate must not follow the parameters
+        return [p if isinstance(p, Kronecker) else p.clone() for p in P], *clips
+
+
+def folded_weight(weight, P, orthogonal: bool, clip_w=None):
+    """The weight in the transformed space, clipped: (C, d)."""
+    # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
+    P = [p if isinstance(p, Kronecker) else 1 / p for p in P] if orthogonal else inverse_transpose(P)
+    folded = transform(weight, P, 1)
+    return folded if clip_w is None else clip_range(folded, clip_w)
+
+
+def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int, orthogonal: bool, clipping=True,
+             diagonal=None):
+    """Train P and the clipping of one linear and round it to nearest: (QuantLinear, record). d_s = d_m = d_u."""
+    x, y, state = inputs[:3]
+    d, norm = weight.shape[1], float(y.square().sum(-1).mean()) or 1.0
+    start = Kronecker(*(f.to(x) for f in initial_basis(d, "kronecker", generator)))
+
+    def loss_of(rows, value):
+        P, clip_x, clip_w = value
+        phi = transform(x[rows], P, state_gate(state[rows], d, d_s, d_s, x.dtype))
+        phi = phi if clip_x is None else clip_range(phi, clip_x)
+        folded = folded_weight(weight, P, orthogonal, clip_w)
+        y_hat = linear(fake_quantize(phi, config.abits), fake_quantize(folded, config.wbits, symmetric=True))
+        return reconstruction_loss(y[rows], y_hat if bias is None else y_hat + bias) / norm
+
+    parameters = FlatParameters(start, len(weight), diagonal, orthogonal, clipping)
+    (P, clip_x, clip_w), record = minimize(parameters, loss_of, len(x), config.lr, config.epochs, config.batch,
+                                           config.schedule, generator, progress)
+    folded = folded_weight(weight, P, orthogonal, clip_w)
+    scale, zero_point = quant_params(folded, config.wbits, symmetric=True)
+    codes = (quantize(folded, scale, zero_point, config.wbits) - zero_point).to(torch.int8)
+    return QuantLinear(codes, scale[:, 0], P, d_s, d_s, config.abits, config.wbits, bias, clip=clip_x), record
+
+
+def channel_scale(inputs, weight):
+    """Start of the per-channel diagonal δ, (d,)."""
+    x_max = inputs.x.abs().amax((0, 1)).clamp_min(1e-5)
+    w_max = weight.abs().amax(0).clamp_min(1e-5)
+    # x · w_max^(1−α) / x_max^α, α = 0.3
+    return w_max**0.7 / x_max**0.3
+
+
+def fit_flatquant(weight, bias, inputs, config, generator, progress):
+    """FlatQuant: per-channel diagonal, clipping of weights and activations."""
+    diagonal = channel_scale(inputs, weight)
+    return fit_flat(weight, bias, inputs, config, generator, progress, 0, orthogonal=False, diagonal=diagonal)
+
+
+def fit_freeact(weight, bias, inputs, config, generator, progress):
+    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), diagonal, clipping."""
+    d_s = weight.shape[1] // config.state_fraction if config.state_fraction else 0
+    diagonal = channel_scale(inputs, weight)
+    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True, diagonal=diagonal)

@@ -1,0 +1,116 @@
+"""GPTQ (arXiv 2210.17323): round a weight column by column, each rounding error pushed onto the columns still open.
+
+It minimizes ‖X Wᵀ − X Ŵᵀ‖_F² = tr(E H Eᵀ), E = W − Ŵ, H = Σ_j w_j x_j x_jᵀ, greedily. It knows nothing of transforms:
+given folded weights and transformed activations it composes with any of them.
+"""
+
+import torch
+
+from runtime.layers import QuantLinear
+from starquant import apply_basis, fold_weight, quant_params
+
+
+def hessian(x, token_weights=None, rows: int = 8192):
+    """H = 2/N Σ_j w_j x_j x_jᵀ of rows x (N, d), (d, d) float64; token_weights (N,), 1 by default.
+
+    Products in x's precision, `rows` at a time, their sum in float64.
+    """
+    H = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    weights = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
+    for part, w in zip(x.split(rows), weights.split(rows), strict=True):
+        H += (w[:, None] * part).mT @ part
+    return H.mul_(2 / len(x))
+
+
+def output_error(error, H):
+    """tr(E H Eᵀ) per output channel: error (C, d) -> (C,), twice the mean squared output error it causes."""
+    return ((error @ H) * error).sum(-1)
+
+
+def damped(H, damping: float):
+    """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (..., d, d)"""
+    H = H.clone()  # and no other matrix of its size: for an 8B model it is a gigabyte
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H)
+    return H
+
+
+def inverse_factor(H, damping: float):
+    """U (..., d, d), upper triangular, H⁻¹ = UᵀU of the damped H: row i holds the inverse Hessian of the columns ≥ i,
+    up to U_ii."""
+    # H = K Kᵀ, K upper triangular: the Cholesky factor of H backwards, backwards
+    K = torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
+    # U = K⁻¹, solved in the memory of the identity, column by column as LAPACK wants it
+    U = torch.zeros_like(K, memory_format=torch.contiguous_format).mT
+    U.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return torch.linalg.solve_triangular(K, U, upper=True, out=U)
+
+
+def round_columns(weight, scale, bits: int):
+    """Symmetric codes ⌊w/s⌉ in [−2^(b−1), 2^(b−1) − 1], kept floating."""
+    return (weight / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+SEARCHED = 2**20  # weights at a time: what is walked over 80 times stays in a CPU's cache
+SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's grid
+
+
+def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
+    """Per-row scale, a factor of `grid` times the full one, with the least rounding error: weight (C, d) -> (C, 1).
+
+    The error is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H is given.
+    """
+    at_a_time = SEARCHED if weight.device.type == "cpu" else 16 * SEARCHED  # a GPU wants few launches
+    if weight.numel() > at_a_time and len(weight) > 1:
+        parts = weight.split(max(1, at_a_time // weight.shape[1]))
+        return torch.cat([shrunk_scale(part, bits, H, grid, norm) for part in parts])
+    full, _ = quant_params(weight, bits, symmetric=True)
+    best, least = full, torch.full_like(full[:, 0], torch.inf)
+    for factor in grid:
+        scale = factor * full
+        error = round_columns(weight, scale, bits).mul_(scale).sub_(weight)  # in place: no new memory in 80 walks
+        loss = error.abs_().pow_(norm).sum(-1) if H is None else output_error(error, H)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better[:, None], scale, best)
+    return best
+
+
+def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 128):
+    """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
+
+    scale (C, 1): fixed before the first column, max|w| / (2^(b−1) − 1) by default. Columns are taken in order, in
+    blocks of `block`: inside a block, which lies apart with a row for each of its columns, every column updates the
+    next ones at once, the columns behind it once per block.
+    """
+    W, H = weight.to(torch.float64, copy=True), H.double()
+    scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
+    W[:, H.diagonal() == 0] = 0
+    U = inverse_factor(H, damping)
+    codes = torch.empty_like(W, dtype=torch.int8)
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        near, columns = U[start:end, start:end], W[:, start:end].mT.contiguous()
+        rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
+        for i, w in enumerate(columns):
+            rounded[i] = round_columns(w, scale, bits)
+            # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
+            errors[i] = (w - scale * rounded[i]) / near[i, i]
+            columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
+        codes[:, start:end] = rounded.mT
+        W[:, end:].addmm_(errors.mT, U[start:end, end:], alpha=-1)
+    return codes, scale.float()
+
+
+def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weights=None, search=False, clip=None):
+    """GPTQ in the space of a transform P (none by default); token_weights (S, L) weigh the Hessian.
+
+    search: the per-channel scale of least rounding error instead of max|w| (`mse` in GPTQ's code); clip: factor of
+    every token's range.
+    """
+    P = list(P)
+    rows = None if token_weights is None else token_weights.flatten()
+    H = hessian(apply_basis(inputs.x.flatten(0, 1), P), rows)
+    folded = fold_weight(weight, P) if P else weight
+    scale = shrunk_scale(folded, config.wbits) if search else None
+    codes, scale = gptq(folded, H, config.wbits, scale)
+    clip = None if clip is None else scale.new_full((2,), clip)
+    return QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip), {}

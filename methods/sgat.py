@@ -1,0 +1,209 @@
+"""Appendix B: how SGAT's basis P is initialized, kept orthogonal and trained; closed-form subspace allocation.
+
+Paper-literal: a random Gaussian matrix, orthogonalized (`initial_basis`), trained by AdamW on Eq. 15 with lr 1e-3,
+batch 4, 15 epochs, the model frozen (`fit_sgat`). P stays orthogonal because it is the start matrix times a Cayley
+image. `kind="dense"` is one d x d matrix; `kind="kronecker"` is P1 ⊗ P2 (FlatQuant's sizes), what deploys.
+`allocate_subspaces` starts instead from the directions that the other state does not use.
+"""
+
+import math
+
+import torch
+from einops import einsum, rearrange
+from torch import nn
+
+from methods.rtn import Inputs, fit_rtn
+from runtime.layers import QuantLinear
+from starquant import Kronecker, sgat_loss, subspace_gates
+
+
+def random_orthogonal(n: int, generator: torch.Generator):
+    """Haar-distributed orthogonal matrix (n, n): QR of a Gaussian with the signs of diag(R) taken out. float64."""
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()
+
+
+def kronecker_sizes(d: int) -> tuple[int, int]:
+    """(n1, n2), n1 n2 = d, n1 ≤ n2, as close to √d as divisors allow: 4096 -> 64, 64; 12288 -> 96, 128."""
+    n1 = next(n for n in range(int(d**0.5), 0, -1) if d % n == 0)
+    return n1, d // n1
+
+
+def initial_basis(d: int, kind: str, generator: torch.Generator):
+    """App. B: a random Gaussian matrix, orthogonalized; each factor on its own in the Kronecker form."""
+    if kind == "dense":
+        return random_orthogonal(d, generator)
+    return Kronecker(*(random_orthogonal(n, generator) for n in kronecker_sizes(d)))
+
+
+def cayley(A):
+    """Orthogonal matrix of the skew-symmetric part of A: Q = (I + S)⁻¹ (I − S), S = (A − Aᵀ)/2; A = 0 gives I."""
+    S = (A - A.mT) / 2
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(eye + S, eye - S)
+
+
+class OrthogonalBasis(nn.Module):
+    """P = P_start · cayley(A), A trained from 0, per factor; fp32 unless the start is wider."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.kronecker = isinstance(start, Kronecker)
+        factors = list(start) if self.kronecker else [start]
+        self.skew = nn.ParameterList(nn.Parameter(torch.zeros_like(f)) for f in factors)
+        for i, f in enumerate(factors):
+            self.register_buffer(f"start_{i}", f)
+
+    def forward(self):
+        factors = [getattr(self, f"start_{i}") @ cayley(A) for i, A in enumerate(self.skew)]
+        return Kronecker(*factors) if self.kronecker else factors[0]
+
+# ---- closed-form allocation ----------------------------------------------------------------------------------------
+
+
+def _least(moment, n: int):
+    """Orthonormal eigenvectors of a symmetric matrix: (those of the n smallest eigenvalues, the others)."""
+    _, Q = torch.linalg.eigh(moment)
+    return Q[:, :n], Q[:, n:]
+
+
+def least_energy(moments, counts, n: int, generator: torch.Generator):
+    """Orthogonal (n, n): its last counts[0] columns have least energy under moments[0], those before them under
+    moments[1] within what is left, and so on; the remainder is rotated at random, which spreads outliers."""
+    rest, columns = torch.eye(n, dtype=torch.float64), []
+    for moment, count in zip(moments, counts, strict=True):
+        if count == rest.shape[1]:  # nothing to choose from
+            break
+        rest = rest.to(moment)
+        least, others = _least(rest.mT @ moment @ rest, count)
+        columns.insert(0, rest @ least)
+        rest = rest @ others
+    return torch.cat((rest @ random_orthogonal(rest.shape[1], generator).to(rest), *columns), 1)
+
+
+def allocate(moment_m, moment_u, d_m: int, d_u: int, generator: torch.Generator):
+    """P = [U_sh, U_m, U_u] in closed form from the states' second moments (d, d).
+
+    U_u: the d_u directions with least masked energy (masked tokens lose little when they are gated off); U_m: within
+    the rest, the d_m directions with least unmasked energy; U_sh: what remains.
+    """
+    return least_energy((moment_m, moment_u), (d_u, d_m), len(moment_m), generator)
+
+
+def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
+    """Closed-form start from calibration inputs x (N, d) and their states (N,); float64.
+
+    Kronecker: coordinate (i, j) of the (n1, n2) layout is column i of P1 times column j of P2. The rows that hold gated
+    coordinates go to the columns of P1 with least energy of the states they lose, last row first; then, within those
+    rows, the columns of P2 likewise.
+    """
+    x = x.double()
+    if kind == "dense":
+        moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
+        return allocate(*moments, d_m, d_u, generator)
+    if d_m + d_u == 0:
+        return initial_basis(x.shape[1], kind, generator)
+    n1, n2 = kronecker_sizes(x.shape[1])
+    X = rearrange(x, "n (i j) -> n i j", i=n1)
+    Xs = [X[s] for s in (state, ~state)]
+    # loses[s, i, j] = 1 where state s (masked, unmasked) is gated off
+    loses = torch.stack([1 - gate for gate in subspace_gates(n1 * n2, d_m, d_u, dtype=x.dtype)]).view(2, n1, n2).to(x)
+    gated = loses.sum((0, 2)).nonzero()[:, 0].flip(0)  # rows, from the last
+    # E[X Xᵀ] of each state: energy of each direction of P1
+    rows = torch.stack([einsum(S, S, "n i k, n j k -> i j") / max(len(S), 1) for S in Xs])
+    P1 = least_energy([einsum(loses[:, i].sum(1), rows, "s, s i j -> i j") for i in gated], [1] * len(gated), n1,
+                      generator)
+    # E[x xᵀ] of each state within each gated row: energy of each direction of P2
+    inner = [einsum(S, P1[:, gated], "n i j, i r -> n r j") for S in Xs]
+    columns = torch.stack([einsum(S, S, "n r j, n r k -> r j k") / max(len(S), 1) for S in inner])
+    patterns, counts = loses[:, gated].flip(2).unique_consecutive(dim=2, return_counts=True)
+    used = patterns.sum((0, 1)) > 0
+    moments = einsum(patterns[:, :, used], columns, "s r g, s r j k -> g j k")
+    return Kronecker(P1, least_energy(moments, counts[used].tolist(), n2, generator))
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,
+             schedule="constant", bias=None, symmetric=True, generator=None, progress=lambda loss: None):
+    """App. B: train P on Eq. 15 and return (P with the least held-out loss, record of the losses).
+
+    x (S, L, d) inputs and y (S, L, C) full-precision outputs of S calibration segments, state (S, L), weight (C, d),
+    start: the initial basis. Losses are relative: divided by the mean squared norm of y.
+    """
+    norm = float(y.square().sum(-1).mean()) or 1.0
+
+    def loss_of(rows, P):
+        return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias, symmetric) / norm
+
+    return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
+
+
+@torch.enable_grad()  # whatever the caller's mode is
+def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, batch=4, schedule="constant",
+             generator=None, progress=lambda loss: None):
+    """AdamW on `loss_of(rows, parameters())` over batches of segments; (best value of parameters(), record).
+
+    `rows` are segment numbers, the loss is a mean over them. One eighth of the segments is held out, at least one;
+    with a single segment it is judged on itself. A held-out loss that is not finite ends the training; the best
+    iterate, at worst the start, is kept in every case, and `diverged` says that the last is worse than the start.
+    Parameters named `clip...` learn 10 times as fast (FlatQuant).
+    """
+    held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
+    train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
+    held = held.nonzero()[:, 0]
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": lr * (10 if name.startswith("clip") else 1)}
+                                   for name, p in parameters.named_parameters()], lr=lr)
+    steps = epochs * -(-len(train) // batch)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
+
+    @torch.no_grad()
+    def held_out(value):
+        return float(torch.stack([loss_of(rows, value) * len(rows) for rows in held.split(16)]).sum()) / len(held)
+
+    def current():
+        with torch.no_grad():
+            return parameters()
+
+    best = current()
+    history = [held_out(best)]
+    least = history[0]
+    for _ in range(epochs):
+        order = train[torch.randperm(len(train), generator=generator)]
+        for rows in order.split(batch):
+            loss = loss_of(rows, parameters())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+        value = current()
+        history.append(held_out(value))
+        progress(history[-1])
+        if not math.isfinite(history[-1]):
+            break
+        if history[-1] < least:
+            best, least = value, history[-1]
+    last = history[-1] if math.isfinite(history[-1]) else None  # JSON has no NaN
+    return best, {"start": history[0], "best": least, "last": last, "epochs": len(history) - 1,
+                  "diverged": last is None or last > history[0]}
+
+
+def fit_starquant(weight, bias, inputs: Inputs, config, generator, progress):
+    """SGAT: start (App. B or closed form), train on Eq. 15, fold (Eq. 12)."""
+    if config.transform == "none":
+        return fit_rtn(weight, bias, inputs, config, generator, progress)
+    (x, y, state), d = inputs[:3], weight.shape[1]
+    d_s = d // config.state_fraction if config.state_fraction else 0
+    if config.allocation == "random":
+        start = initial_basis(d, config.transform, generator)
+    else:
+        start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
+    start = _cast(start, x)
+    P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
+                         config.batch, config.schedule, bias, config.symmetric, generator, progress)
+    return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias, config.symmetric), record
+
+
+def _cast(P, like):
+    return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)

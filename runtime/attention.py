@@ -1,0 +1,54 @@
+"""softmax(Q Kᵀ / √h) V with K, V and the softmax output quantized, and IA-AQ, DLLMQuant's scale for V.
+
+In 16 bit by default everywhere: the paper leaves the bits of this product open (its Fig. 3 compares against a QuaRot*
+that keeps it unquantized). Fake quantization: what is studied here is the error, not the speed.
+"""
+
+import torch
+from torch import nn
+
+from starquant import dequantize, fake_quantize, quantize
+
+
+def softmax_scores(q, k, mask=None):
+    """A = softmax(Q Kᵀ / √h), (B, H, L, L); rows that may see nothing are zero. q (B, H, L, h), k (B, K, L, h)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0)
+
+
+class QuantAttention(nn.Module):
+    """Eq. 16 between quantizers: K per token and head, V likewise or with a static scale per channel, softmax per row.
+
+    `rotation` (h, h) orthogonal is applied to q, k (it cancels in Q Kᵀ) and to v (it is undone behind the product), as
+    QuaRot does with a Hadamard matrix. Bits of 16 leave an operand as it is.
+    """
+
+    def __init__(self, bits, rotation=None, value_scale=None, value_zero=None):
+        """bits (2,): of K and V, and of the softmax output; value_scale, value_zero (K, 1, h) static, from `ia_aq`."""
+        super().__init__()
+        bits = torch.as_tensor(bits, dtype=torch.int32)
+        self.kv_bits, self.softmax_bits = bits.tolist()  # read once: inside a CUDA graph nothing can be
+        self.register_buffer("bits", bits)  # for the file
+        self.register_buffer("rotation", rotation)
+        self.register_buffer("value_scale", value_scale)
+        self.register_buffer("value_zero", value_zero)
+
+    def rotated(self, *heads):
+        return [t.float() if self.rotation is None else t.float() @ self.rotation for t in heads]
+
+    def forward(self, q, k, v, mask=None):
+        """q (B, H, L, h), k, v (B, K, L, h), mask (B, 1, 1 or L, L) or None -> (B, H, L, h) in q's dtype."""
+        dtype, kv_bits, softmax_bits = q.dtype, self.kv_bits, self.softmax_bits
+        q, k, v = self.rotated(q, k, v)
+        if kv_bits < 16:
+            k = fake_quantize(k, kv_bits)
+            static = self.value_scale is not None
+            v = dequantize(quantize(v, self.value_scale, self.value_zero, kv_bits), self.value_scale,
+                           self.value_zero) if static else fake_quantize(v, kv_bits)
+        A = softmax_scores(q, k, mask)
+        A = fake_quantize(A, softmax_bits) if softmax_bits < 16 else A
+        z = A @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return (z if self.rotation is None else z @ self.rotation.mT).to(dtype)

@@ -1,0 +1,156 @@
+"""Monte-Carlo likelihood of an answer given a prompt, as LLaDA and Dream are evaluated.
+
+A masked-diffusion model bounds −log p(answer | prompt) by the expectation, over random masks of the answer, of the
+cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how many tokens are masked (LLaDA paper,
+Appendix B.5: lower variance, and exact for one token), Dream draws each token by itself; both stratify the ratio.
+
+Masks of a request come from a generator of its own, seeded by its tokens: the result depends neither on the order nor
+on the batching of requests, nor on how they are shared among processes. Equal masked rows are run only once.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from runtime.sampling import generate, guided_logits
+
+
+def llada_masks(length: int, samples: int, generator=None):
+    """One stratified batch of masks (samples, length) bool and their weights length / (masked tokens), (samples,)."""
+    k = torch.randint(1, length + 1, (), generator=generator)
+    # x_j = round(k + j·L/b), wrapped into 1 .. L
+    x = torch.round(torch.linspace(float(k), k + (samples - 1) * (length / samples), steps=samples)).long()
+    x = (x - 1) % length + 1
+    masks = torch.arange(length) < x[:, None]
+    return torch.stack([m[torch.randperm(length, generator=generator)] for m in masks]), length / x
+
+
+def dream_masks(prefix: int, length: int, samples: int, eps: float = 1e-3, generator=None):
+    """One stratified batch of masks (samples, length) bool and their weights 1/p, (samples,).
+
+    The first token of prefix + target and the last one are never masked.
+    """
+    t = (torch.rand(1, generator=generator) + torch.arange(samples) / samples) % 1
+    p = (1 - eps) * t + eps
+    masks = torch.rand((samples, prefix + length), generator=generator) < p[:, None]
+    masks[:, 0] = masks[:, -1] = False
+    return masks[:, prefix:], 1 / p
+
+
+@dataclass
+class Rows:
+    """Masked copies of one request: the i-th has `masks[i]` of its answer masked and counts `weights[i]` times."""
+
+    request: int
+    ids: torch.Tensor  # (P + L,)
+    prompt: int  # P
+    masks: torch.Tensor  # (R, L) bool
+    weights: torch.Tensor  # (R,)
+
+
+def _draw(model, i, prompt, answer, mc_num, mc_batch, generator) -> Rows:
+    """The mc_num masks of a request, equal ones merged, with weights that sum up to its likelihood bound."""
+    if len(answer) == 0:
+        raise ValueError("an answer needs at least one token.")
+    if mc_num < 1 or mc_num % mc_batch:
+        raise ValueError(f"mc_num {mc_num} is not a multiple of the {mc_batch} samples of a stratified batch.")
+    draws = []
+    for _ in range(mc_num // mc_batch):
+        if model.config.family == "dream":
+            draws.append(dream_masks(len(prompt), len(answer), mc_batch, generator=generator))
+        else:
+            draws.append(llada_masks(len(answer), mc_batch, generator=generator))
+    masks, which = torch.cat([m for m, _ in draws]).unique(dim=0, return_inverse=True)
+    weights = torch.zeros(len(masks), dtype=torch.float64)
+    weights.index_add_(0, which, torch.cat([w for _, w in draws]).double() / mc_num)
+    some = masks.any(-1)  # where nothing is masked there is no loss
+    return Rows(i, torch.cat((prompt, answer)).cpu(), len(prompt), masks[some], weights[some])
+
+
+@torch.no_grad()
+def _losses(model, batch: list[Rows], cfg_scale: float):
+    """Weighted cross-entropies Σ CE · weight of the rows of a batch, (rows,) float64; right-padded to one length."""
+    rows, longest = sum(len(r.masks) for r in batch), max(len(r.ids) for r in batch)
+    ids = torch.full((rows, longest), int(model.mask_id == 0))  # any token that is not [MASK]
+    where, prompt, real = (torch.zeros(rows, longest, dtype=torch.bool) for _ in range(3))
+    start = 0
+    for r in batch:
+        at = slice(start, start + len(r.masks))
+        ids[at, : len(r.ids)], real[at, : len(r.ids)], prompt[at, : r.prompt] = r.ids, True, True
+        where[at, r.prompt : len(r.ids)] = r.masks
+        start = at.stop
+    targets, noisy = ids[where], ids.masked_fill(where, model.mask_id)
+    # rows that differ only in what is masked, as the choices A to D of a question, go through the model once
+    _, same = torch.cat((noisy, prompt, real), 1).unique(dim=0, return_inverse=True)
+    run = torch.zeros(int(same.max()) + 1, dtype=torch.long).scatter_(0, same, torch.arange(rows))
+    at = (where[run].flatten().cumsum(0) - 1).view(len(run), longest)[same][where]  # a masked token's row of the logits
+    inputs = [x[run].to(model.device) for x in (noisy, prompt, where)]
+    mask = None if bool(real.all()) else real[run].long().to(model.device)
+    logits = guided_logits(model, inputs[0], inputs[1], cfg_scale, mask, inputs[2])
+    at, where, targets = (x.to(model.device) for x in (at, where, targets))
+    ce = F.cross_entropy(logits.float()[at], targets, reduction="none").double()
+    sums = torch.zeros(rows, dtype=torch.float64, device=ce.device).index_add_(0, where.nonzero()[:, 0], ce)
+    return sums.cpu() * torch.cat([r.weights for r in batch])
+
+
+def _score(model, requests, batch_size: int, cfg_scale: float, out: list[float]):
+    """Subtract every request's losses from `out`, `batch_size` rows at a time."""
+    batch, room = [], batch_size
+    for r in requests:
+        while len(r.masks):
+            part = Rows(r.request, r.ids, r.prompt, r.masks[:room], r.weights[:room])
+            r.masks, r.weights = r.masks[room:], r.weights[room:]
+            batch, room = [*batch, part], room - len(part.masks)
+            if room == 0:
+                _subtract(model, batch, cfg_scale, out)
+                batch, room = [], batch_size
+    if batch:
+        _subtract(model, batch, cfg_scale, out)
+
+
+def _subtract(model, batch, cfg_scale, out):
+    losses = _losses(model, batch, cfg_scale).split([len(r.masks) for r in batch])
+    for r, loss in zip(batch, losses, strict=True):
+        out[r.request] -= float(loss.sum())
+
+
+def request_generator(prompt, answer, seed: int) -> torch.Generator:
+    """The random numbers of a request, determined by its tokens and the seed."""
+    key = f"{seed}/{prompt.tolist()}/{answer.tolist()}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+
+
+def log_likelihoods(model, requests, mc_num: int = 128, mc_batch: int = 16, batch_size: int = 32,
+                    cfg_scale: float = 0.0, seed: int = 0) -> list[float]:
+    """log p(answer | prompt) in nats of many requests [(prompt (P,), answer (L,)), ...], longest first.
+
+    mc_num masks per request, stratified in batches of mc_batch (LLaDA's and Dream's protocols call that the batch
+    size); batch_size sequences go through the model at once, whichever requests they belong to. Dream's evaluation
+    wants the answer to end with EOS. Raises ValueError for an empty answer or mc_num not a multiple of mc_batch.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
+    out = [0.0] * len(requests)
+    drawn = (_draw(model, i, *requests[i], mc_num, mc_batch, request_generator(*requests[i], seed)) for i in order)
+    _score(model, drawn, batch_size, cfg_scale, out)
+    return out
+
+
+def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int = 16, cfg_scale: float = 0.0,
+                       generator=None) -> float:
+    """log p(answer | prompt) in nats of one request, with the random draws of the official code in its order.
+
+    LLaDA: `get_log_likelihood.py`, exact for one token with mc_num 1. Dream: the negative of `_eval_target_nll_mc`;
+    give the target with its EOS. generator None takes torch's own, as seeded by torch.manual_seed.
+    """
+    out = [0.0]
+    _score(model, [_draw(model, 0, prompt, answer, mc_num, batch_size, generator)], batch_size, cfg_scale, out)
+    return out[0]
+
+
+def suffix_greedy_prediction(model, prefix, target, cfg_scale: float = 0.0) -> bool:
+    """Whether greedy denoising of len(target) masks after prefix, the surest token in each step, gives the target."""
+    n = len(target)
+    ids = generate(model, prefix[None].to(model.device), n, n, cfg_scale=cfg_scale, algorithm="low_confidence")
+    return torch.equal(ids[0, -n:], target.to(model.device))

@@ -1,0 +1,110 @@
+"""Calibration text from parquet and the hub; token states of the model's own trajectory."""
+
+import json
+import sys
+
+import pytest
+import torch
+from arguments import fast
+
+import calibrate
+from calibrate import QuantConfig, quantize_model
+from calibration import segments
+from calibration.segments import rollout
+from model import generate, load_model
+from runtime import processes
+from tiny import tasks
+
+ROWS = [{"sentence": "The trophy beat the _ .", "option1": "case", "option2": "bag", "answer": "2"},
+        {"sentence": "The _ sank .", "option1": "ship", "option2": "sea", "answer": "1"}]
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist(ROWS * 20), tmp_path / "w.parquet")
+    return tmp_path / "w.parquet"
+
+
+class TestText:
+    def test_parquet_and_jsonl_give_the_same_texts(self, parquet, tmp_path):
+        (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, ROWS * 20)))
+        assert segments.read_texts(parquet)[:2] == ["The trophy beat the bag .", "The ship sank ."]
+        assert segments.read_texts(parquet) == segments.read_texts(tmp_path / "w.jsonl")
+
+    def test_without_pyarrow_the_sentence_names_it(self, parquet, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+        with pytest.raises(processes.Refused, match="python -m pip install pyarrow"):
+            segments.read_texts(parquet)
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and then nonsense PAR1"])
+    def test_broken_parquet(self, content, tmp_path):
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        (tmp_path / "w.parquet").write_bytes(content)
+        with pytest.raises(processes.Refused, match="as parquet"):
+            segments.read_texts(tmp_path / "w.parquet")
+
+    def test_winogrande_comes_from_the_hub_once_asked_for(self, parquet, small_folder, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **what: asked.append(what) or str(parquet))
+        monkeypatch.chdir(tmp_path)
+        assert calibrate.main(["--model", str(small_folder), "--method", "rtn", "--device", "cpu", "--problems", "0",
+                               "--data", "winogrande", "--length", "8", "--out", str(tmp_path / "q")]) == 0
+        assert asked == [segments.WINOGRANDE]
+
+    def test_a_file_of_that_name_comes_first(self, tmp_path, monkeypatch):
+        (tmp_path / "winogrande").write_text("x")
+        monkeypatch.chdir(tmp_path)
+        assert segments.find_texts("winogrande").read_text() == "x"
+
+    def test_offline_it_is_one_sentence(self, small_folder, tmp_path, monkeypatch, capsys):
+        def refuse(**_):
+            raise ConnectionError("no network\nat all")
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+        monkeypatch.chdir(tmp_path)
+        assert calibrate.main(["--model", str(small_folder), "--data", "winogrande", "--out", "q"]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "--data FILE" in message
+        assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ([], "give --data winogrande"), (["--data", "nowhere.txt"], "nowhere.txt cannot be read")])
+def test_text_is_asked_for_before_a_model_is_downloaded(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.chdir(tmp_path)
+    assert calibrate.main(["--model", "llada-8b", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
+
+
+class TestRollout:
+    def test_states_lie_on_the_trajectory_at_the_asked_share(self, tiny):
+        tokens, _ = tasks.calibration_set(tiny.tokenizer, 8, 24, 0)
+        ratios = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.3, 0.25, 0.1, 0.01])
+        states = rollout(tiny, tokens, ratios, rows=3)
+        final = generate(tiny, tokens[:, :12], 12, 12)
+        masked = states == tiny.mask_id
+        assert torch.equal(states[:, :12], tokens[:, :12])
+        assert torch.equal(torch.where(masked, final, states), final)
+        assert masked.sum(-1).tolist() == [12, 11, 9, 6, 4, 3, 2, 1]
+
+    def test_command_and_function_calibrate_on_it(self, small_folder, tmp_path):
+        full = load_model(small_folder, "cpu")
+        tokens, region = tasks.calibration_set(full.tokenizer, 6, 16, 0)
+        config = QuantConfig(epochs=0, states="rollout")
+        mine = quantize_model(full, tokens, config, region)
+        assert calibrate.main(["--model", str(small_folder), "--states", "rollout", "--segments", "6", "--length", "16",
+                               "--out", str(tmp_path / "q"), *fast(epochs=0)]) == 0
+        ids = torch.where(torch.arange(16) % 3 == 0, full.mask_id, tokens)
+        assert torch.equal(mine(ids), load_model(tmp_path / "q", "cpu")(ids))
+        other = quantize_model(full, tokens, QuantConfig(epochs=0), region)
+        assert not torch.equal(mine(ids), other(ids))

@@ -1,0 +1,133 @@
+"""Downloads from a server on this machine that speaks the hub's protocol: real HTTP, the real client, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from checkpoint.folder import INDEX, sha256
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(small_folder, tmp_path):
+    """(server, folder it serves as someone/small): two shards, and a pickle that nobody may ask for."""
+    from safetensors.torch import load_file, save_file
+
+    served = tmp_path / "served"
+    served.mkdir()
+    tensors = load_file(small_folder / "model.safetensors")
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in sorted(set(files.values())):
+        save_file({k: v for k, v in tensors.items() if files[k] == file}, served / file, {"format": "pt"})
+    (served / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (served / "config.json").write_bytes((small_folder / "config.json").read_bytes())
+    (served / "pytorch_model.bin").write_bytes(b"pickled")
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def reply(self, status, body=b"", headers=(), cut=None):
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[:cut])
+                if cut is not None:  # the line goes dead in the middle
+                    self.wfile.flush()
+                    self.connection.close()
+
+        def do_GET(self):
+            server.asked.append((self.command, self.path))
+            if self.path.startswith("/api/models/someone/small/tree/"):
+                tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": sha256(p)}
+                        for p in sorted(served.iterdir())]
+                return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+            if self.path.startswith("/api/models/someone/small"):
+                listing = {"id": "someone/small", "modelId": "someone/small", "sha": COMMIT, "private": False,
+                           "tags": [], "downloads": 0, "likes": 0,
+                           "siblings": [{"rfilename": p.name} for p in sorted(served.iterdir())]}
+                return self.reply(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+            path = served / self.path.rpartition("/")[2]
+            if not self.path.startswith(f"/someone/small/resolve/{COMMIT}/") or not path.is_file():
+                return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
+            if path.name in server.broken:
+                return self.reply(403)
+            body, headers = path.read_bytes(), {"ETag": f'"{sha256(path)}"', "X-Repo-Commit": COMMIT}
+            cut = len(body) // 2 if self.command == "GET" and path.name in server.cut else None
+            if cut:
+                server.cut.remove(path.name)
+            return self.reply(200, body, headers, cut)
+
+        do_HEAD = do_GET  # noqa: N815 (the server's name for it)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.broken, server.cut = [], set(), []
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server, served
+    server.shutdown()
+    server.server_close()
+
+
+def resolve(server, home, name="someone/small"):
+    """`folder.resolve` in a process of its own, whose hub is the server: (exit code, its last line)."""
+    program = ("import sys\nfrom checkpoint import folder\ntry:\n    print(folder.resolve(sys.argv[1]))\n"
+               "except folder.Refused as error:\n    sys.exit(f'said: {error}')\n")
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
+                        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", program, name], cwd=ROOT, env=env, capture_output=True, text=True,
+                          check=False, timeout=120)
+    return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
+
+
+def downloads(server, file):
+    return [path for command, path in server.asked if command == "GET" and path.endswith(f"/{file}")]
+
+
+def test_a_model_arrives_whole_though_the_line_breaks(hub, tmp_path):
+    server, served = hub
+    broken = max(p.name for p in served.glob("*.safetensors"))
+    server.cut.append(broken)
+    code, folder = resolve(server, tmp_path / "home")
+    assert code == 0, folder
+    for path in served.iterdir():
+        if path.suffix != ".bin":
+            assert sha256(Path(folder) / path.name) == sha256(path)
+    assert len(downloads(server, broken)) == 2
+    # pickled weights are not even asked for
+    assert not (Path(folder) / "pytorch_model.bin").exists()
+    assert not downloads(server, "pytorch_model.bin")
+
+
+def test_an_interrupted_download_keeps_what_it_has(hub, tmp_path):
+    server, served = hub
+    first, second = sorted(p.name for p in served.glob("*.safetensors"))
+    server.broken.add(second)
+    code, said = resolve(server, tmp_path / "home")
+    assert code == 1
+    assert said.startswith("said: could not download someone/small (")
+    assert "give the folder instead" in said
+    assert len(downloads(server, first)) == 1
+    server.broken.clear()
+    code, folder = resolve(server, tmp_path / "home")
+    assert code == 0, folder
+    assert len(downloads(server, first)) == 1
+    assert sha256(Path(folder) / second) == sha256(served / second)
+
+
+def test_a_model_that_does_not_exist_is_one_sentence(hub, tmp_path):
+    code, said = resolve(hub[0], tmp_path / "home", "someone/else")
+    assert code == 1
+    assert said.startswith("said: could not download someone/else (RepositoryNotFoundError)")

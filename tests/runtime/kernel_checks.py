@@ -1,0 +1,155 @@
+"""What the CUDA kernels are held against, on the CPU (`test_cuda_kernels.py`) and on a GPU (`test_kernels_on_gpu.py`):
+their eager twins."""
+
+import pytest
+import torch
+
+import kernels
+from methods.plus import feedback_matrix
+from runtime import cuda
+from runtime.layers import QuantLinear
+from starquant import Kronecker, apply_basis, tac_apply
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def gated(x, state, d_m, d_u):
+    K = x.shape[1]
+    column = torch.arange(K, device=x.device)
+    off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
+    return x.masked_fill(off, 0)
+
+
+def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric, has_bias, width=None, clipped=False,
+                 shifted=False):
+    """One linear through the kernels against the eager twins: every integer and every output equal."""
+    g = torch.Generator().manual_seed(seed)
+    d_m, d_u = K // 5, K // 7
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    x[0] = 0
+    state = torch.full((M,), masked, device=device) if masked is not None else (
+        torch.rand(M, generator=g) < 0.5).to(device)
+    half = 2 ** (wbits - 1)
+    w = torch.randint(-half, half, (N, K), generator=g, dtype=torch.int8).to(device)
+    w_scale = torch.rand(N, generator=g).to(device)
+    bias = torch.randn(N, generator=g).to(device) if has_bias else None
+    w_zero = w[:, 0].int() if asymmetric else None
+    clip = torch.tensor([0.9, 0.7], device=device) if clipped else None
+    shift = torch.randn(2, N, generator=g).to(device) if shifted else None
+    rows = gated(x, state, d_m, d_u)
+    codes, scale, zero = cuda.quantize_rows(x, state, d_m, d_u, 4, clip)
+    want_codes, want_scale, want_zero = kernels.quantize_rows(rows, 4, clip)
+    assert torch.equal(codes[:M], want_codes)
+    assert not codes[M:].any()
+    assert torch.equal(scale[:, None], want_scale)
+    assert torch.equal(zero[:, None], want_zero.int())
+    weight = kernels.pack_int4(w) if packed else w
+    with pytest.MonkeyPatch.context() as patch:
+        if width:
+            patch.setattr(cuda, "slice_width", lambda *_: width)
+        y = cuda.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero,
+                                    clip, None, shift)
+    want = kernels.int_linear(rows, w, w_scale, kernels.row_sums(w), 4, wbits, bias, w_zero, "float", clip)
+    want = want if shift is None else want + shift[state.long()]
+    assert y.dtype == dtype
+    assert torch.equal(y, want.to(dtype))
+
+
+def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
+    """Feedback through the kernel against its eager twin: every integer equal."""
+    g = torch.Generator().manual_seed(seed)
+    K = 64 * blocks
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    x[0] = 0
+    V = feedback_matrix(torch.randn(K, K, generator=g), 64).to(device)
+    clip = torch.full((2,), 0.75, device=device) if clipped else None
+    w = torch.randint(-8, 8, (32, K), generator=g, dtype=torch.int8).to(device)
+    ones, sums = torch.ones(32, device=device), kernels.row_sums(w)
+    codes, scale, zero = cuda.quantize_rows(x, None, 0, 0, bits, clip)
+    cuda.feedback(x, V, scale, zero, codes, bits)
+    assert torch.equal(codes[:M], kernels.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
+    assert not codes[M:].any()
+    y = cuda.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
+    want = kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V)
+    assert torch.equal(y, want.to(dtype))
+
+
+def check_packed(device, seed, M, K, N, dtype, bits, asymmetric, has_bias, shifted, extreme=False):
+    """A linear by `packed_product` against its eager twin: every output equal."""
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    state = (torch.rand(M, generator=g) < 0.5).to(device)
+    w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    if extreme:  # the largest sum there is
+        x, w = x.abs().add(1).clamp(max=1), torch.full_like(w, -8)
+    w, w_scale = w.to(device), torch.rand(N, generator=g).to(device)
+    bias = torch.randn(N, generator=g).to(device) if has_bias else None
+    w_zero = w[:, 0].int() if asymmetric else None
+    shift = torch.randn(2, N, generator=g).to(device) if shifted else None
+    with pytest.MonkeyPatch.context() as patch:
+        used = []
+        patch.setattr(cuda, "few", lambda codes, N, dtype: True)
+        patch.setattr(cuda, "fastest", lambda ways, key: used.append(len(ways)) or ways[0])
+        y = cuda.int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
+                                    bias, w_zero, None, None, shift)
+    assert used == [2]
+    want = kernels.int_linear(x, w, w_scale, kernels.row_sums(w), bits, 4, bias, w_zero, "float")
+    assert torch.equal(y, (want if shift is None else want + shift[state.long()]).to(dtype))
+
+
+def check_nan(device, dtype):
+    """A token with NaN comes out as NaN, with feedback and without; the others as if it were not there."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(40, 128, generator=g), torch.randint(-8, 8, (32, 128), generator=g, dtype=torch.int8)
+    x, w, V = x.to(device, dtype), w.to(device), feedback_matrix(torch.randn(128, 128, generator=g), 64).to(device)
+    broken = x.clone()
+    broken[3, 5], broken[17, 127], broken[18, 0] = torch.nan, torch.nan, torch.nan
+    ones, sums, clip = torch.ones(32, device=device), kernels.row_sums(w), torch.full((2,), 0.9, device=device)
+    for options in ({}, {"V": V}, {"clip": clip}):
+        got, want = (cuda.int_linear(t, None, 0, 0, w, ones, sums, 4, False, **options) for t in (broken, x))
+        nan = got.isnan()
+        assert nan.any(-1).nonzero()[:, 0].tolist() == nan.all(-1).nonzero()[:, 0].tolist() == [3, 17, 18]
+        assert torch.equal(got[~nan], want[~nan])
+
+
+def check_plus(device, dtype, masked):
+    """A whole linear of starquant+ through the kernels (centre, blocks, clip, feedback, the mean's output) against its
+    eager twin."""
+    linear, g = plus_layer().to(device), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 25, 128, generator=g).to(device, dtype)
+    state = (torch.rand(2, 25, generator=g) < 0.5 if masked is None else torch.full((2, 25), masked)).to(device)
+    rows = apply_basis((x - linear.mean[state.long()]).to(dtype), linear.basis(x)).flatten(0, 1)
+    want = kernels.int_linear(rows, linear.codes(), linear.weight_scale, linear.weight_sum, 4, 4, linear.bias, None,
+                              "float", linear.clip, linear.feedback)
+    want = (want.reshape(2, 25, -1) + linear.shift[state.long()]).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(cuda, "usable", lambda x, N, V=None: True)
+        assert torch.equal(linear(x, state), want)
+    if device == "cpu" and dtype == torch.float32:
+        assert torch.equal(linear(x, state), want)  # eager
+
+
+def plus_layer(K=128, N=48):
+    g = torch.Generator().manual_seed(0)
+    P = [torch.linalg.qr(torch.randn(*s, generator=g))[0].bfloat16() for s in ((K // 64, 64, 64), (K // 64, K // 64))]
+    codes = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    centre = torch.randn(2, K, generator=g), torch.randn(2, N, generator=g)
+    return QuantLinear(codes, torch.rand(N, generator=g), P, bias=torch.randn(N, generator=g), centre=centre,
+                       clip=torch.full((2,), 0.9), feedback=feedback_matrix(codes.float(), 64))
+
+
+def check_tac(device, dtype, rows, blocks):
+    g = torch.Generator().manual_seed(rows)
+    z = torch.randn(1, rows, blocks * 16, generator=g).to(device, dtype)
+    M, d = (torch.randn(blocks, *s, generator=g).to(device) for s in ((16, 16), (16,)))
+    want = tac_apply(z.double(), M.double(), d.double())
+    # fp32 sums of 16 products; bf16 output adds half a unit in the last place of 8 bits
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype] * (want.abs() + z.abs().max() * M.abs().max() * 16)
+    assert ((cuda.tac(z, M, d) - want).abs() <= tolerance).all()
+
+
+def layer(K=64, N=48, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    P = [Kronecker(*(torch.linalg.qr(torch.randn(8, 8, generator=g))[0] for _ in range(2)))]
+    return QuantLinear.fold(torch.randn(N, K, generator=g), P, 4, 4, bias=torch.randn(N, generator=g), **kwargs)

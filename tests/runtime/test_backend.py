@@ -1,0 +1,204 @@
+"""Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere;
+on a GPU, for few tokens, the faster of two."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from conftest import checked_int_mm
+from test_kernels import integers
+
+import kernels
+from runtime import cuda
+
+pytestmark = pytest.mark.usefixtures("strict_int_mm")
+
+
+def faulty_int_mm(fault: str, a, b):
+    """`torch._int_mm` as a device may get it wrong."""
+    if fault == "refused":
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+    if fault == "transposed layout":
+        return (a.long() @ b.t().reshape(b.shape).long()).to(torch.int32)
+    exact = checked_int_mm(a, b)
+    if fault == "saturates":
+        return exact.clamp(-(2**15), 2**15 - 1)
+    if fault == "wrong in large shapes":
+        return exact + (a.shape[1] >= 512)
+    assert fault == "wrong"
+    exact[32:] = 0  # only rows beyond the first tile
+    return exact
+
+
+class TestBackend:
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        kernels.backend.cache_clear()
+        yield
+        kernels.backend.cache_clear()
+
+    @pytest.mark.parametrize("faster", ["int_mm", "float"])
+    def test_a_cpu_takes_the_faster_product(self, monkeypatch, faster):
+        """The one with int8 dot products `_int_mm`, the one without them fp32."""
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: [1.0, 3.0 if faster == "int_mm" else 0.1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu") == faster
+
+    @pytest.mark.parametrize("fault", ["saturates", "wrong in large shapes", "refused"])
+    def test_a_cpu_whose_product_fails_its_self_check_takes_the_float_route(self, monkeypatch, fault):
+        """int8 dot products of the first kind saturate at 16 bit: right for 4-bit codes and wrong for 8-bit ones."""
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: [0.0, 1.0])
+        monkeypatch.setattr(torch, "_int_mm", partial(faulty_int_mm, fault))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu") == "float"
+
+    def test_the_race_is_one_of_the_integer_product_and_fp32(self, monkeypatch):
+        run, raced, matmul = [], [], torch.Tensor.__matmul__
+        monkeypatch.setattr(kernels, "_seconds", lambda calls: run.extend(calls) or [1.0, 2.0])
+        kernels.backend("cpu")
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: raced.append(a.dtype) or checked_int_mm(a, b))
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: raced.append(a.dtype) or matmul(a, b))
+        integer, floating = (call() for call in run)
+        assert raced[:1] + raced[-1:] == [torch.int8, torch.float32]
+        assert torch.equal(integer, floating)
+
+    def test_seconds_are_the_least_of_rounds_in_turn_after_a_first_one_that_does_not_count(self, monkeypatch):
+        first, second, clock, called = (1, 7, 4, 6, 9, 8), (2, 3, 9, 5, 6, 7), [0.0], []
+
+        def call(name, seconds):
+            seconds = iter(seconds)
+
+            def one():
+                called.append(name)
+                clock[0] += next(seconds)
+
+            return one
+
+        monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
+        assert kernels._seconds([call("a", first), call("b", second)]) == [4, 3]
+        assert called == ["a", "b"] * 6
+
+    def test_a_device_that_passes_its_self_check_takes_int_mm(self):
+        assert kernels.backend("cpu:0") == "int_mm"
+
+    @pytest.mark.parametrize("fault", ["wrong", "transposed layout", "refused"])
+    def test_a_device_that_fails_it_falls_back_with_one_warning(self, monkeypatch, fault):
+        monkeypatch.setattr(torch, "_int_mm", partial(faulty_int_mm, fault))
+        with pytest.warns(UserWarning, match="_int_mm fails its self-check on cpu:0") as caught:
+            assert kernels.backend("cpu:0") == "float"
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu:0") == "float"
+
+    def test_a_shape_that_is_refused_later_falls_back_with_one_warning(self, monkeypatch):
+        def choosy(a, b):
+            if b.shape[1] == 48:
+                raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\nand more")
+            return checked_int_mm(a, b)
+
+        monkeypatch.setattr(torch, "_int_mm", choosy)
+        monkeypatch.setattr(kernels, "_REFUSED", set())
+        # the fallback, marked
+        monkeypatch.setattr(kernels, "float_mm", lambda a, w, largest: a.long() @ w.long().t() + 1000)
+        a, served, refused = integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), integers(-8, 7, 48, 32)
+        assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
+        want = a.long() @ refused.long().t() + 1000
+        with pytest.warns(UserWarning, match=r"refuses 5 x 32 times 32 x 48 \(CUBLAS_STATUS_NOT_SUPPORTED [^\n]*\)"):
+            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+            assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                       RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                                       RuntimeError("operation not permitted when stream is capturing")])
+    def test_what_may_pass_is_not_a_refusal(self, monkeypatch, error):
+        def hungry(a, b):
+            raise error
+
+        monkeypatch.setattr(torch, "_int_mm", hungry)
+        monkeypatch.setattr(kernels, "_REFUSED", set())
+        with pytest.raises(type(error), match=str(error)):
+            kernels.int_matmul(integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), use="int_mm")
+        assert not kernels._REFUSED
+
+    def test_int_matmul_asks_the_backend(self, monkeypatch):
+        a, w = integers(-8, 7, 3, 9), integers(-8, 7, 5, 9, seed=1)
+        for name in ("int_mm", "float_mm"):
+            monkeypatch.setattr(kernels, name, lambda *args, name=name, **kwargs: name)
+        for chosen in ("int_mm", "float"):
+            monkeypatch.setattr(kernels, "backend", lambda device, chosen=chosen: chosen)
+            assert kernels.int_matmul(a, w) == {"int_mm": "int_mm", "float": "float_mm"}[chosen]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+class TestFastest:
+    @pytest.fixture(autouse=True)
+    def timed(self, monkeypatch):
+        monkeypatch.setattr(cuda, "_FASTEST", {})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(cuda, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
+        self.timings = []
+
+    def test_the_faster_one_is_kept_for_its_shape(self):
+        ways, key = [lambda: 2.0, lambda: 1.0], ("cuda", 32, 64, 128)
+        assert cuda.fastest(ways, key) is ways[1]
+        assert self.timings == ways
+        assert cuda.fastest(ways, key) is ways[1]
+        assert len(self.timings) == 2
+        later = [lambda: 1.0, lambda: 2.0]
+        assert cuda.fastest(later, ("cuda", 64, 64, 128)) is later[0]
+        assert cuda.fastest(later, key) is later[1]  # as its shape was
+        assert cuda.fastest(later[:1], key) is later[0]  # the same shape with int8 residency
+
+    def test_one_way_needs_no_clock(self):
+        way = object()
+        assert cuda.fastest([way], "key") is way
+        assert not self.timings
+
+    def test_nothing_is_timed_while_a_graph_is_recorded(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        ways = [lambda: 2.0, lambda: 1.0]
+        assert cuda.fastest(ways, ("cuda",)) is ways[0]
+        assert not self.timings
+        assert not cuda._FASTEST  # and nothing is kept that was not timed
+
+
+def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
+    class Codes:
+        def __init__(self, rows, K, is_cuda=True):
+            self.shape, self.is_cuda, self.device = (rows, K), is_cuda, torch.device("cuda", 0)
+
+    asked = []
+    monkeypatch.setattr(cuda, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
+    assert cuda.few(Codes(cuda.FEW, 4096), 4096, torch.bfloat16)
+    assert asked == [(0, torch.bfloat16, "packed")]
+    for codes, N in ((Codes(cuda.FEW + 32, 4096), 4096), (Codes(32, 4160), 4096), (Codes(32, 4096), 4112),
+                     (Codes(32, 4096, False), 4096)):
+        assert not cuda.few(codes, N, torch.bfloat16)
+    assert len(asked) == 1  # nothing is compiled that cannot serve
+    monkeypatch.setattr(cuda, "ready", lambda *_: False)
+    assert not cuda.few(Codes(32, 4096), 4096, torch.bfloat16)
+
+
+def test_kernels_are_for_gpus_only():
+    assert not cuda.usable(torch.randn(4, 64), 64)
+
+
+def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypatch):
+    def launch(*_):
+        raise RuntimeError('Compilation failed:\nkernels.cu(3): error: identifier "rintg" is undefined\n\n1 error')
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    said = r'epilogue, tac are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
+    with pytest.warns(UserWarning, match=said):
+        assert not cuda.ready.__wrapped__(0, torch.float32)

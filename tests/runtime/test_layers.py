@@ -1,0 +1,144 @@
+"""The layers that run equal their readable references."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import integers, randn
+
+import kernels
+import starquant
+from runtime.layers import QuantLinear
+from starquant import Kronecker
+
+pytestmark = pytest.mark.usefixtures("strict_int_mm")
+
+
+def orthogonal(n, seed=0):
+    return torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]).float()
+
+
+def factors(kind):
+    diagonal = randn(24, seed=5).abs() + 0.5
+    kronecker = Kronecker(orthogonal(4, 1), orthogonal(6, 2))
+    blocks = torch.stack([orthogonal(8, s) * torch.linspace(0.5, 2, 8) for s in range(3)])
+    return {"none": [], "diagonal": [diagonal], "dense": [orthogonal(24)], "kronecker": [kronecker],
+            "block-diagonal": [blocks], "two": [diagonal, kronecker], "across blocks": [blocks, orthogonal(3)]}[kind]
+
+
+KINDS = ("none", "diagonal", "dense", "kronecker", "block-diagonal", "two", "across blocks")
+
+
+class TestQuantLinear:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    @pytest.mark.parametrize("gates", [(0, 0), (2, 3)])
+    @pytest.mark.parametrize("with_bias", [False, True])
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_equals_its_reference_and_eq13(self, kind, bits, gates, with_bias, symmetric):
+        x, weight = randn(2, 5, 24), randn(7, 24, seed=1)
+        state = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
+        bias = randn(7, seed=2) if with_bias else None
+        layer = QuantLinear.fold(weight, factors(kind), *gates, abits=bits, wbits=bits, bias=bias, symmetric=symmetric)
+        assert (layer.weight_zero is None) == symmetric
+        y = layer(x, state)
+        assert y.shape == (2, 5, 7)
+        torch.testing.assert_close(y, layer.reference(x, state), rtol=1e-5, atol=1e-5)
+        P = factors(kind) or torch.ones(24)
+        want = starquant.sgat_linear(x, state, P, weight, *gates, bits, bits, bias, symmetric)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_many_bits_approach_the_full_precision_linear(self, kind):
+        x, weight, bias = randn(64, 24), randn(7, 24, seed=1), randn(7, seed=2)
+        layer, exact_y = QuantLinear.fold(weight, factors(kind), abits=8, wbits=8, bias=bias), F.linear(x, weight, bias)
+        assert float((layer(x) - exact_y).norm() / exact_y.norm()) < 0.02
+
+    def test_the_state_picks_the_gate(self):
+        x, weight = randn(6, 24), randn(7, 24, seed=1)
+        layer = QuantLinear.fold(weight, factors("dense"), 2, 3)
+        mixed = layer(x, torch.tensor([1, 0, 1, 1, 0, 0]).bool())
+        masked, unmasked = layer(x, torch.ones(6).bool()), layer(x, torch.zeros(6).bool())
+        assert torch.equal(mixed[[0, 2, 3]], masked[[0, 2, 3]])
+        assert torch.equal(mixed[[1, 4, 5]], unmasked[[1, 4, 5]])
+        assert not torch.allclose(masked, unmasked, atol=1e-2)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_tokens_by_pieces(self, kind, monkeypatch):
+        layer, x = QuantLinear.fold(randn(7, 24), factors(kind), 2, 3), randn(3, 5, 24, seed=1)
+        state = torch.arange(15).reshape(3, 5) % 3 == 0
+        whole = layer.transformed(x, state)
+        monkeypatch.setattr(kernels, "PIECE", 4 * 24)
+        torch.testing.assert_close(layer.transformed(x, state), whole)
+
+    def test_asymmetric_weights(self):
+        codes, zero = integers(-8, 7, 7, 24), integers(-8, 7, 7, dtype=np.int32)
+        scale = randn(7).abs() + 0.1
+        layer = QuantLinear(codes, scale, factors("kronecker"), 1, 1, zero=zero)
+        x, state = randn(5, 24), torch.tensor([1, 0, 1, 0, 0]).bool()
+        torch.testing.assert_close(layer.weight(), scale[:, None] * (codes.float() - zero[:, None]))
+        torch.testing.assert_close(layer(x, state), layer.reference(x, state), rtol=1e-5, atol=1e-5)
+
+    def test_both_backends_give_the_same_bits(self, monkeypatch):
+        layer, x = QuantLinear.fold(randn(7, 24), factors("kronecker"), 1, 1), randn(5, 24, seed=1)
+        state, outputs = torch.tensor([1, 0, 1, 0, 0]).bool(), []
+        for chosen in ("int_mm", "float"):
+            monkeypatch.setattr(kernels, "backend", lambda device, chosen=chosen: chosen)
+            outputs.append(layer(x, state))
+        assert torch.equal(*outputs)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_output_dtype_is_the_inputs(self, dtype):
+        layer = QuantLinear.fold(randn(7, 24), factors("dense"), bias=randn(7, seed=2))
+        x = randn(5, 24, seed=1).to(dtype)
+        assert layer(x).dtype == layer.reference(x).dtype == dtype
+        assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_asymmetric_codes_fill_the_range_of_each_row(self, bits):
+        weight = randn(7, 25) + 0.5
+        layer = QuantLinear.fold(weight, wbits=bits, symmetric=False)
+        assert (layer.codes().amin(1) == -(2 ** (bits - 1))).all()
+        assert (layer.codes().amax(1) == 2 ** (bits - 1) - 1).all()
+        torch.testing.assert_close(layer.weight(), starquant.fake_quantize(weight, bits))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_codes_are_those_of_the_symmetric_quantizer(self, bits):
+        weight = randn(7, 25)
+        layer = QuantLinear.fold(weight, wbits=bits)
+        largest = 2 ** (bits - 1) - 1
+        want = torch.round(weight / (weight.abs().amax(1, keepdim=True) / largest))
+        assert torch.equal(layer.codes().float(), want)
+        assert int(layer.codes().abs().max()) == largest
+        assert layer.weight_packed.numel() == (7 * 13 if bits <= 4 else 7 * 25)
+        torch.testing.assert_close(layer.weight(), starquant.fake_quantize(weight, bits, symmetric=True))
+
+    def test_packed_codes_come_with_their_width(self):
+        layer = QuantLinear.fold(randn(7, 25))
+        packed = layer.weight_packed.clone()
+        packed[:, -1] |= 0x70  # nobody's code
+        again = QuantLinear(packed, layer.weight_scale, in_features=25)
+        assert torch.equal(again.weight_sum, layer.weight_sum)
+        assert torch.equal(again(randn(5, 25)), layer(randn(5, 25)))
+        for width in (None, 24, 27):
+            with pytest.raises(ValueError, match="13 packed bytes do not hold"):
+                QuantLinear(packed, layer.weight_scale, in_features=width)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("wbits", "asymmetric", "with_bias"),
+                             [(4, False, False), (4, True, True), (8, False, True), (3, True, False)])
+    def test_rebuilt_from_its_tensors_bit_by_bit(self, kind, wbits, asymmetric, with_bias):
+        half = 2 ** (wbits - 1)
+        zero = integers(-half, half - 1, 7, dtype=np.int32) if asymmetric else None
+        layer = QuantLinear(integers(-half, half - 1, 7, 24), randn(7).abs(), factors(kind), 2, 3, 4, wbits,
+                            randn(7, seed=3) if with_bias else None, zero)
+        tensors = {k: v.clone() for k, v in layer.state_dict().items()}
+        assert "weight_sum" not in tensors
+        again = QuantLinear.from_tensors(tensors, 24, 2, 3, 4, wbits)
+        assert again.kinds == layer.kinds
+        assert list(again.state_dict()) == list(tensors)
+        assert all(torch.equal(again.state_dict()[k], v) for k, v in tensors.items())
+        assert torch.equal(again.weight_sum, layer.weight_sum)
+        assert again.weight_packed.data_ptr() == tensors["weight_packed"].data_ptr()
+        x, state = randn(5, 24), torch.tensor([1, 0, 1, 0, 0]).bool()
+        assert torch.equal(again(x, state), layer(x, state))

@@ -1,0 +1,318 @@
+"""Samplers: token for token the reference outputs, the official rules written out, and what they are built on."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from official import EOS, EOT, MODELS, PARITY, PROMPT, STORED
+
+from model import denoise, generate
+from runtime.sampling import block_schedule, dream_choice, dream_step, filtered_probs, time_schedule
+
+
+def arguments(family, case):
+    c = PARITY[family]["generate"][case]
+    if c["seed"] is not None:
+        torch.manual_seed(c["seed"])
+    if family == "llada":
+        own = {"gen_length": c["gen_length"], "block_length": c["block_length"], "cfg_scale": c.get("cfg_scale", 0.0),
+               "algorithm": c.get("remasking", "low_confidence")}
+    else:
+        own = {"gen_length": c["max_new_tokens"], "algorithm": c["alg"], "top_p": c["top_p"], "top_k": c["top_k"]}
+    return {"prompt_ids": STORED[family][f"gen.{case}.prompt"], "steps": c["steps"], **own,
+            "attention_mask": STORED[family].get(f"gen.{case}.attention_mask")}
+
+
+def biased(model, token, amount):
+    """The model with `token` made likelier everywhere."""
+    class Biased:
+        config, mask_id, device, tokenizer = model.config, model.mask_id, model.device, None
+
+        @torch.no_grad()
+        def __call__(self, *args):
+            logits = model(*args).clone()
+            logits[..., token] += amount
+            return logits
+
+    return Biased()
+
+
+# ---- parity --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "case"), [(f, case) for f in PARITY for case in PARITY[f]["generate"]])
+def test_generation_parity(family, case):
+    out = generate(MODELS[family], **arguments(family, case))
+    assert torch.equal(out, STORED[family][f"gen.{case}.out"])
+
+
+@pytest.mark.parametrize(("family", "case"), [(f, case) for f in PARITY for case in PARITY[f]["generate"]])
+def test_steps_tell_what_happened(family, case):
+    """Each step's `committed` are the tokens it changed from [MASK]; their number is the reference's."""
+    args = arguments(family, case)
+    before = F.pad(args["prompt_ids"], (0, args["gen_length"]), value=250)
+    counts = []
+    for i, step in enumerate(denoise(MODELS[family], **args)):
+        assert step.index == i
+        assert torch.equal(step.ids != before, step.committed)
+        assert bool((before[step.committed] == 250).all())
+        before = step.ids
+        counts.append(int(step.committed.sum()) // len(before))
+    assert i + 1 == args["steps"]
+    assert not bool((before == 250).any())
+    assert counts == PARITY[family]["generate"][case].get("tokens_per_step", counts)
+
+
+def test_default_algorithm_is_the_familys():
+    args = {"steps": 8, "gen_length": 8}
+    for family, default in (("llada", "low_confidence"), ("dream", "entropy")):
+        model = MODELS[family]
+        assert torch.equal(generate(model, PROMPT, **args), generate(model, PROMPT, algorithm=default, **args))
+    assert list(inspect.signature(generate).parameters)[:13] == [
+        "model", "prompt_ids", "steps", "gen_length", "block_length", "temperature", "cfg_scale", "attention_mask",
+        "algorithm", "eps", "top_p", "top_k", "alg_temp"]
+
+
+def test_left_padding_does_not_change_dreams_tokens():
+    """A left-padded row generates what the row generates alone."""
+    model = biased(MODELS["dream"], 250, -100.0)  # a random model predicts [MASK] now and then; the share counts those
+    for algorithm in ("maskgit_plus", "topk_margin", "entropy"):
+        args = {"steps": 6, "gen_length": 12, "algorithm": algorithm}
+        prompts = torch.cat((PROMPT, F.pad(PROMPT[:, 4:], (4, 0), value=EOS)))
+        mask = torch.ones_like(prompts)
+        mask[1, :4] = 0
+        both = generate(model, prompts, attention_mask=mask, **args)
+        assert torch.equal(both[:1], generate(model, PROMPT, **args))
+        assert torch.equal(both[1:, 4:], generate(model, PROMPT[:, 4:], **args))
+
+
+# ---- the parts of the samplers -------------------------------------------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), st.integers(0, 5))
+def test_block_schedule_commits_each_block_once(blocks, steps_per_block, block_length, start):
+    plan = list(block_schedule(start, steps_per_block * blocks, block_length * blocks, block_length))
+    assert len(plan) == steps_per_block * blocks
+    for b in range(blocks):
+        counts = [n for end, n in plan if end == start + (b + 1) * block_length]
+        assert sum(counts) == block_length
+        assert sorted(counts, reverse=True) == counts
+        assert max(counts) - min(counts) <= 1
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.floats(0, 0.5))
+def test_time_schedule(steps, eps):
+    """Committing these shares one after the other leaves (eps, or nothing) of the tokens: Π(1 − share) telescopes."""
+    shares = [float(s) for s in time_schedule(steps, eps)]
+    assert len(shares) == steps
+    assert shares[-1] == 1
+    left = math.prod(1 - s for s in shares[:-1])
+    assert left == pytest.approx(1 - (1 - eps) * (steps - 1) / steps, rel=1e-4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.none() | st.floats(0.05, 1.0), st.none() | st.integers(1, 12),
+       st.sampled_from((0.0, 0.5, 2.0)))
+def test_filtered_probs(seed, top_p, top_k, temperature):
+    """The nucleus is the smallest set of best tokens with at least top_p; top_k then keeps its k best."""
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed))
+    ours = filtered_probs(logits, temperature, top_p, top_k)
+    for row, got in zip(logits.double() / (temperature or 1), ours, strict=True):
+        order = sorted(range(10), key=lambda i: -row[i])
+        p = row.softmax(-1)
+        keep, mass = [], 0.0
+        for i in order:
+            if top_p is not None and top_p < 1 and mass > top_p:
+                break
+            keep.append(i)
+            mass += float(p[i])
+        keep = keep[:top_k]
+        expected = torch.zeros(10, dtype=torch.float64)
+        expected[keep] = p[keep] / p[keep].sum()
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_top_k_and_top_p_change_the_order_but_not_the_best_tokens():
+    """At temperature 0 a cut changes confidences only; top_k = 1 makes every prediction certain."""
+    model, args = MODELS["dream"], {"steps": 1, "gen_length": 12, "algorithm": "maskgit_plus"}
+    once = generate(model, PROMPT, **args)
+    assert torch.equal(once, generate(model, PROMPT, top_p=0.9, **args))
+    assert torch.equal(once, generate(model, PROMPT, top_k=1, temperature=1.0, **args))
+    args["steps"] = 12
+    assert not torch.equal(generate(model, PROMPT, **args), generate(model, PROMPT, top_k=1, **args))
+
+
+def test_seeds_decide_and_the_global_generator_is_one_of_them():
+    for family, options in (("llada", {"algorithm": "low_confidence"}), ("llada", {"algorithm": "random"}),
+                            ("dream", {"algorithm": "origin"}), ("dream", {"algorithm": "entropy", "alg_temp": 0.5})):
+        args = {"steps": 6, "gen_length": 12, "temperature": 1.0, **options}
+        def run(seed, args=args, family=family):
+            return generate(MODELS[family], PROMPT, generator=torch.Generator().manual_seed(seed), **args)
+        assert torch.equal(run(0), run(0))
+        assert not torch.equal(run(0), run(1))
+        torch.manual_seed(0)
+        assert torch.equal(generate(MODELS[family], PROMPT, **args), run(0))
+        assert not bool((run(0) == 250).any())
+
+
+def test_alg_temp_draws_positions_by_confidence():
+    """Tending to 0 it takes the most confident."""
+    model, args = biased(MODELS["dream"], 250, -100.0), {"steps": 6, "gen_length": 12, "algorithm": "maskgit_plus"}
+    greedy = [s.committed for s in denoise(model, PROMPT, **args)]
+    torch.manual_seed(0)
+    tiny = next(denoise(model, PROMPT, alg_temp=1e-6, **args)).committed
+    assert int(tiny.sum()) == 1
+    assert torch.equal(greedy[0], tiny)  # the first step commits one position, the surest
+    hot = [s.committed for s in denoise(model, PROMPT, alg_temp=1e6, **args)]
+    assert not all(torch.equal(a, b) for a, b in zip(greedy, hot, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.2}, {"alg_temp": 0.5}, {"temperature": 0.7},
+                                     {"temperature": 0.7, "top_k": 1, "alg_temp": 0.1}])
+def test_uneven_rows_and_ties_are_the_official_rule(algorithm, options):
+    """The step written out as the official code has it: the number from the mean row, positions by `topk` or drawn,
+    [MASK] written where a row has no masked position left; ties (one token in the nucleus) as `topk` breaks them."""
+    model = MODELS["dream"]
+    prompts, T, alg_temp = torch.cat((PROMPT, PROMPT)), options.get("temperature", 0.0), options.get("alg_temp")
+    if not alg_temp:  # drawing from a row without masks is an error in the official code
+        prompts[1, 2:6] = 250  # the second row has four masks more
+    ids = F.pad(prompts, (0, 6), value=250)
+    torch.manual_seed(5)
+    for share in time_schedule(5, 1e-3):
+        masked = ids == 250
+        p = filtered_probs(model(ids)[masked], T, options.get("top_p"), options.get("top_k"))
+        if T > 0:
+            x0 = torch.distributions.Categorical(probs=p).sample()
+            confidence = p.gather(-1, x0[:, None])[:, 0]
+        else:
+            confidence, x0 = p.max(-1)
+        if algorithm == "topk_margin":
+            best = p.sort(-1, descending=True).values
+            confidence = best[:, 0] - best[:, 1]
+        if algorithm == "entropy":
+            confidence = (p * torch.log(p + 1e-10)).sum(-1)
+        count = int(masked.sum() / 2 * share)
+        full = torch.full(ids.shape, -torch.inf)
+        full[masked] = confidence
+        predicted = torch.full_like(ids, 250)
+        predicted[masked] = x0
+        if count:
+            where = torch.multinomial((full / alg_temp).softmax(-1), count) if alg_temp else full.topk(count).indices
+            rows = torch.arange(2)[:, None]
+            ids[rows, where] = predicted[rows, where]
+    torch.manual_seed(5)
+    got = generate(model, prompts, steps=5, gen_length=6, algorithm=algorithm, **options)
+    assert torch.equal(got, ids)
+
+
+def test_probabilities_that_do_not_sum_to_one_are_the_official_rule():
+    """In bf16 `Categorical` refuses some sums; the official code then takes the best tokens and draws nothing."""
+    kinds = set()
+    for seed in range(40):
+        logits = (3 * torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))).bfloat16()
+        p = filtered_probs(logits, 1.0, None, None)
+        torch.manual_seed(seed)
+        try:
+            want, kind = torch.distributions.Categorical(probs=p).sample(), "drawn"
+        except ValueError:
+            want, kind = p.argmax(-1), "best"
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        got, confidence = dream_choice(logits, "maskgit_plus", 1.0, None, None, None)
+        assert torch.equal(got, want)
+        assert torch.equal(confidence, p.gather(-1, want[:, None])[:, 0])
+        assert torch.equal(torch.rand(1), after)
+        kinds.add(kind)
+    assert kinds == {"drawn", "best"}
+
+
+def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
+    """Where the official code stops with an error: a row of the batch has no [MASK] left."""
+    ids = torch.cat((PROMPT, PROMPT))
+    ids[1, 2:8] = 250
+    x0, chosen = dream_step(MODELS["dream"](ids), ids, ids == 250, 1.0, "entropy", 0.0, None, None, 0.5, 250,
+                            torch.Generator().manual_seed(0))
+    assert not bool(chosen[0].any())
+    assert int(chosen[1].sum()) == 3
+    assert bool((x0[chosen] != ids[chosen]).all())
+
+
+def test_a_prompt_of_one_dimension_is_named():
+    with pytest.raises(ValueError, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
+        generate(MODELS["llada"], PROMPT[0, :1].expand(19), steps=1, gen_length=1)
+
+
+def test_temperature_samples_the_models_distribution():
+    """One token, many rows: frequencies of the sampled token are the model's probabilities (both samplers)."""
+    n = 2000
+    for family, algorithm in (("llada", "low_confidence"), ("dream", "maskgit_plus"), ("dream", "origin")):
+        model = MODELS[family]
+        p = model(F.pad(PROMPT, (0, 1), value=250))[0, -1].detach().double().softmax(-1)
+        ids = generate(model, PROMPT.repeat(n, 1), 1, 1, temperature=1.0, algorithm=algorithm,
+                       generator=torch.Generator().manual_seed(0))
+        counts = ids[:, -1].bincount(minlength=256).double()
+        likely = p * n > 5
+        chi2 = ((counts - p * n) ** 2 / (p * n))[likely].sum() + (
+            (counts - p * n)[~likely].sum() ** 2 / (p * n)[~likely].sum())
+        assert float(chi2) < int(likely.sum()) + 5 * (2 * int(likely.sum())) ** 0.5  # five standard deviations
+
+
+# ---- LLaDA's end-of-text options -----------------------------------------------------------------------------------
+
+
+def test_logits_eos_inf_never_predicts_end_of_text():
+    model = biased(MODELS["llada"], EOS, 30.0)
+    assert bool((generate(model, PROMPT, 4, 8)[:, -8:] == EOS).all())
+    assert not bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True) == EOS).any())
+    assert bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True, eos_id=7)[:, -8:] == EOS).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("token", [EOS, EOT])
+def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
+    """The rule written out as the official code has it, in place and in its order; it makes a difference."""
+    model, ids = biased(MODELS["llada"], token, 4.0 if token == EOS else 9.0), F.pad(PROMPT, (0, 8), value=250)
+    torch.manual_seed(0)
+    for _ in range(8):
+        logits = noisy = model(ids)
+        if temperature:
+            noise = torch.rand_like(logits, dtype=torch.float64)
+            noisy = logits.double().exp() / (-torch.log(noise)) ** temperature
+        x0 = noisy.argmax(-1)
+        noisy[:, :, EOS] = logits[:, :, EOT] = -torch.inf
+        p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0].masked_fill(ids != 250, -torch.inf)
+        best = int(p[0].topk(1).indices)  # end of text ties at 0
+        ids[0, best] = x0[0, best]
+    args = {"steps": 8, "gen_length": 8, "temperature": temperature}
+    torch.manual_seed(0)
+    assert torch.equal(ids, generate(model, PROMPT, confidence_eos_eot_inf=True, eot_id=EOT, **args))
+    torch.manual_seed(0)
+    # at temperature > 0 the official code forgets EOS
+    assert torch.equal(ids, generate(model, PROMPT, **args)) == (temperature > 0 and token == EOS)
+
+
+@pytest.mark.parametrize(("family", "options", "sentence"), [
+    ("llada", {"algorithm": "best"}, "is not one of low_confidence, random, origin"),
+    ("llada", {"block_length": 5}, "gen_length 8 is not a multiple of block_length 5"),
+    ("llada", {"block_length": 2, "steps": 6}, "steps 6 is not a multiple of the 4 blocks"),
+    ("llada", {"steps": 0}, "at least 1"), ("llada", {"gen_length": 0}, "at least 1"),
+    ("llada", {"block_length": 0}, "at least 1"), ("llada", {"temperature": -1}, "temperature"),
+    ("dream", {"eps": 1.0}, "eps"), ("dream", {"top_p": 0.0}, "top_p"), ("dream", {"top_k": 0}, "top_k"),
+    ("dream", {"alg_temp": -1.0}, "alg_temp"),
+    ("llada", {"top_p": 0.9}, "'low_confidence' has no option top_p"),
+    ("llada", {"alg_temp": 0.1}, "'low_confidence' has no option alg_temp"),
+    ("dream", {"block_length": 4}, "'entropy' has no option block_length"),
+    ("dream", {"logits_eos_inf": True}, "'entropy' has no option logits_eos_inf"),
+    ("llada", {"confidence_eos_eot_inf": True}, "give eot_id"),
+    ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
+])
+def test_options_are_refused_in_a_sentence(family, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        generate(MODELS[family], PROMPT, **{"steps": 8, "gen_length": 8, **options})

@@ -1,0 +1,1 @@
+"""The embedded model: its weights, texts, tasks and training."""

@@ -1,0 +1,125 @@
+"""Outlier channels without changing the function: python stress.py --model tiny --c 8 --out FOLDER
+
+Small models lack the outlier channels of 8B ones. `stress` multiplies by c the input channels of every linear in which
+masked and unmasked tokens differ most, where the channel is made (gain of the norm, rows of v_proj, rows of up_proj),
+and divides the weight that consumes it by c. The 16-bit model computes the same function up to rounding (exactly, for c
+a power of two); what a quantizer meets are channels c times larger.
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint.families import FUSED
+from checkpoint.folder import Checkpoint, read_json, resolve
+from checkpoint.loading import part_rows
+from model import DiffusionLM, load_model
+from runtime import sampling
+from runtime.processes import Parser, Refused
+from tiny import tasks
+
+FRACTION = 32  # one channel in 32 is scaled, as many as SGAT gives a state
+
+
+def disparate_channels(x, state):
+    """The d / 32 channels of x (..., d) whose root mean square differs most between masked and unmasked tokens."""
+    rms_m, rms_u = (x[s].square().mean(0).sqrt() for s in (state, ~state))
+    return (rms_m - rms_u).abs().topk(max(x.shape[-1] // FRACTION, 1)).indices
+
+
+@torch.no_grad()
+def stress(model: DiffusionLM, c: float, noisy=None) -> DiffusionLM:
+    """A copy of a 16-bit model with outlier channels of scale c; its blocks are new, the rest is shared.
+
+    noisy (S, L): token ids with [MASK] in place to measure the states on; 64 calibration segments by default.
+    """
+    if not 0 < c < float("inf"):
+        raise Refused(f"stress {c:g} is not a positive number.")
+    if noisy is None:
+        tokens, region = tasks.calibration_set(model.tokenizer, 64, 64, 0)
+        g = torch.Generator().manual_seed(0)
+        noisy = sampling.mask_tokens(tokens, region, sampling.stratified_ratios(len(tokens), g), model.mask_id, g)
+    out, chosen = copy.copy(model), {}
+    out._modules = {**model._modules, "blocks": copy.deepcopy(model.blocks)}
+
+    def watch(i, name):
+        def hook(_, args):
+            chosen[i, name] = disparate_channels(channels(model.config, name, args[0].float()), args[1])
+        return getattr(model.blocks[i], name).register_forward_pre_hook(hook)
+
+    hooks = [watch(i, name) for i in range(len(model.blocks)) for name in FUSED]
+    try:
+        model.hidden(noisy.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (i, name), where in chosen.items():
+        scale_channels(out.blocks[i], name, where, c)
+    return out
+
+
+def channels(config, name: str, x):
+    """Inputs (..., d) of a linear, by the channel that makes them: grouped query heads share a value channel."""
+    if name != "out":
+        return x
+    heads = x.unflatten(-1, (config.n_kv_heads, -1, config.head_dim))
+    return heads.square().mean(-2).sqrt().flatten(-2)
+
+
+def scale_channels(block, name: str, where, c: float) -> None:
+    """Scale input channels `where` of one linear, in place on both sides of it; for `out` they are V's channels."""
+    config, columns = block.config, where
+    if name in ("qkv", "gate_up"):
+        (block.attn_norm if name == "qkv" else block.ffn_norm).weight[where] *= c
+    else:
+        # V is made by the last rows of qkv, the linear factor of the gated product by the last of gate_up
+        source, part = (block.qkv, 2) if name == "out" else (block.gate_up, 1)
+        rows = part_rows(config, "qkv" if name == "out" else "gate_up")[part].start + where
+        source.weight[rows] *= c
+        if source.bias is not None:
+            source.bias[rows] *= c
+    if name == "out":
+        h, group = config.head_dim, config.n_heads // config.n_kv_heads
+        # value channel (k, i) is channel i of the query heads k·group … k·group + group − 1
+        columns = (where // h * group)[:, None] + torch.arange(group, device=where.device)
+        columns = (columns * h + (where % h)[:, None]).flatten()
+    getattr(block, name).weight[:, columns] /= c
+
+
+def write_stressed(name: str, c: float, folder: Path) -> None:
+    """The stressed model as a checkpoint of its own, in fp32, so that any c keeps the function."""
+    source = Checkpoint(resolve(name))
+    if source.quantization:
+        raise Refused(f"{name} is quantized already; give the 16-bit model.")
+    # the same model stressed before is written again, anything else is not ours to replace
+    empty = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    old = folder / "config.json"
+    if not empty and (not old.is_file() or read_json(old) != source.config.raw):
+        raise Refused(f"{folder} exists and is not this model stressed; move it away first.")
+    stress(load_model(name, "cpu", torch.float32), c).save(folder)
+
+
+def main(argv=None) -> int:
+    parser = Parser("stress.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny, a hub id or a folder of a 16-bit model")
+    parser.add_argument("--c", type=float, default=8.0, help="factor of the outlier channels (8)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the stressed model")
+    args = parser.parse_args(argv)
+    try:
+        write_stressed(args.model, args.c, args.out)
+    except Refused as error:
+        print(f"stress.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"stress.py: {error.strerror or error}: {error.filename or args.out}.", file=sys.stderr)
+        return 2
+    print(json.dumps({"model": args.model, "c": args.c, "out": str(args.out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Text, problems and token states for the embedded model: everything is made from a seed, nothing is downloaded.
+
+Three domains, each with splits `train`, `calib` and `eval` that never overlap:
+- english: Moby-Dick and State of the Union addresses 1934-2019 (`tiny/english`, public domain), split by document;
+- math:    word problems answered with a chain of thought, the counterpart of GSM8K, split by a hash of the problem;
+- code:    docstring to small function, the counterpart of HumanEval, split by a hash of the specification.
+
+`cloze` problems (the true continuation of an english passage among four) are the counterpart of HellaSwag.
+"""
+
+import hashlib
+import lzma
+import random
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from runtime.processes import Refused
+from tiny.interpreter import Failed, run_function
+
+HERE = Path(__file__).parent
+SPLITS = ("train", "calib", "eval")
+GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the longest answer takes 22)
+
+
+def split_of(key: str) -> str:
+    """The split that owns `key`: 1/10 eval, 1/10 calib, 8/10 train, by a hash that no seed changes."""
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
+    return {0: "eval", 1: "calib"}.get(bucket, "train")
+
+# ---- english -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def english_documents(split: str) -> tuple[str, ...]:
+    """Documents (chapters, addresses) of one split; the whole document belongs to it."""
+    out = []
+    for source in ("moby-dick", "sotu"):
+        text = lzma.decompress((HERE / "english" / f"{source}.txt.xz").read_bytes()).decode()
+        out += [d for i, d in enumerate(text.split("\f")) if split_of(f"{source}/{i}") == split]
+    return tuple(out)
+
+
+@lru_cache(maxsize=8)
+def _english_tokens(tokenizer_json: str, split: str) -> torch.Tensor:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    return torch.tensor([t for e in tokenizer.encode_batch(list(english_documents(split))) for t in [*e.ids, eos]])
+
+
+def english_tokens(tokenizer, split: str) -> torch.Tensor:
+    """All english tokens of a split, documents joined by end-of-text, (N,)."""
+    return _english_tokens(tokenizer.to_str(), split)
+
+# ---- problems ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, its reference answer, and what decides whether another answer is right."""
+
+    prompt: str
+    answer: str
+    inputs: tuple = ()  # code: argument tuples; the first is one on which the reference answer has a value
+
+    def correct(self, text: str) -> bool:
+        """math: the number after '####' is the reference's; code: every input gives the reference's value."""
+        if not self.inputs:
+            return _final_number(text) == _final_number(self.answer)
+        return all(self._value(text, args) == self._value(self.answer, args) for args in self.inputs)
+
+    def _value(self, text: str, args: tuple):
+        try:
+            return run_function(self.prompt + text, args)
+        except Failed:  # also what the reference does on some inputs, e.g. the largest of nothing
+            return Failed
+
+
+def _final_number(text: str) -> str | None:
+    words = text.split("####")[-1].split() if "####" in text else []
+    return words[0] if words else None
+NAMES = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
+         "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")
+ITEMS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps", "stones", "nuts")
+GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
+LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
+
+
+def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
+    name, other = rng.sample(NAMES, 2)
+    item = rng.choice(ITEMS)
+    if rng.random() < 0.3:  # boxes of things
+        boxes, each = rng.randint(2, 5), rng.randint(2, 9)
+        total, lines = boxes * each, [f"{boxes}*{each}={boxes * each}"]
+        story = f"{name} has {boxes} boxes of {each} {item}."
+    else:
+        a, b = rng.randint(3, 30), rng.randint(2, 9)
+        up = rng.random() < 0.5 or b > a
+        total, lines = (a + b, [f"{a}+{b}={a + b}"]) if up else (a - b, [f"{a}-{b}={a - b}"])
+        story = f"{name} has {a} {item} and " + rng.choice(GAIN if up else LOSS).format(b=b, n2=other) + "."
+    for _ in range(steps - 1):
+        c = rng.randint(2, 9)
+        up = rng.random() < 0.5 or c > total
+        result = total + c if up else total - c
+        lines.append(f"{total}{'+' if up else '-'}{c}={result}")
+        story += f" Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(NAMES)) + "."
+        total = result
+    # the keys leave out names and wording: the same two lines never appear in two splits
+    keys = [f"math/{first} {second}" for first, second in pairwise(lines)]
+    return keys, Problem(f"{story} How many {item}?\n", "\n".join([*lines, f"#### {total}"]))
+FILTERS = {"even": ("even", "x % 2 == 0"), "odd": ("odd", "x % 2 == 1"), "over": ("greater than {k}", "x > {k}"),
+           "under": ("less than {k}", "x < {k}"), "div": ("divisible by {k}", "x % {k} == 0")}
+MAPS = {"square": ("squared", "x * x"), "add": ("plus {k}", "x + {k}"), "sub": ("minus {k}", "x - {k}"),
+        "mul": ("times {k}", "x * {k}")}
+REDUCE = {"sum": "the sum of", "max": "the largest of", "min": "the smallest of", "len": "the count of", "list": "",
+          "sorted": "in order"}
+
+
+def _code(rng: random.Random) -> tuple[list[str], Problem]:
+    if rng.random() < 0.25:  # arithmetic on two numbers
+        a, b = rng.randint(2, 9), rng.randint(2, 20)
+        op, word = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times")))
+        op2, word2 = rng.choice((("+", "plus"), ("-", "minus")))
+        doc, expr = f"x {word} {a} times y, {word2} {b}", f"x {op} {a} * y {op2} {b}"
+        params, inputs = "x, y", [(7, 3), *((rng.randint(-9, 20), rng.randint(-9, 20)) for _ in range(4))]
+    else:
+        agg, fil = rng.choice(list(REDUCE)), rng.choice([None, *FILTERS])
+        mapping = rng.choice([None, *MAPS]) if agg != "len" else None
+        k1, k2 = rng.randint(2, 20), rng.randint(2, 20)
+        what, test = FILTERS[fil] if fil else ("", "")
+        how, value = MAPS[mapping] if mapping else ("", "x")
+        doc = f"{REDUCE[agg]} the numbers in xs".strip()
+        doc += (f" that are {what.format(k=k1)}" if fil else "") + (f", each {how.format(k=k2)}" if mapping else "")
+        expr = f"{value.format(k=k2)} for x in xs" + (f" if {test.format(k=k1)}" if fil else "")
+        expr = f"[{expr}]" if agg == "list" else f"len([{expr}])" if agg == "len" else f"{agg}({expr})"
+        params = "xs"  # the first list holds all of 0..40, so that no filter leaves it empty
+        inputs = [(rng.sample(range(41), 41),), *(([rng.randint(0, 40) for _ in range(8)],) for _ in range(4))]
+    return [f"code/{doc}"], Problem(f'def f({params}):\n """Return {doc}."""\n', f" return {expr}", tuple(inputs))
+
+
+def problem(task: str, split: str, rng: random.Random) -> Problem:
+    """One `math`, `code` or `chain` (three-step math) problem whose contents all hash into the split."""
+    make = {"math": _math, "code": _code, "chain": partial(_math, steps=3)}[task]
+    while True:
+        keys, p = make(rng)
+        if all(split_of(key) == split for key in keys):
+            return p
+
+
+def problems(task: str, split: str, n: int, seed: int) -> list[Problem]:
+    rng = random.Random(f"{task}/{split}/{seed}")
+    return [problem(task, split, rng) for _ in range(n)]
+
+
+@dataclass(frozen=True)
+class Cloze:
+    context: torch.Tensor  # (C,)
+    options: torch.Tensor  # (4, N), option `answer` is the true continuation
+    answer: int
+
+
+def cloze_problems(tokenizer, split: str, n: int, seed: int, context=40, length=16) -> list[Cloze]:
+    """Passages of `context` tokens with the true continuation of `length` tokens and three from elsewhere."""
+    tokens, rng = english_tokens(tokenizer, split), random.Random(f"cloze/{split}/{seed}")
+    out = []
+    for _ in range(n):
+        at = rng.randrange(len(tokens) - context - length)
+        starts = [at + context] + [rng.randrange(len(tokens) - length) for _ in range(3)]
+        order = rng.sample(range(4), 4)
+        options = torch.stack([tokens[starts[o] : starts[o] + length] for o in order])
+        out.append(Cloze(tokens[at : at + context], options, order.index(0)))
+    return out
+
+# ---- token sequences -----------------------------------------------------------------------------------------------
+
+
+def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_length=GEN_LENGTH):
+    """Problems as sequences of one length: prompt, answer, end-of-text up to the end.
+
+    Returns ids (n, L) and answer (n, L) bool, True where the answer region (filler included) lies: at least
+    `gen_length` tokens, more after a short prompt, so that no padding and no attention mask is needed.
+    """
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    batch = problems(task, split, n, seed)
+    prompts = [e.ids for e in tokenizer.encode_batch([p.prompt for p in batch])]
+    answers = [e.ids for e in tokenizer.encode_batch([p.answer for p in batch])]
+    length = max(map(len, prompts)) + gen_length
+    ids, region = torch.full((n, length), eos), torch.zeros(n, length, dtype=torch.bool)
+    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
+        region[i, len(p) :] = True
+    return ids, region
+
+
+def chain_tokens(tokenizer, n: int, seed: int, mask_id: int, ahead: int = 4):
+    """Drill for training only: `math` of two or three steps as left-to-right decoding meets it.
+
+    All behind a cut is masked, half of the cuts right behind an '='. Returns clean ids, masked ids and the `ahead`
+    tokens behind the cut (n, L) bool, which are to be predicted. Under independent masks a result can mostly be copied
+    from a later line, so that the arithmetic itself is hardly trained; of two-step problems there are so few that a
+    model learns them by heart.
+    """
+    ids, region = problem_tokens(tokenizer, ("math", "chain")[seed % 2], "train", n, seed, gen_length=34)
+    g, equals = torch.Generator().manual_seed(seed), ids == tokenizer.token_to_id("=")
+    pick = torch.rand(ids.shape, generator=g)
+    text = region & (ids != tokenizer.token_to_id("<|endoftext|>"))
+    chosen = torch.where(torch.rand(n, 1, generator=g) < 0.5, pick * equals, pick * text).argmax(1, keepdim=True)
+    distance = torch.arange(ids.shape[1]) - chosen
+    return ids, ids.masked_fill(distance > 0, mask_id), (distance > 0) & (distance <= ahead)
+
+
+def sum_tokens(tokenizer, n: int, length: int, seed: int):
+    """Drill for training only: lines of sums like those in `math`, where only the results are maskable.
+
+    Word problems alone teach a small model to copy numbers long before it adds them.
+    """
+    rng, rows, regions = random.Random(f"sums/{seed}"), [], []
+    for _ in range(n):
+        text, spans = "", []
+        while len(text) < length:
+            kind, a, b = rng.choice("++--*"), rng.randint(2, 54), rng.randint(2, 9)
+            if kind == "*":
+                a, b = rng.randint(2, 5), rng.randint(2, 9)
+            if kind == "-" and b > a:
+                kind = "+"
+            result = str({"+": a + b, "-": a - b, "*": a * b}[kind])
+            text += f"{a}{kind}{b}="
+            spans.append((len(text), len(text) + len(result)))
+            text += result + "\n"
+        encoded = tokenizer.encode(text)
+        rows.append(encoded.ids[:length])
+        regions.append([any(low <= at < high for low, high in spans) for at, _ in encoded.offsets[:length]])
+    return torch.tensor(rows), torch.tensor(regions)
+
+
+def english_segments(tokenizer, split: str, n: int, length: int, seed: int):
+    """Random windows of the split's english tokens: ids (n, length) and an all-True region."""
+    tokens, g = english_tokens(tokenizer, split), torch.Generator().manual_seed(seed)
+    if len(tokens) <= length:
+        raise Refused(f"the {split} split holds {len(tokens)} tokens of English, too few for segments of {length}.")
+    starts = torch.randint(len(tokens) - length, (n, 1), generator=g)
+    ids = tokens[starts + torch.arange(length)]
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "calib"):
+    """n clean segments of one length from the three domains in turn: ids (n, length) and the maskable region.
+
+    A problem that is longer than `length` is cut, a shorter one is continued with end-of-text.
+    """
+    parts, eos = [], tokenizer.token_to_id("<|endoftext|>")
+    for i, domain in enumerate(("english", "math", "code")[:n]):
+        count = len(range(i, n, 3))
+        if domain == "english":
+            parts.append(english_segments(tokenizer, split, count, length, seed))
+            continue
+        ids, region = problem_tokens(tokenizer, domain, split, count, seed)
+        more = max(0, length - ids.shape[1])
+        ids = torch.cat((ids, torch.full((count, more), eos)), 1)[:, :length]
+        region = torch.cat((region, torch.ones(count, more, dtype=torch.bool)), 1)[:, :length]
+        parts.append((ids, region))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return tuple(torch.cat([p[j] for p in parts])[order] for j in (0, 1))
