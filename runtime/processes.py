@@ -1,10 +1,17 @@
-"""Several processes, one per GPU (or CPU process), started by torchrun; without torchrun, one process.
+"""What every command shares: its arguments, its end, its device, free memory, and the processes of one run.
 
-Work is divided by index (`i % world() == rank()`), and Python objects travel: every process ends with all results.
+Commands
+    `Parser` reads arguments. `run` calls the command and turns what a user can mend into one sentence and an exit code.
+    What a user can mend is raised as `Refused`. Any other error is a fault of the program and stays a traceback.
+
+Several processes
+    torchrun starts one process per GPU (or several on a CPU). Without torchrun there is one process. Work is divided by
+    index (`i % world() == rank()`). Python objects are gathered, so that every process ends with all results.
 """
 
 import argparse
 import atexit
+import json
 import os
 import sys
 from datetime import timedelta
@@ -14,11 +21,49 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-ROWS = 16  # sequences per forward pass: on a CPU their activations stay in the caches; changes no mask or draw
+ROWS = 16  # sequences per forward pass: on a CPU their activations stay in the caches; no mask or draw depends on it
 
 
 class Refused(ValueError):  # noqa: N818 (a verdict on the input, not a fault of the program)
-    """What a user can mend: the message is one sentence that names the thing and what to do about it."""
+    """What a user can mend. The message is one sentence that names what is wrong and says what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage text in front of its errors."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists what there is.\n")
+
+
+def run(program: str, function, args, smaller: str = "--batch-size", kept: str = "") -> int:
+    """Exit code of the command `function(args)`, whose result is printed as the last line of standard output, as JSON.
+
+    A refusal, a failure of the file system and lost memory give 2 and one sentence on standard error; Ctrl-C gives 130.
+    smaller: the flags that lower the memory a run needs. kept: a sentence that says what an interrupted run leaves.
+    """
+    try:
+        result = function(args)
+    except Refused as error:
+        return _end(program, str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        # on a CPU, torch reports lost memory as a plain RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        first_line = (str(error) or "the system gives no details").splitlines()[0].rstrip(".")
+        return _end(program, f"out of memory ({first_line}); lower {smaller}.", 2)
+    except OSError as error:  # a full disk, a file or folder that may not be read or written
+        where = f": {error.filename}" if error.filename else ""
+        return _end(program, f"{error.strerror or error}{where}. {kept}", 2)
+    except KeyboardInterrupt:
+        return _end(program, f"interrupted. {kept}", 130)
+    if rank() == 0:
+        print(json.dumps(result))
+    return 0
+
+
+def _end(program: str, message: str, code: int) -> int:
+    print(f"{program}: {message.rstrip()}", file=sys.stderr)
+    return code
 
 
 def rank() -> int:
@@ -30,13 +75,13 @@ def world() -> int:
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started (gloo on a CPU, nccl on GPUs); the device of this one."""
+    """Join the processes that torchrun started (gloo on a CPU, nccl on GPUs); returns the device of this process."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # a process may wait very long for the others, whose share takes longer
+    # a process may wait very long for others whose share takes longer
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
@@ -52,17 +97,17 @@ def gather(value) -> list:
 
 
 def watched(items, what: str):
-    """The items, with a progress bar on the first process once they take more than two seconds."""
+    """The items; the first process shows a progress bar once they take more than two seconds."""
     return tqdm(items, desc=what, delay=2, leave=False, disable=rank() > 0)
 
 
 def first(function):
-    """function() on the first process, whose value all get; if it fails, it fails on all."""
+    """function() runs on the first process alone; all processes get its value, or its error."""
     value = None
     if rank() == 0:
         try:
             value = function()
-        except Exception as error:  # the others must not wait for what will not come
+        except Exception as error:  # the others must not wait for a value that will not come
             value = error
     value = gather(value)[0]
     if isinstance(value, Exception):
@@ -70,12 +115,13 @@ def first(function):
     return value
 
 
-def batches(n: int, rows: int = ROWS):
+def batches(n: int, rows: int = ROWS) -> list[slice]:
+    """0 to n as slices of `rows`; the last may be shorter."""
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device, None where the system does not say."""
+    """Bytes of memory that a device can still give, None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -87,28 +133,31 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes left under each memory limit that a container or batch system (cgroup, either version) sets for us."""
+    """Bytes left under each memory limit that a container or batch system sets for this process.
+
+    Without them a run in such a place would be killed half way instead of refused. Clusters still have both versions.
+    """
     try:
         groups = [line.split(":", 2)[2].lstrip("/") for line in own.read_text().splitlines()
                   if line.startswith("0::") or ":memory:" in line]
     except (OSError, IndexError):
         return []
     out = []
-    for folder, limit, used, cache in ((root, "memory.max", "memory.current", "inactive_file"),
-                                       (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                        "total_inactive_file")):
-        for here in {folder, *(folder / g for g in groups)}:
+    for version, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"),
+                                        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+                                         "total_inactive_file")):
+        for here in {root / version / group for group in ("", *groups)}:
             try:
-                # pages of files that were read count as used, but go when memory is asked for
+                # the pages of files that were read count as used, but they go when memory is asked for
                 kept = dict(line.split() for line in (here / "memory.stat").read_text().splitlines()).get(cache, 0)
-                out.append(int((here / limit).read_text()) - int((here / used).read_text()) + int(kept))
+                out.append(max(int((here / limit).read_text()) - int((here / used).read_text()) + int(kept), 0))
             except (OSError, ValueError):  # no such group, or "max": no limit
                 continue
-    return [max(free, 0) for free in out]
+    return out
 
 
 def pick_device(device: str) -> torch.device:
-    """auto -> cuda if there is one; a device that is not there is named."""
+    """The device of that name; "auto" is cuda if there is one, else cpu. Refused if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -119,13 +168,13 @@ def pick_device(device: str) -> torch.device:
 
 
 def synchronize(device) -> None:
-    """Wait for what a GPU was told to do: before a clock is read."""
+    """Wait until a GPU has done what it was told to do; called before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device) -> int:
-    """Most memory this process ever held: of the GPU if it calibrates there, of the machine otherwise (0: unknown)."""
+    """Most bytes this process ever held, on the GPU if the run is there, else in main memory (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -134,9 +183,3 @@ def peak_bytes(device) -> int:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse without the usage text in front of its errors."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists what there is.\n")

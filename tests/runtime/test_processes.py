@@ -1,4 +1,4 @@
-"""Two processes give what one gives: calibration shares blocks, evaluation shares requests."""
+"""How a command ends; and two processes give what one gives: calibration shares blocks, evaluation shares requests."""
 
 import json
 import os
@@ -34,6 +34,50 @@ def torchrun(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=300)
+
+
+class TestRun:
+    """One sentence and an exit code for what a user can mend; a traceback for everything else."""
+
+    @pytest.mark.parametrize(("error", "code", "said"), [
+        (processes.Refused("--x 0 is below 1."), 2, "p.py: --x 0 is below 1.\n"),
+        (OSError(28, "No space left on device", "out/a.bin"), 2, "p.py: No space left on device: out/a.bin. Go on.\n"),
+        (OSError("odd"), 2, "p.py: odd. Go on.\n"),
+        (MemoryError(), 2, "p.py: out of memory (the system gives no details); lower --rows.\n"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2,
+         "p.py: out of memory (CUDA out of memory); lower --rows.\n"),
+        (KeyboardInterrupt(), 130, "p.py: interrupted. Go on.\n")])
+    def test_one_sentence_and_an_exit_code(self, error, code, said, capsys):
+        def fail(args):
+            raise error
+
+        assert processes.run("p.py", fail, None, smaller="--rows", kept="Go on.") == code
+        assert capsys.readouterr() == ("", said)
+
+    def test_memory_that_the_cpu_does_not_have(self, capsys):
+        assert processes.run("p.py", lambda args: torch.empty(2**60, dtype=torch.uint8), None) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("p.py: out of memory (")
+        assert err.endswith("); lower --batch-size.\n")
+
+    @pytest.mark.parametrize("error", [ValueError("Overflow when unpacking long long"), RuntimeError("a shape"),
+                                       KeyError("x")])
+    def test_a_fault_of_the_program_stays_a_traceback(self, error):
+        def fail(args):
+            raise error
+
+        with pytest.raises(type(error), match=str(error.args[0])):
+            processes.run("p.py", fail, None)
+
+    def test_the_result_is_the_last_line(self, capsys):
+        assert processes.run("p.py", lambda args: {"x": args}, 3) == 0
+        assert capsys.readouterr() == ('{"x": 3}\n', "")
+
+    def test_one_process_speaks(self, monkeypatch, capsys):
+        monkeypatch.setattr(processes, "rank", lambda: 1)
+        assert processes.run("p.py", lambda args: {}, None) == 0
+        assert capsys.readouterr() == ("", "")
 
 
 class TestCalibrate:
