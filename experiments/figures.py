@@ -5,6 +5,7 @@
     4   outliers of the attention output's input, block by block, at the first step (Fig. 4)
     5   beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
     6   beyond the paper: KL from 16 bit against bits for every method, from the tables in `results/`
+    hero  README's first picture: KL from 16 bit by method, plain and with outlier channels, from the same tables
 
 Each is written to `results/figures` as PNG and SVG, its numbers beside it as JSON.
 """
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 # Okabe and Ito's palette, told apart by colour-blind readers; every line has a marker of its own too
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#000000")
+DIM = "#707070"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "legend.frameon": False, "svg.hashsalt": "starquant", "figure.constrained_layout.use": True}
 PROMPT, WRITTEN, PASSAGES = 40, 24, 48  # tokens given, tokens written one a step, english passages
@@ -202,7 +204,46 @@ def figure_6(_):
     axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
     axis.legend(fontsize=7, ncols=2)
     return figure, points
-FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6}
+
+def figure_hero(_):
+    """README's first picture: what W4A4 costs by method, plain and with outlier channels, from the files of Table 1."""
+    plain, stressed = ({row["setting"]: [1000 * v for v in row["kl"]] for row in json.loads(file.read_text())["rows"]
+                        if "kl" in row} for file in (RESULTS / "table-1.json", RESULTS / "table-1-stress4.json"))
+    names = sorted(plain, key=lambda name: -plain[name][0])
+    figure, axis = plt.subplots(figsize=(8, 3.9))
+    dot = {"markersize": 7, "markeredgewidth": 1.4}
+    for place, name in enumerate(names):
+        colour = GREEN if name.startswith("starquant+") else RED if name.startswith("STaR-Quant") else DIM
+        points = [(*stressed[name], "white"), (*plain[name], colour)]  # mean, low, high, inside of the dot
+        axis.plot([mean for mean, *_ in points], [place] * 2, color=colour, linewidth=3, alpha=0.3, zorder=1)
+        for mean, low, high, inside in points:
+            axis.plot([low, high], [place] * 2, color=colour, linewidth=1.2, zorder=2)
+            axis.plot(mean, place, "o", color=colour, markerfacecolor=inside, zorder=3, **dot)
+        left, right = min(points), max(points)
+        axis.text(min(p[1] for p in points) / 1.06, place, f"{left[0]:.1f}", color=colour, ha="right", va="center")
+        axis.text(max(p[2] for p in points) * 1.06, place, f"{right[0]:.1f}", color=colour, va="center")
+    axis.set(xscale="log", xlim=(1.4, 700), yticks=range(len(names)), yticklabels=names,
+             xlabel="KL divergence from the 16-bit model, 10⁻³ nats per token (log scale; further left is better)")
+    for label in axis.get_yticklabels():
+        if label.get_text().startswith(("starquant+", "STaR-Quant")):
+            label.set(color=GREEN if "+" in label.get_text() else RED, fontweight="bold")
+    axis.xaxis.set_major_locator(ticker.FixedLocator([2, 5, 10, 20, 50, 100, 200, 500]))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.tick_params(length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="y", visible=False)
+    for inside, label in ((DIM, "the model as it is"), ("white", "with outlier channels, same 16-bit function")):
+        axis.plot([], [], "o", color=DIM, markerfacecolor=inside, label=label, **dot)
+    axis.legend(loc="upper right", fontsize=9)
+    figure.suptitle("What 4-bit weights and activations cost, by method", x=0.01, ha="left", fontsize=12,
+                    fontweight="bold")
+    axis.set_title("embedded model, 2.8 M parameters; three calibration seeds; lines are 95 % intervals", fontsize=8.5,
+                   color=DIM, loc="right")
+    return figure, {"plain": plain, "stressed": stressed}
+
+
+FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "hero": figure_hero}
 
 
 def main(argv=None) -> int:
@@ -223,7 +264,8 @@ def main(argv=None) -> int:
         for number in [args.only] if args.only else FIGURES:
             with plt.rc_context(STYLE):
                 figure, numbers = FIGURES[number](model)
-            stem = f"figure-{number}" + (f"-stress{args.stress:g}" if args.stress != 1 else "")
+            stem = number if number == "hero" else f"figure-{number}"
+            stem += f"-stress{args.stress:g}" if args.stress != 1 else ""
             figure.savefig(args.out / f"{stem}.png", dpi=160)
             figure.savefig(args.out / f"{stem}.svg", metadata={"Date": None})
             plt.close(figure)
