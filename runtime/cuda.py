@@ -39,6 +39,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -51,19 +52,48 @@ WARPS = 8  # of a CUDA block of packed_product, each with its part of K
 FEW = 256  # tokens up to which packed_product is tried
 L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
 WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
-SOURCE = Path(__file__).parent / "kernels.cu"
+SOURCES = [Path(__file__).parent / name for name in ("kernels.cu", "products.cu")]
 # parts by themselves: the unrolled loops of feedback take seconds to compile, which only those should wait for who use
 # it, and packed_product needs tensor cores as sm_80 has them
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",),
-         "packed": ("packed_product",)}
+         "packed": ("packed_product",), "orders": ("arrange_codes", "unpack_e4m3", "add_ends"),
+         "tiled": ("tiled_product",)}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
-def source(dtype, *parts: str) -> str:
-    """The CUDA source of some parts for activations of this dtype."""
+class Tile(NamedTuple):
+    """Sizes of `tiled_product`: a CUDA block multiplies TM tokens by TN outputs, TK channels at a time, with STAGES
+    such tiles on their way; a warp has WM x WN of it; BLOCKS of them share a multiprocessor. Blocks share out the
+    channels among `splits` where the tiles would leave multiprocessors idle."""
+
+    TM: int
+    TN: int
+    TK: int = 128
+    STAGES: int = 4
+    WM: int = 32
+    WN: int = 32
+    BLOCKS: int = 2
+    splits: int | None = None  # as many as fill the GPU
+
+    @property
+    def threads(self) -> int:
+        return self.TM // self.WM * (self.TN // self.WN) * 32
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2)
+
+
+TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64)}
+
+
+def source(dtype, *parts: str, tile: Tile | None = None) -> str:
+    """The CUDA source of some parts for activations of this dtype, `tiled_product` with the sizes of a tile."""
     numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS}
-    names = {"REAL": TYPES[dtype], **numbers, **{part.upper(): "" for part in parts}}
-    return "".join(f"#define {name} {value}\n" for name, value in names.items()) + SOURCE.read_text()
+    names = {"REAL": TYPES[dtype], **numbers, **(tile._asdict() if tile else {}), **{p.upper(): "" for p in parts}}
+    return "".join(f"#define {name} {value}\n" for name, value in names.items()) + "".join(
+        path.read_text() for path in SOURCES)
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
 
@@ -83,21 +113,25 @@ def _without_cuda_home():
 
 
 @cache
-def _compiled(index: int, dtype, part: str) -> dict:
+def _compiled(index: int, dtype, part: str, tile: Tile | None = None) -> dict:
     """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
     tools, names = torch.cuda._utils, PARTS[part]
     # asked for at every launch, and loading a library takes longer than a small kernel
     if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
         tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
     with torch.cuda.device(index), _without_cuda_home():
-        code, _ = tools._nvrtc_compile(source(dtype, part), names[0])
-        return tools._cuda_load_module(code, list(names))
+        code, _ = tools._nvrtc_compile(source(dtype, part, tile=tile), names[0])
+        functions = tools._cuda_load_module(code, list(names))
+        if tile:
+            functions["tiled_product"].set_shared_memory_config(tile.shared)
+        return functions
 
 
-def _launch(name: str, dtype, grid, args, threads: int | None = None) -> None:
+def _launch(name: str, dtype, grid, args, threads: int | None = None, tile: Tile | None = None) -> None:
     device, part = args[0].device, next(part for part, names in PARTS.items() if name in names)
     with torch.cuda.device(device):
-        _compiled(device.index, dtype, part)[name]((*grid, *(1,) * (3 - len(grid))), (threads or THREADS, 1, 1), args)
+        _compiled(device.index, dtype, part, tile)[name](
+            (*grid, *(1,) * (3 - len(grid))), (threads or THREADS, 1, 1), args, tile.shared if tile else 0)
 
 
 def _blocks(n: int) -> int:
@@ -169,6 +203,64 @@ def packed_product(codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bi
     (M, N), (rows, K) = y.shape, codes.shape
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
     _launch("packed_product", y.dtype, (N // 32, rows // 32), [codes, packed, *ends, y, M, N, K, *given], 32 * WARPS)
+
+
+def arrange_codes(codes, zero, order: str):
+    """Codes (rows, K) int8 in the order of a product, K a multiple of 32: "plain", as they are; "paired", in every 32
+    channels the even ones before the odd ones, as `tiled_product` takes them; "e4m3", X_c - z_c as fp8 numbers."""
+    (rows, K), paired = codes.shape, order == "paired"
+    if order == "plain":
+        return codes
+    out = torch.empty_like(codes, dtype=torch.int8 if paired else torch.float8_e4m3fn)
+    _launch("arrange_codes", torch.float32, (rows, _blocks(K // 32)), [codes, zero, out, K, len(zero), int(paired)])
+    return out
+
+
+def unpack_e4m3(packed):
+    """Packed codes (N, K / 2) uint8 -> (N, K) fp8 numbers, exactly."""
+    N, half = packed.shape
+    out = torch.empty(N, 2 * half, dtype=torch.float8_e4m3fn, device=packed.device)
+    count = N * half // 8
+    _launch("unpack_e4m3", torch.float32, (_blocks(count),), [packed, out, count])
+    return out
+
+
+def add_ends(y, bias, shift, state):
+    """y (M, N) + bias (N,) + shift (2, N) of every token's state (M,), in y's place."""
+    (M, N), none = y.shape, y  # an absent tensor is never read
+    _launch("add_ends", y.dtype, (M, _blocks(N // 4)), [y, none if bias is None else bias,
+            *((none, none) if shift is None else (shift, state)), N, int(bias is not None), int(shift is not None)])
+    return y
+
+
+@cache
+def _counters(device):
+    """Zeros, which `tiled_product` leaves as it found them. Products on two streams at once would share them."""
+    return torch.zeros(2**16, dtype=torch.int32, device=device)
+
+
+def tiled_product(tile: Tile, codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift=None,
+                  state=None):
+    """Paired codes (rows, K) int8 times packed weights (N, K/2) uint8, and `epilogue`: into y (M, N) fp32 or bf16; N a
+    multiple of 16, K of tile.TK."""
+    (M, N), (rows, K) = y.shape, codes.shape
+    across, down = -(-M // tile.TM), -(-N // tile.TN)
+    splits = tile.splits or _splits(across * down, K // tile.TK, tile.BLOCKS * _multiprocessors(y.device))
+    partial = y if splits == 1 else torch.empty(across * down * splits * tile.TM * tile.TN, dtype=torch.int32,
+                                                device=y.device)
+    ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
+    _launch("tiled_product", y.dtype, (across, down, splits),
+            [codes, packed, *ends, y, partial, _counters(y.device), M, N, K, rows, *given], tile.threads, tile)
+
+
+def _splits(tiles: int, steps: int, slots: int) -> int:
+    """Among how many blocks a tile's channels are shared out: what fits beside each other, 4 steps each or more."""
+    return max(1, min(slots // tiles, steps // 4, 16))
+
+
+@cache
+def _multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tac(z, M, bias):

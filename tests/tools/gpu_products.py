@@ -1,0 +1,163 @@
+"""Times every product of `runtime/cuda.py` at LLaDA-8B's shapes on a GPU, and counts the outputs that differ from the
+readable integers.
+
+    PYTHONPATH=. python tests/tools/gpu_products.py [--out FILE] [--seconds 60] [--names REGEX] [--tokens 32 64 ...]
+
+Each product runs from a CUDA graph over as many weights as exceed the L2 cache several times, so that the weights come
+from memory. Without a GPU the same lines run on tiny shapes and no kernel is started, which shows that they are sound.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from runtime import cuda
+from runtime.cuda import Tile
+
+GPU = torch.cuda.is_available()
+DEVICE, BF16 = torch.device("cuda:0" if GPU else "cpu"), torch.bfloat16
+SHAPES = {"gate_up": (4096, 24576), "out": (4096, 4096), "qkv": (4096, 12288), "down": (12288, 4096)}  # K, N
+TOKENS = (32, 128, 512, 64, 256, 1024, 4096)
+FEW = {"32x128": Tile(32, 128), "32x128 k256": Tile(32, 128, 256), "32x64 k256": Tile(32, 64, 256, BLOCKS=3, STAGES=3),
+       "32x128 x2": Tile(32, 128, splits=2), "32x128 x4": Tile(32, 128, splits=4), "32x128 x8": Tile(32, 128, splits=8),
+       "32x128 6 stages": Tile(32, 128, STAGES=6), "32x256": Tile(32, 256, WN=64)}
+SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64, BLOCKS=2), "64x128 x2": Tile(64, 128, WN=64,
+        splits=2), "64x256": Tile(64, 256, WM=64, WN=64)}
+MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, BLOCKS=1),
+        "128x128 tall": Tile(128, 128, WM=64, WN=32, BLOCKS=1), "128x256": Tile(128, 256, WM=64, WN=64, BLOCKS=1),
+        "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64), "256x128": Tile(256, 128, WM=64, WN=64, BLOCKS=1)}
+if not GPU:
+    SHAPES, TOKENS = {"qkv": (256, 512), "down": (512, 256)}, (32, 64)
+    cuda._launch, cuda._multiprocessors = (lambda *arguments, **options: None), (lambda device: 132)
+
+
+def tiles(M: int) -> dict:
+    return (FEW if M <= 64 else {}) | (SOME if 64 <= M <= 512 else {}) | (MANY if M >= 128 else {})
+
+
+def ways(M: int, K: int, layers: list, a) -> dict:
+    """Every product as a list of calls, one for each layer, that return y (M, N)."""
+    def own(product, codes, *first):
+        def call(layer):
+            y = torch.empty(M, len(layer.packed), dtype=BF16, device=DEVICE)
+            product(*first, codes, layer.packed, a.scale, a.zero, None, layer.scale, layer.sum, None, None, y)
+            return y
+        return [lambda layer=layer: call(layer) for layer in layers]
+
+    def fp8(weight, layer):
+        return torch._scaled_mm(a.fp8, weight.t(), scale_a=a.scale[:, None], scale_b=layer.scale[None], out_dtype=BF16,
+                                use_fast_accum=False)
+
+    every = {"bf16": [lambda w=layer.half: F.linear(a.half, w) for layer in layers if layer.half is not None],
+             "fp8, resident": [lambda b=layer: fp8(b.fp8, b) for layer in layers if layer.fp8 is not None],
+             "fp8, unpacked": [lambda b=layer: fp8(cuda.unpack_e4m3(b.packed), b) for layer in layers],
+             "unpack_e4m3": [lambda b=layer: cuda.unpack_e4m3(b.packed) for layer in layers]}
+    if M <= 128:
+        every["packed_product"] = own(cuda.packed_product, a.codes)
+    for name, tile in tiles(M).items():
+        if K % tile.TK == 0:
+            every["tiled " + name] = own(cuda.tiled_product, a.paired, tile)
+    return every
+
+
+def microseconds(calls: list, repeats: int = 5) -> float:
+    """Median microseconds of one call, from a graph of all of them."""
+    for call in calls:
+        call()
+    if not GPU:
+        return 0.0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / len(calls))
+    return sorted(times)[repeats // 2]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=os.path.join(os.environ.get("OUT", "."), "products.json"))
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--names", default="", help="only products whose name this pattern is found in")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    args = parser.parse_args(argv)
+    start, rows = time.time(), []
+    g = torch.Generator(DEVICE).manual_seed(0)
+
+    def compiled(tile):
+        try:
+            cuda._compiled(0, BF16, "tiled", tile)
+        except Exception as error:
+            print("does not compile:", tile, str(error)[:300], flush=True)
+
+    if GPU:
+        torch.zeros(1, device=DEVICE)
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(compiled, [tile for name, tile in (FEW | SOME | MANY).items()
+                                     if re.search(args.names, "tiled " + name)]))
+    print(f"compiled after {time.time() - start:.1f} s", flush=True)
+    for linear, (K, N) in SHAPES.items():
+        layers, halves = [], 2 + 80_000_000 // (N * K)
+        for i in range(max(2, min(24, -(-250_000_000 // (N * K // 2)))) if GPU else 2):
+            packed = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE, generator=g)
+            codes = kernels.unpack_int4(packed, K) if i < halves else None
+            layers.append(SimpleNamespace(packed=packed, scale=torch.rand(N, device=DEVICE, generator=g) + 0.5,
+                                          sum=kernels.row_sums(packed, K),
+                                          half=None if codes is None else codes.to(BF16),
+                                          fp8=None if codes is None else codes.to(torch.float8_e4m3fn)))
+        w = kernels.unpack_int4(layers[0].packed, K)
+        for M in args.tokens:
+            if time.time() - start > args.seconds - 3:
+                print(f"{linear}, {M} tokens: no time left", flush=True)
+                continue
+            a = SimpleNamespace(codes=torch.randint(-8, 8, (M, K), dtype=torch.int8, device=DEVICE, generator=g),
+                                scale=torch.rand(M, device=DEVICE, generator=g) + 0.5,
+                                zero=torch.randint(-8, 8, (M,), dtype=torch.int32, device=DEVICE, generator=g))
+            a.half, a.paired = a.codes.to(BF16), cuda.arrange_codes(a.codes, a.zero, "paired")
+            a.fp8 = (a.codes - a.zero[:, None]).to(torch.float8_e4m3fn)
+            # Y = s_x s_w (X_c W_c - z_c rowsum(W_c))
+            acc = kernels.int_mm(a.codes, w) - a.zero[:, None] * layers[0].sum
+            want = (acc.float() * a.scale[:, None] * layers[0].scale).to(BF16)
+            row = {"linear": linear, "M": M, "K": K, "N": N, "us": {}, "differ": {}}
+            for name, calls in ways(M, K, layers, a).items():
+                if not re.search(args.names, name):
+                    continue
+                try:
+                    if name not in ("bf16", "unpack_e4m3"):
+                        row["differ"][name] = int((calls[0]() != want).sum())
+                    row["us"][name] = round(microseconds(calls), 2)
+                except Exception as error:  # a refused shape; what ends the CUDA context shows in all that follow
+                    row["us"][name] = f"{type(error).__name__}: {str(error)[:200]}"
+            rows.append(row)
+            times = sorted((t, name) for name, t in row["us"].items() if isinstance(t, float))
+            print(f"{linear} {M}: " + ", ".join(f"{name} {t:.1f}" for t, name in times), flush=True)
+            failed = {name: t for name, t in row["us"].items() if not isinstance(t, float)}
+            wrong = {name: n for name, n in row["differ"].items() if n}
+            if failed or (wrong and GPU):
+                print("   FAILED", failed, "DIFFER", wrong, f"of {M * N}", flush=True)
+            with open(args.out, "w") as file:
+                json.dump({"device": torch.cuda.get_device_name() if GPU else "cpu", "rows": rows}, file, indent=1)
+            del acc, want
+        del layers, w
+    print(f"{time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
