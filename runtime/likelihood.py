@@ -4,8 +4,8 @@ A masked-diffusion model bounds −log p(answer | prompt) by the expectation, ov
 cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how many tokens are masked (LLaDA paper,
 Appendix B.5: lower variance, and exact for one token), Dream draws each token by itself; both stratify the ratio.
 
-Masks of a request come from a generator of its own, seeded by its tokens: the result depends neither on the order nor
-on the batching of requests, nor on how they are shared among processes. Equal masked rows are run only once.
+Every request has a random generator of its own, seeded by its tokens. So its likelihood depends neither on the order nor
+on the batching of requests, nor on how they are shared among processes.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from runtime.processes import Refused
 from runtime.sampling import generate, guided_logits
 
 
@@ -53,9 +54,9 @@ class Rows:
 def _draw(model, i, prompt, answer, mc_num, mc_batch, generator) -> Rows:
     """The mc_num masks of a request, equal ones merged, with weights that sum up to its likelihood bound."""
     if len(answer) == 0:
-        raise ValueError("an answer needs at least one token.")
+        raise Refused("an answer needs at least one token.")
     if mc_num < 1 or mc_num % mc_batch:
-        raise ValueError(f"mc_num {mc_num} is not a multiple of the {mc_batch} samples of a stratified batch.")
+        raise Refused(f"mc_num {mc_num} is not a multiple of the {mc_batch} samples of a stratified batch.")
     draws = []
     for _ in range(mc_num // mc_batch):
         if model.config.family == "dream":
@@ -71,27 +72,36 @@ def _draw(model, i, prompt, answer, mc_num, mc_batch, generator) -> Rows:
 
 @torch.no_grad()
 def _losses(model, batch: list[Rows], cfg_scale: float):
-    """Weighted cross-entropies Σ CE · weight of the rows of a batch, (rows,) float64; right-padded to one length."""
-    rows, longest = sum(len(r.masks) for r in batch), max(len(r.ids) for r in batch)
-    ids = torch.full((rows, longest), int(model.mask_id == 0))  # any token that is not [MASK]
-    where, prompt, real = (torch.zeros(rows, longest, dtype=torch.bool) for _ in range(3))
+    """Weighted cross-entropies Σ CE · weight of the R rows of a batch, (R,) float64; right-padded to one length L.
+
+    Rows that look the same to the model form a group, and the model runs once for each group. For example, with the
+    choices A to D of a question as answers of one token, there are four rows and one group:
+
+        row  the model sees  target          row  the model sees  target
+        0    question [MASK]    A            2    question [MASK]    C
+        1    question [MASK]    B            3    question [MASK]    D
+    """
+    R, L = sum(len(r.masks) for r in batch), max(len(r.ids) for r in batch)
+    ids = torch.full((R, L), int(model.mask_id == 0))  # the padding is any token that is not [MASK]
+    masked, prompt, real = (torch.zeros(R, L, dtype=torch.bool) for _ in range(3))
     start = 0
     for r in batch:
-        at = slice(start, start + len(r.masks))
-        ids[at, : len(r.ids)], real[at, : len(r.ids)], prompt[at, : r.prompt] = r.ids, True, True
-        where[at, r.prompt : len(r.ids)] = r.masks
-        start = at.stop
-    targets, noisy = ids[where], ids.masked_fill(where, model.mask_id)
-    # rows that differ only in what is masked, as the choices A to D of a question, go through the model once
-    _, same = torch.cat((noisy, prompt, real), 1).unique(dim=0, return_inverse=True)
-    run = torch.zeros(int(same.max()) + 1, dtype=torch.long).scatter_(0, same, torch.arange(rows))
-    at = (where[run].flatten().cumsum(0) - 1).view(len(run), longest)[same][where]  # a masked token's row of the logits
-    inputs = [x[run].to(model.device) for x in (noisy, prompt, where)]
-    mask = None if bool(real.all()) else real[run].long().to(model.device)
-    logits = guided_logits(model, inputs[0], inputs[1], cfg_scale, mask, inputs[2])
-    at, where, targets = (x.to(model.device) for x in (at, where, targets))
-    ce = F.cross_entropy(logits.float()[at], targets, reduction="none").double()
-    sums = torch.zeros(rows, dtype=torch.float64, device=ce.device).index_add_(0, where.nonzero()[:, 0], ce)
+        rows = slice(start, start + len(r.masks))
+        ids[rows, : len(r.ids)], real[rows, : len(r.ids)], prompt[rows, : r.prompt] = r.ids, True, True
+        masked[rows, r.prompt : len(r.ids)] = r.masks
+        start = rows.stop
+    noisy = ids.masked_fill(masked, model.mask_id)
+    _, group_of_row = torch.cat((noisy, prompt, real), 1).unique(dim=0, return_inverse=True)  # (R,)
+    groups = int(group_of_row.max()) + 1
+    row_of_group = torch.zeros(groups, dtype=torch.long).scatter_(0, group_of_row, torch.arange(R))  # any of its rows
+    noisy, prompt, asked = (x[row_of_group].to(model.device) for x in (noisy, prompt, masked))
+    mask = None if bool(real.all()) else real[row_of_group].long().to(model.device)
+    logits = guided_logits(model, noisy, prompt, cfg_scale, mask, asked).float()  # one row for each True of `asked`
+    # which of these rows belongs to position i of group g, and so to the n masked tokens of all R rows
+    logit_row = (asked.flatten().cumsum(0) - 1).view(groups, L)
+    group_of_row, masked, targets = (x.to(model.device) for x in (group_of_row, masked, ids[masked]))
+    ce = F.cross_entropy(logits[logit_row[group_of_row][masked]], targets, reduction="none").double()  # (n,)
+    sums = torch.zeros(R, dtype=torch.float64, device=ce.device).index_add_(0, masked.nonzero()[:, 0], ce)
     return sums.cpu() * torch.cat([r.weights for r in batch])
 
 
@@ -128,25 +138,13 @@ def log_likelihoods(model, requests, mc_num: int = 128, mc_batch: int = 16, batc
 
     mc_num masks per request, stratified in batches of mc_batch (LLaDA's and Dream's protocols call that the batch
     size); batch_size sequences go through the model at once, whichever requests they belong to. Dream's evaluation
-    wants the answer to end with EOS. Raises ValueError for an empty answer or mc_num not a multiple of mc_batch.
+    wants the answer to end with EOS. Raises Refused for an empty answer or mc_num not a multiple of mc_batch.
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
     out = [0.0] * len(requests)
     drawn = (_draw(model, i, *requests[i], mc_num, mc_batch, request_generator(*requests[i], seed)) for i in order)
     _score(model, drawn, batch_size, cfg_scale, out)
     return out
-
-
-def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int = 16, cfg_scale: float = 0.0,
-                       generator=None) -> float:
-    """log p(answer | prompt) in nats of one request, with the random draws of the official code in its order.
-
-    LLaDA: `get_log_likelihood.py`, exact for one token with mc_num 1. Dream: the negative of `_eval_target_nll_mc`;
-    give the target with its EOS. generator None takes torch's own, as seeded by torch.manual_seed.
-    """
-    out = [0.0]
-    _score(model, [_draw(model, 0, prompt, answer, mc_num, batch_size, generator)], batch_size, cfg_scale, out)
-    return out[0]
 
 
 def suffix_greedy_prediction(model, prefix, target, cfg_scale: float = 0.0) -> bool:

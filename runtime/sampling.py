@@ -1,51 +1,134 @@
-"""Denoising, one step at a time: LLaDA's semi-autoregressive sampler and Dream's sampler.
+"""The forward process of masked diffusion, and its reverse: LLaDA's sampler, Dream's, and decoding by a threshold.
 
-The sequence is prompt + [MASK] x gen_length. In each step the model predicts every masked token of the whole sequence
-at once, some predictions are committed, the others stay masked.
+The sequence is prompt + [MASK] x gen_length. In each pass the model predicts every masked token that may be committed,
+some predictions are committed, and the others stay masked.
 
-| algorithm | confidence of a prediction | how many are committed |
+| algorithm | confidence of a prediction | how many are committed in a pass |
 |---|---|---|
 | `low_confidence` | its probability | LLaDA: blocks of `block_length` are finished left to right, the same |
-| `random` | a random number | number in each step, the remainder in the first steps |
+| `random` | a random number | number in each pass, the remainder in the first passes |
 | `maskgit_plus` | its probability | Dream: time runs from 1 to `eps` in equal steps t -> s; |
 | `topk_margin` | p(best) − p(second) | of the tokens still masked the share 1 − s/t, rounded down; |
-| `entropy` | negative entropy | all of them in the last step |
-| `origin` | – | Dream: every masked token by itself with probability 1 − s/t |
+| `entropy` | negative entropy | all of them in the last pass |
+| `origin` | none | Dream: every masked token by itself with probability 1 − s/t |
 
-Both are the official code (LLaDA's `generate.py`, Dream's `generation_utils.py`) to the letter, including the order of
-their random draws.
+Sources
+    These are the official code (LLaDA's `generate.py`, Dream's `generation_utils.py`) to the letter, with the order of
+    its random draws.
+
+Parallel decoding
+    With `threshold` τ there is no fixed number of passes. Each pass commits every masked position of the current block
+    whose confidence reaches τ, and at least one. The confidence is the probability of the predicted token, so that the
+    algorithm is `low_confidence` or `maskgit_plus`. This is the rule of Fast-dLLM (arXiv 2505.22618).
+
+Cost
+    The head of the model runs only at the masked positions that may be committed: those before the end of the current
+    block, or all of them in Dream's schedule. At temperature > 0 the official LLaDA code draws noise for every position
+    and every token of the vocabulary. That draw keeps its full size here, so that a seed gives the official text.
 """
 
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, fields, replace
+from functools import partial, wraps
 
 import torch
 
 from runtime.graphs import GraphedModel
+from runtime.processes import Refused
 
 END_OF_TURN = {"llada": "<|eot_id|>", "dream": "<|im_end|>", "a2d": "<|im_end|>"}
 LLADA = ("low_confidence", "random")
 DREAM = ("origin", "maskgit_plus", "topk_margin", "entropy")
+PROBABILITY = {"low_confidence", "maskgit_plus"}  # algorithms whose confidence a threshold can be compared with
+
+
+def stratified_ratios(n: int, generator: torch.Generator, low: float = 0.0) -> torch.Tensor:
+    """n masking ratios t in (low, 1], one in each of n equal strata, in random order: every t is represented."""
+    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    return 1 - (1 - low) * u
+
+
+def mask_tokens(ids, region, t, mask_id: int, generator: torch.Generator) -> torch.Tensor:
+    """Forward process of masked diffusion: each token of `region` is replaced by [MASK] with probability t[row]."""
+    hit = (torch.rand(ids.shape, generator=generator) < t[:, None]) & region
+    return torch.where(hit, mask_id, ids)
 
 
 @dataclass
 class Step:
-    """The sequence after a denoising step, and what the step committed."""
+    """The sequence after one pass of the model, and what the pass committed."""
 
-    index: int  # 0 .. steps − 1
+    index: int  # of the pass, from 0
     ids: torch.Tensor  # (B, L)
     committed: torch.Tensor  # (B, L) bool
 
 
-def gumbel_max(logits, temperature: float, generator=None):
-    """Logits whose argmax is a sample at `temperature`; float64, because float32 noise degrades text
-    (arXiv 2409.02908). Temperature 0 returns the logits themselves."""
-    if temperature == 0:
-        return logits
-    logits = logits.double()
-    noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    # exp(logits) / (−log U)^T
-    return logits.exp() / (-noise.log()) ** temperature
+@dataclass(frozen=True)
+class LLaDAOptions:
+    """What only LLaDA's algorithms have; `generate` explains them."""
+
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    eos_id: int | None = None
+    eot_id: int | None = None
+
+    def completed(self, model):
+        """The same, with the model's own end-of-text and end-of-turn tokens where none were given."""
+        end_of_turn, eos_id, eot_id = END_OF_TURN[model.config.family], self.eos_id, self.eot_id
+        eos_id = model.config.eos_id if eos_id is None else eos_id
+        if eot_id is None and model.tokenizer is not None:
+            eot_id = model.tokenizer.token_to_id(end_of_turn)
+        if (self.logits_eos_inf or self.confidence_eos_eot_inf) and eos_id is None:
+            raise Refused("config.json names no eos_token_id; give eos_id.")
+        if self.confidence_eos_eot_inf and eot_id is None:
+            raise Refused(f"the model has no tokenizer with {end_of_turn}; give eot_id.")
+        return replace(self, eos_id=eos_id, eot_id=eot_id)
+
+
+@dataclass(frozen=True)
+class DreamOptions:
+    """What only Dream's algorithms have; `generate` explains them."""
+
+    eps: float = 1e-3
+    top_p: float | None = None
+    top_k: int | None = None
+    alg_temp: float | None = None
+
+    def __post_init__(self):
+        if (not 0 <= self.eps < 1 or (self.top_p is not None and not 0 < self.top_p <= 1)
+                or (self.top_k is not None and self.top_k < 1) or (self.alg_temp is not None and self.alg_temp < 0)):
+            raise Refused("eps must be in [0, 1), top_p in (0, 1], top_k at least 1, alg_temp at least 0.")
+
+
+class Draft:
+    """A batch of sequences while they are written: the prompt (B, P), and gen_length tokens that start as [MASK]."""
+
+    def __init__(self, model, prompt_ids, gen_length: int, attention_mask, cfg_scale: float):
+        if prompt_ids.ndim != 2:
+            raise Refused(f"the prompt has shape {list(prompt_ids.shape)}, not (batch, length).")
+        if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
+            shapes = list(attention_mask.shape), list(prompt_ids.shape)
+            raise Refused("attention_mask has shape {}, the prompt {}.".format(*shapes))
+        self.model, self.cfg_scale, self.attention_mask = model, cfg_scale, None
+        new = (len(prompt_ids), gen_length)
+        self.ids = torch.cat((prompt_ids, prompt_ids.new_full(new, model.mask_id)), 1)  # (B, L)
+        self.prompt = self.ids != model.mask_id  # (B, L) bool, what was given
+        if attention_mask is not None and not bool(attention_mask.bool().all()):  # without padding: no mask
+            self.attention_mask = torch.cat((attention_mask, attention_mask.new_ones(new)), 1)
+
+    @property
+    def masked(self):
+        """(B, L) bool: what is still to be written."""
+        return self.ids == self.model.mask_id
+
+    def predictions(self, where, predict):
+        """Predicted tokens and their confidence at the N True positions of `where`, both (B, L).
+
+        predict(logits (N, V), where) gives both as (N,). Elsewhere the token is [MASK] and the confidence −∞.
+        """
+        logits = guided_logits(self.model, self.ids, self.prompt, self.cfg_scale, self.attention_mask, where)
+        tokens, confidence = predict(logits, where)
+        x0 = self.ids.new_full(where.shape, self.model.mask_id).masked_scatter(where, tokens)
+        return x0, confidence.new_full(where.shape, -torch.inf).masked_scatter(where, confidence)
 
 
 def guided_logits(model, ids, prompt, cfg_scale: float, attention_mask=None, where=None):
@@ -69,8 +152,38 @@ def most_confident(confidence, count: int):
 # ---- LLaDA ---------------------------------------------------------------------------------------------------------
 
 
+def gumbel_max(logits, temperature: float, noise):
+    """Logits whose argmax is a sample at `temperature` > 0; noise is uniform in [0, 1), of the shape of logits.
+
+    Noise and result are float64, because float32 noise degrades text (arXiv 2409.02908).
+    """
+    # exp(logits) / (−log U)^T
+    return logits.double().exp() / (-noise.log()) ** temperature
+
+
+def llada_prediction(logits, where, algorithm, temperature, options: LLaDAOptions, generator):
+    """Predicted tokens and their confidence, both (N,), for logits (N, V) of the N True positions of `where` (B, L).
+
+    With `confidence_eos_eot_inf`, end of text and end of turn are predicted but committed last.
+    """
+    if options.logits_eos_inf:
+        logits[:, options.eos_id] = -torch.inf
+    if temperature == 0:
+        x0 = logits.argmax(-1)
+    else:
+        noise = torch.rand((*where.shape, logits.shape[-1]), dtype=torch.float64, device=logits.device,
+                           generator=generator)  # (B, L, V), as the official code draws it
+        x0 = gumbel_max(logits, temperature, noise[where]).argmax(-1)
+    if algorithm == "random":
+        return x0, torch.rand(where.shape, device=logits.device, generator=generator)[where]
+    if options.confidence_eos_eot_inf:
+        # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
+        logits[:, [options.eot_id] if temperature > 0 else [options.eos_id, options.eot_id]] = -torch.inf
+    return x0, torch.softmax(logits, -1).gather(-1, x0[:, None])[:, 0]
+
+
 def block_schedule(start: int, steps: int, gen_length: int, block_length: int):
-    """(end of the current block, tokens to commit) of each step."""
+    """(end of the current block, tokens to commit) of each pass."""
     steps_per_block = steps // (gen_length // block_length)
     n, remainder = divmod(block_length, steps_per_block)
     for end in range(start + block_length, start + gen_length + 1, block_length):
@@ -78,23 +191,15 @@ def block_schedule(start: int, steps: int, gen_length: int, block_length: int):
             yield end, n + (i < remainder)
 
 
-def llada_choice(logits, algorithm, temperature, never_confident, generator):
-    """Predicted tokens and their confidence, each (B, L). Tokens of `never_confident` are predicted but go last."""
-    noisy = gumbel_max(logits, temperature, generator)
-    x0 = noisy.argmax(-1)
-    if algorithm == "random":
-        return x0, torch.rand(x0.shape, device=x0.device, generator=generator)
-    if never_confident:  # an empty index would still make the CPU wait for the GPU
-        logits[..., never_confident] = -torch.inf
-    return x0, torch.softmax(logits, -1).gather(-1, x0[..., None])[..., 0]
+def llada_choices(draft: Draft, predict, schedule):
+    """Predicted tokens and chosen positions, both (B, L), of each pass of LLaDA's sampler."""
+    for end, count in schedule:
+        where = draft.masked
+        where[:, end:] = False
+        x0, confidence = draft.predictions(where, predict)
+        yield x0, most_confident(confidence, count) & where
 
 # ---- Dream ---------------------------------------------------------------------------------------------------------
-
-
-def time_schedule(steps: int, eps: float, device=None):
-    """The share 1 − s/t of the masked tokens that each step commits; 1 in the last."""
-    t = torch.linspace(1, eps, steps + 1, device=device)
-    return [1 - t[i + 1] / t[i] for i in range(steps - 1)] + [1]
 
 
 def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int | None):
@@ -116,9 +221,9 @@ def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int |
     return logits.softmax(-1)
 
 
-def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
-    """Predicted tokens and their confidence, each (N,), for logits (N, V)."""
-    probs = filtered_probs(logits, temperature, top_p, top_k)
+def dream_prediction(logits, where, algorithm, temperature, options: DreamOptions, generator):
+    """Predicted tokens and their confidence, both (N,), for logits (N, V); which positions they are does not matter."""
+    probs = filtered_probs(logits, temperature, options.top_p, options.top_k)
     drawn = temperature > 0 and len(probs) > 0
     if drawn:
         probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
@@ -137,133 +242,146 @@ def dream_choice(logits, algorithm, temperature, top_p, top_k, generator):
     return x0, confidence
 
 
-def dream_step(logits, ids, masked, share, algorithm, temperature, top_p, top_k, alg_temp, mask_id, generator):
-    """Predictions and chosen positions, each (B, L), of one step that commits `share` of the masked tokens.
+def time_schedule(steps: int, eps: float, device=None):
+    """The share 1 − s/t of the masked tokens that each pass commits; 1 in the last."""
+    t = torch.linspace(1, eps, steps + 1, device=device)
+    return [1 - t[i + 1] / t[i] for i in range(steps - 1)] + [1]
 
-    As many are chosen in every row as the mean row has left. A row with fewer (its prompt held fewer [MASK], it
-    predicted one, or weights underflow at a tiny alg_temp) then loses tokens: the official code writes [MASK] over
+
+def draw_positions(confidence, count: int, alg_temp: float, generator):
+    """True at `count` positions of each row of confidence (B, L), drawn with weights softmax(confidence / alg_temp).
+
+    Where the confidence is −∞ nothing is left to commit. A row of such positions alone has no weights. The official
+    code stops with an error there; here the row stays as it is.
+    """
+    done = confidence.isinf().all(-1, keepdim=True)
+    weight = torch.softmax(confidence / alg_temp, -1).masked_fill(done, 1.0)
+    chosen = torch.multinomial(weight, count, generator=generator)
+    return torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, chosen, True) & ~done
+
+
+def dream_choices(draft: Draft, predict, shares, algorithm, options: DreamOptions, generator):
+    """Predicted tokens and chosen positions, both (B, L), of each pass of Dream's sampler.
+
+    As many positions are chosen in every row as the mean row has left. A row with fewer (its prompt held fewer [MASK],
+    it predicted one, or weights underflow at a tiny alg_temp) then loses tokens: the official code writes [MASK] over
     them, and so does this.
     """
-    if algorithm == "origin":
-        chance = torch.rand(int(masked.sum()), device=ids.device, generator=generator)
-        chosen = torch.zeros_like(masked).masked_scatter(masked, chance < share)
-        x0 = ids.clone()
-        x0[chosen], _ = dream_choice(logits[chosen], algorithm, temperature, top_p, top_k, generator)
-        return x0, chosen
-    x0 = torch.full_like(ids, mask_id)
-    confidence = torch.full(ids.shape, -torch.inf, dtype=logits.dtype, device=ids.device)
-    x0[masked], confidence[masked] = dream_choice(logits[masked], algorithm, temperature, top_p, top_k, generator)
-    count = int(masked.sum() / len(ids) * share)
-    if not alg_temp or count == 0:
-        return x0, most_confident(confidence, count)
-    weight, done = torch.softmax(confidence / alg_temp, -1), ~masked.any(-1, keepdim=True)
-    # a finished row has no weights: the official code stops with an error, here the row stays as it is
-    chosen = torch.multinomial(weight.masked_fill(done, 1.0), count, generator=generator)
-    return x0, torch.zeros_like(masked).scatter(-1, chosen, True) & ~done
+    for share in shares:
+        masked = draft.masked
+        if algorithm == "origin":
+            chance = torch.rand(int(masked.sum()), device=masked.device, generator=generator)
+            chosen = torch.zeros_like(masked).masked_scatter(masked, chance < share)
+            yield draft.predictions(chosen, predict)[0], chosen
+            continue
+        x0, confidence = draft.predictions(masked, predict)
+        count = int(masked.sum() / len(masked) * share)
+        if options.alg_temp and count:
+            yield x0, draw_positions(confidence, count, options.alg_temp, generator)
+        else:
+            yield x0, most_confident(confidence, count)
 
 # ---- both ----------------------------------------------------------------------------------------------------------
 
 
-def _check(steps, gen_length, block_length, algorithm, temperature, eps, top_p, top_k, alg_temp, only_llada):
-    if algorithm not in LLADA + DREAM:
-        raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
-    if min(steps, gen_length, block_length) < 1:
-        raise ValueError("steps, gen_length and block_length must be at least 1.")
-    if gen_length % block_length:
-        raise ValueError(f"gen_length {gen_length} is not a multiple of block_length {block_length}.")
-    if algorithm in LLADA and steps % (gen_length // block_length):
-        raise ValueError(f"steps {steps} is not a multiple of the {gen_length // block_length} blocks.")
-    if temperature < 0 or not 0 <= eps < 1 or (top_p is not None and not 0 < top_p <= 1) or (
-            top_k is not None and top_k < 1) or (alg_temp is not None and alg_temp < 0):
-        raise ValueError("temperature and alg_temp must be at least 0, eps in [0, 1), top_p in (0, 1], "
-                         "top_k at least 1.")
-    foreign = {"block_length": block_length != gen_length, **only_llada} if algorithm in DREAM else {
-        "top_p": top_p is not None, "top_k": top_k is not None, "alg_temp": alg_temp is not None}
-    for name in (name for name, given in foreign.items() if given):
-        raise ValueError(f"algorithm {algorithm!r} has no option {name}; leave it out.")
+def threshold_choices(draft: Draft, predict, start: int, block_length: int, threshold: float):
+    """Predicted tokens and chosen positions, both (B, L), of each pass of Fast-dLLM's parallel decoding.
+
+    A row is in the block of its first masked position. It commits there what reaches the threshold, and at least its
+    surest token, so that no row depends on the others. [MASK] itself is never predicted: it would never end.
+    """
+    def a_token(logits, where):
+        logits[:, draft.model.mask_id] = -torch.inf
+        return predict(logits, where)
+
+    position = torch.arange(draft.ids.shape[1], device=draft.ids.device)
+    while draft.masked.any():
+        block = draft.masked[:, start:].int().argmax(-1, keepdim=True) // block_length  # (B, 1)
+        where = draft.masked & (position < start + (block + 1) * block_length)
+        x0, confidence = draft.predictions(where, a_token)
+        yield x0, where & (most_confident(confidence, 1) | (confidence >= threshold))
 
 
 @torch.no_grad()
-def denoise(model, prompt_ids, steps: int, gen_length: int, block_length: int | None = None, temperature: float = 0.0,
-            cfg_scale: float = 0.0, attention_mask=None, algorithm: str | None = None, eps: float = 1e-3,
-            top_p: float | None = None, top_k: int | None = None, alg_temp: float | None = None,
-            logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False, eos_id: int | None = None,
-            eot_id: int | None = None, generator=None, cuda_graph: bool = True):
-    """Yield a `Step` after each denoising step; the arguments are those of `generate`."""
+def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length: int | None = None,
+            temperature: float = 0.0, cfg_scale: float = 0.0, attention_mask=None, algorithm: str | None = None,
+            eps: float = 1e-3, top_p: float | None = None, top_k: int | None = None, alg_temp: float | None = None,
+            threshold: float | None = None, logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False,
+            eos_id: int | None = None, eot_id: int | None = None, generator=None, cuda_graph: bool = True):
+    """Yield a `Step` after each pass; the arguments are those of `generate`."""
     if cuda_graph and prompt_ids.is_cuda:
         model = GraphedModel(model)
-    family, block_length = model.config.family, gen_length if block_length is None else block_length
-    algorithm = algorithm or ("entropy" if family == "dream" else "low_confidence")
-    _check(steps, gen_length, block_length, algorithm, temperature, eps, top_p, top_k, alg_temp,
-           {"logits_eos_inf": logits_eos_inf, "confidence_eos_eot_inf": confidence_eos_eot_inf})
-    if eos_id is None:
-        eos_id = model.config.eos_id
-    if eot_id is None and model.tokenizer is not None:
-        eot_id = model.tokenizer.token_to_id(END_OF_TURN[family])
-    if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
-        raise ValueError("config.json names no eos_token_id; give eos_id.")
-    if confidence_eos_eot_inf and eot_id is None:
-        raise ValueError(f"the model has no tokenizer with {END_OF_TURN[family]}; give eot_id.")
-    # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
-    never_confident = ([eot_id] if temperature > 0 else [eos_id, eot_id]) if confidence_eos_eot_inf else []
-
-    if prompt_ids.ndim != 2:
-        raise ValueError(f"the prompt has shape {list(prompt_ids.shape)}, not (batch, length).")
-    B, start = prompt_ids.shape
-    ids = torch.cat((prompt_ids, prompt_ids.new_full((B, gen_length), model.mask_id)), 1)
-    if attention_mask is not None:
-        if attention_mask.shape != prompt_ids.shape:
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, the prompt {[B, start]}.")
-        whole = bool(attention_mask.bool().all())  # nothing is padding: no mask
-        attention_mask = None if whole else torch.cat((attention_mask, attention_mask.new_ones(B, gen_length)), 1)
-    prompt = ids != model.mask_id
-    if algorithm in LLADA:
-        schedule = block_schedule(start, steps, gen_length, block_length)
+    if algorithm is None and model.config.family == "dream":
+        algorithm = "entropy" if threshold is None else "maskgit_plus"
+    algorithm, start = algorithm or "low_confidence", prompt_ids.shape[-1]
+    llada, dream = (LLaDAOptions(logits_eos_inf, confidence_eos_eot_inf, eos_id, eot_id),
+                    DreamOptions(eps, top_p, top_k, alg_temp))
+    block_length = _check(algorithm, steps, gen_length, block_length, temperature, threshold, llada, dream)
+    draft = Draft(model, prompt_ids, gen_length, attention_mask, cfg_scale)
+    prediction, options = ((llada_prediction, llada.completed(model)) if algorithm in LLADA
+                           else (dream_prediction, dream))
+    predict = partial(prediction, algorithm=algorithm, temperature=temperature, options=options, generator=generator)
+    if threshold is not None:
+        choices = threshold_choices(draft, predict, start, block_length, threshold)
+    elif algorithm in LLADA:
+        choices = llada_choices(draft, predict, block_schedule(start, steps, gen_length, block_length))
     else:
-        schedule = time_schedule(steps, eps, ids.device)
-    for index, amount in enumerate(schedule):
-        masked = ids == model.mask_id
-        logits = guided_logits(model, ids, prompt, cfg_scale, attention_mask)
-        if algorithm in LLADA:
-            end, count = amount
-            if logits_eos_inf:
-                logits[..., eos_id] = -torch.inf
-            x0, confidence = llada_choice(logits, algorithm, temperature, never_confident, generator)
-            confidence = confidence.masked_fill(~masked, -torch.inf)
-            confidence[:, end:] = -torch.inf
-            chosen = most_confident(confidence, count) & masked
-        else:
-            x0, chosen = dream_step(logits, ids, masked, amount, algorithm, temperature, top_p, top_k, alg_temp,
-                                    model.mask_id, generator)
-        ids = torch.where(chosen, x0, ids)
-        yield Step(index, ids, chosen & (ids != model.mask_id))  # a predicted [MASK] commits nothing
+        shares = time_schedule(steps, eps, prompt_ids.device)
+        choices = dream_choices(draft, predict, shares, algorithm, dream, generator)
+    for index, (x0, chosen) in enumerate(choices):
+        draft.ids = torch.where(chosen, x0, draft.ids)
+        yield Step(index, draft.ids, chosen & ~draft.masked)  # a predicted [MASK] commits nothing
+
+
+def _check(algorithm, steps, gen_length, block_length, temperature, threshold, llada, dream) -> int:
+    """The block length; refused is what does not fit together."""
+    if algorithm not in LLADA + DREAM:
+        raise Refused(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
+    foreign = dream if algorithm in LLADA else llada
+    given = [f.name for f in fields(foreign) if getattr(foreign, f.name) != f.default]
+    if algorithm in DREAM and threshold is None and block_length not in (None, gen_length):
+        given.append("block_length")
+    if given:
+        raise Refused(f"algorithm {algorithm!r} has no option {given[0]}; leave it out.")
+    block_length = gen_length if block_length is None else block_length
+    if min(1 if steps is None else steps, gen_length, block_length) < 1:
+        raise Refused("steps, gen_length and block_length must be at least 1.")
+    if gen_length % block_length:
+        raise Refused(f"gen_length {gen_length} is not a multiple of block_length {block_length}.")
+    if temperature < 0:
+        raise Refused("temperature must be at least 0.")
+    if threshold is None:
+        if steps is None:
+            raise Refused("give steps, the number of passes, or a threshold.")
+        if algorithm in LLADA and steps % (gen_length // block_length):
+            raise Refused(f"steps {steps} is not a multiple of the {gen_length // block_length} blocks.")
+    elif steps is not None:
+        raise Refused("a threshold decides itself how many passes there are; give None for steps.")
+    elif algorithm not in PROBABILITY or dream.alg_temp or not threshold > 0:
+        raise Refused(f"a threshold is above 0 and needs an algorithm whose confidence is a probability, without "
+                      f"alg_temp: {', '.join(sorted(PROBABILITY))}.")
+    return block_length
 
 
 @wraps(denoise, assigned=())
 def generate(*args, **options):
     """Prompt (B, P) -> prompt + generated tokens (B, P + gen_length).
 
-    algorithm: see the table above; None is `low_confidence`, for Dream `entropy` (as its authors evaluate it).
-    attention_mask (B, P): 0 marks left padding. temperature 0 is greedy. cfg_scale > 0 guides away from the empty
-    prompt, at twice the cost.
-    LLaDA's: block_length (None: one block); logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits
-    end of text and end of turn last. eos_id and eot_id are the model's unless given.
-    cuda_graph: on a GPU, replay the blocks as one CUDA graph.
-    Dream's: eps, the time at which masking ends; top_p, top_k; alg_temp > 0 draws the positions by confidence.
-    Raises ValueError for an option that the algorithm does not have, or if blocks divide neither gen_length nor steps.
+    Both families
+        algorithm: see the table above; None is `low_confidence`, for Dream `entropy` (as its authors evaluate it), for
+        Dream with a threshold `maskgit_plus`. attention_mask (B, P): 0 marks left padding. temperature 0 is greedy.
+        cfg_scale > 0 guides away from the empty prompt, at twice the cost. threshold: decode in parallel, see above;
+        steps is then None. block_length: length of the blocks that are finished left to right; None is one block.
+        cuda_graph: on a GPU, replay the blocks of the model as one CUDA graph.
+    LLaDA
+        logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits end of text and end of turn last.
+        eos_id and eot_id are the model's unless given.
+    Dream
+        eps: the time at which masking ends. top_p, top_k: cuts of the distribution. alg_temp > 0 draws the positions by
+        confidence. Blocks are known to its threshold decoding alone.
+
+    Raises Refused for an option that the algorithm does not have, or if blocks divide neither gen_length nor steps.
     """
     for step in denoise(*args, **options):
         ids = step.ids
     return ids
-
-
-def stratified_ratios(n: int, generator: torch.Generator, low: float = 0.0) -> torch.Tensor:
-    """n masking ratios t in (low, 1], one in each of n equal strata, in random order: every t is represented."""
-    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    return 1 - (1 - low) * u
-
-
-def mask_tokens(ids, region, t, mask_id: int, generator: torch.Generator) -> torch.Tensor:
-    """Forward process of masked diffusion: each token of `region` is replaced by [MASK] with probability t[row]."""
-    hit = (torch.rand(ids.shape, generator=generator) < t[:, None]) & region
-    return torch.where(hit, mask_id, ids)

@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from model import load_model
+from runtime import likelihood
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = {f: load_model(FIXTURES / f, "cpu") for f in ("llada", "dream")}
@@ -13,3 +14,16 @@ PARITY = {f: json.loads((FIXTURES / f / "parity.json").read_text()) for f in MOD
 STORED = {f: load_file(FIXTURES / f / "parity.safetensors") for f in MODELS}
 PROMPT = STORED["dream"]["gen.entropy_24.prompt"]
 EOS, EOT = 248, 249
+
+
+def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int = 16, cfg_scale: float = 0.0,
+                       generator=None) -> float:
+    """log p(answer | prompt) in nats of one request, with the random draws of the official code in its order.
+
+    LLaDA: `get_log_likelihood.py`, exact for one token with mc_num 1. Dream: the negative of `_eval_target_nll_mc`;
+    give the target with its EOS. generator None takes torch's own, as seeded by torch.manual_seed.
+    """
+    out = [0.0]
+    drawn = likelihood._draw(model, 0, prompt, answer, mc_num, batch_size, generator)
+    likelihood._score(model, [drawn], batch_size, cfg_scale, out)
+    return out[0]

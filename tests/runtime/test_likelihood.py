@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import MODELS, PARITY, PROMPT, STORED
+from official import MODELS, PARITY, PROMPT, STORED, get_log_likelihood
 
 from runtime.likelihood import (
     dream_masks,
-    get_log_likelihood,
     llada_masks,
     log_likelihoods,
     request_generator,

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from official import EOS, EOT, MODELS, PARITY, PROMPT, STORED
 
 from model import denoise, generate
-from runtime.sampling import block_schedule, dream_choice, dream_step, filtered_probs, time_schedule
+from runtime.processes import Refused
+from runtime.sampling import (
+    DreamOptions,
+    block_schedule,
+    draw_positions,
+    dream_prediction,
+    filtered_probs,
+    time_schedule,
+)
 
 
 def arguments(family, case):
@@ -225,7 +234,7 @@ def test_probabilities_that_do_not_sum_to_one_are_the_official_rule():
             want, kind = p.argmax(-1), "best"
         after = torch.rand(1)
         torch.manual_seed(seed)
-        got, confidence = dream_choice(logits, "maskgit_plus", 1.0, None, None, None)
+        got, confidence = dream_prediction(logits, None, "maskgit_plus", 1.0, DreamOptions(), None)
         assert torch.equal(got, want)
         assert torch.equal(confidence, p.gather(-1, want[:, None])[:, 0])
         assert torch.equal(torch.rand(1), after)
@@ -235,17 +244,14 @@ def test_probabilities_that_do_not_sum_to_one_are_the_official_rule():
 
 def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
     """Where the official code stops with an error: a row of the batch has no [MASK] left."""
-    ids = torch.cat((PROMPT, PROMPT))
-    ids[1, 2:8] = 250
-    x0, chosen = dream_step(MODELS["dream"](ids), ids, ids == 250, 1.0, "entropy", 0.0, None, None, 0.5, 250,
-                            torch.Generator().manual_seed(0))
-    assert not bool(chosen[0].any())
-    assert int(chosen[1].sum()) == 3
-    assert bool((x0[chosen] != ids[chosen]).all())
+    confidence = torch.full((2, 9), -torch.inf)
+    confidence[1, 2:5] = torch.tensor([-0.5, -1.0, -2.0])
+    chosen = draw_positions(confidence, 3, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(chosen, confidence > -torch.inf)
 
 
 def test_a_prompt_of_one_dimension_is_named():
-    with pytest.raises(ValueError, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
+    with pytest.raises(Refused, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
         generate(MODELS["llada"], PROMPT[0, :1].expand(19), steps=1, gen_length=1)
 
 
@@ -262,6 +268,105 @@ def test_temperature_samples_the_models_distribution():
         chi2 = ((counts - p * n) ** 2 / (p * n))[likely].sum() + (
             (counts - p * n)[~likely].sum() ** 2 / (p * n)[~likely].sum())
         assert float(chi2) < int(likely.sum()) + 5 * (2 * int(likely.sum())) ** 0.5  # five standard deviations
+
+
+# ---- decoding in parallel by a threshold ---------------------------------------------------------------------------
+
+
+class Scripted:
+    """A model of six tokens, of which 5 is [MASK], whose probabilities a table gives by position and tokens before."""
+
+    def __init__(self, probabilities, family="llada"):
+        self.config = SimpleNamespace(family=family, eos_id=None)
+        self.mask_id, self.tokenizer, self.probabilities, self.asked = 5, None, probabilities, []
+
+    def __call__(self, ids, attention_mask=None, where=None):
+        self.asked.append(where.clone())
+        rows = [self.probabilities(b, i, ids[b].tolist()) for b, i in where.nonzero().tolist()]
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 6).log()
+
+
+def sure(token, p):
+    """Probability p of one token; [MASK] has a share of the rest, which is smaller than p."""
+    rest = torch.full((6,), (1 - p) / 5).tolist()
+    return [*rest[:token], p, *rest[token + 1:]]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_threshold_on_a_case_worked_out_by_hand(family):
+    """Blocks of two behind a prompt of one: (.95, .9) both reach .9; (.6, .5) none does, so the surest goes alone and
+    the other, now .8, follows as the surest of the next pass. In the last block .7 and then .91 need two passes."""
+    def probabilities(_, i, ids):
+        p = {1: .95, 2: .9, 3: .6, 4: .5 if ids[3] == 5 else .8, 5: .7, 6: .69 if ids[5] == 5 else .91}[i]
+        return sure(i % 4, p)
+
+    model = Scripted(probabilities, family)
+    steps = list(denoise(model, torch.tensor([[0]]), None, 6, 2, threshold=0.9 - 1e-9))
+    assert [s.committed[0].nonzero()[:, 0].tolist() for s in steps] == [[1, 2], [3], [4], [5], [6]]
+    assert [s.index for s in steps] == [0, 1, 2, 3, 4]
+    assert steps[-1].ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    # the head is asked for the masked positions of the current block alone
+    assert [w[0].nonzero()[:, 0].tolist() for w in model.asked] == [[1, 2], [3, 4], [4], [5, 6], [6]]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_threshold_above_one_is_one_token_a_pass(family):
+    """The surest token of the current block, pass by pass, written out; for LLaDA also its own one-token schedule."""
+    model, ids, start = biased(MODELS[family], 250, -100.0), F.pad(PROMPT, (0, 12), value=250), PROMPT.shape[1]
+    steps = list(denoise(model, PROMPT, None, 12, 4, threshold=1.01))
+    assert len(steps) == 12
+    for i, step in enumerate(steps):
+        p, x0 = model(ids).softmax(-1).max(-1)
+        end = start + 4 * (i // 4 + 1)
+        best = int(p[0, :end].masked_fill(ids[0, :end] != 250, 0).argmax())
+        ids[0, best] = x0[0, best]
+        assert torch.equal(step.ids, ids)
+    if family == "llada":
+        assert torch.equal(ids, generate(model, PROMPT, 12, 12, 4))
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_threshold_in_a_batch_equals_single_rows(family, block_length):
+    """Tokens and passes: a row that needs fewer passes waits, and padding changes nothing."""
+    model = MODELS[family]
+    prompts = torch.randint(0, 240, (4, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(prompts)
+    prompts[3, :2], mask[3, :2] = EOS, 0
+    steps = list(denoise(model, prompts, None, 12, block_length, threshold=0.2, attention_mask=mask))
+    passes = torch.stack([s.committed.any(-1) for s in steps]).sum(0).tolist()
+    assert len(steps) == max(passes) > min(passes)
+    for row, skip, n in zip(range(4), (0, 0, 0, 2), passes, strict=True):
+        alone = list(denoise(model, prompts[row : row + 1, skip:], None, 12, block_length, threshold=0.2))
+        assert len(alone) == n
+        assert torch.equal(alone[-1].ids[0], steps[-1].ids[row, skip:])
+
+
+def test_threshold_ends_where_the_model_predicts_a_mask():
+    model = biased(MODELS["llada"], 250, 100.0)
+    assert not bool((generate(model, PROMPT, None, 8, threshold=0.5) == 250).any())
+
+
+@pytest.mark.parametrize(("family", "algorithm"), [("llada", "low_confidence"), ("llada", "random"),
+                                                   ("dream", "entropy"), ("dream", "origin")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_head_runs_only_where_a_token_may_be_committed(family, algorithm, temperature):
+    model, asked = MODELS[family], []
+
+    class Watched:
+        config, mask_id, device, tokenizer = model.config, model.mask_id, model.device, None
+
+        def __call__(self, ids, attention_mask=None, where=None):
+            asked.append((ids == 250, where))
+            return model(ids, attention_mask, where)
+
+    blocks = {"block_length": 4} if family == "llada" else {}
+    generate(Watched(), PROMPT, 9, 12, algorithm=algorithm, temperature=temperature, **blocks)
+    for i, (masked, where) in enumerate(asked):
+        if family == "llada":
+            masked[:, PROMPT.shape[1] + 4 * (i // 3 + 1):] = False
+        assert bool((where <= masked).all())
+        assert algorithm == "origin" or torch.equal(where, masked)
 
 
 # ---- LLaDA's end-of-text options -----------------------------------------------------------------------------------
@@ -310,9 +415,17 @@ def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
     ("llada", {"alg_temp": 0.1}, "'low_confidence' has no option alg_temp"),
     ("dream", {"block_length": 4}, "'entropy' has no option block_length"),
     ("dream", {"logits_eos_inf": True}, "'entropy' has no option logits_eos_inf"),
+    ("dream", {"eos_id": 7}, "'entropy' has no option eos_id"),
+    ("llada", {"eps": 0.5}, "'low_confidence' has no option eps"),
     ("llada", {"confidence_eos_eot_inf": True}, "give eot_id"),
+    ("llada", {"steps": None}, "give steps, the number of passes, or a threshold"),
+    ("llada", {"threshold": 0.9}, "give None for steps"),
+    *((family, {"steps": None, **options}, "a threshold is above 0 and needs an algorithm") for family, options in (
+        ("llada", {"threshold": 0.0}), ("llada", {"threshold": math.nan}),
+        ("llada", {"threshold": 0.9, "algorithm": "random"}), ("dream", {"threshold": 0.9, "algorithm": "entropy"}),
+        ("dream", {"threshold": 0.9, "alg_temp": 0.5}))),
     ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
 ])
 def test_options_are_refused_in_a_sentence(family, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(Refused, match=sentence):
         generate(MODELS[family], PROMPT, **{"steps": 8, "gen_length": 8, **options})

@@ -30,10 +30,13 @@ from traceback import extract_tb
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from official import get_log_likelihood
+
 from model import load_model
-from runtime import likelihood, sampling
+from runtime import sampling
 from runtime.processes import Refused
 
 V, MASK, EOS, EOT = 64, 60, 61, 62
@@ -164,7 +167,7 @@ def likelihood_error(official, theirs, ours, seed: int, g, r) -> float:
     torch.manual_seed(seed)
     want = official.get_log_likelihood.get_log_likelihood(theirs, prompt, answer, number, batch, cfg, MASK)
     torch.manual_seed(seed)
-    return abs(likelihood.get_log_likelihood(ours, prompt, answer, number, batch, cfg) - want) / max(1e-6, abs(want))
+    return abs(get_log_likelihood(ours, prompt, answer, number, batch, cfg) - want) / max(1e-6, abs(want))
 
 
 def main() -> int:
