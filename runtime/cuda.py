@@ -57,7 +57,7 @@ SOURCES = [Path(__file__).parent / name for name in ("kernels.cu", "products.cu"
 # it, and packed_product needs tensor cores as sm_80 has them
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",),
          "packed": ("packed_product",), "orders": ("arrange_codes", "unpack_e4m3", "add_ends"),
-         "tiled": ("tiled_product",)}
+         "tiled": ("tiled_product",), "grouped": ("grouped_product",)}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
@@ -84,14 +84,40 @@ class Tile(NamedTuple):
         """Bytes of shared memory."""
         return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2)
 
+    part = "tiled"
 
-TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64)}
+
+class Grouped(NamedTuple):
+    """Sizes of `grouped_product`: GROUPS warp groups share TN outputs; TM is a multiple of 128."""
+
+    TM: int
+    TN: int
+    GROUPS: int = 2
+    STAGES: int = 4
+    BLOCKS: int = 1
+    splits: int | None = None
+    TK = 128
+    part = "grouped"
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.GROUPS
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory; its tiles begin at a multiple of 1024."""
+        return self.STAGES * (self.TM * 128 + self.TN * 64) + 1024
 
 
-def source(dtype, *parts: str, tile: Tile | None = None) -> str:
+TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
+         "grouped 128": Grouped(128, 128, BLOCKS=2), "grouped 256": Grouped(128, 256)}
+
+
+def source(dtype, *parts: str, tile: Tile | Grouped | None = None) -> str:
     """The CUDA source of some parts for activations of this dtype, `tiled_product` with the sizes of a tile."""
     numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS}
-    names = {"REAL": TYPES[dtype], **numbers, **(tile._asdict() if tile else {}), **{p.upper(): "" for p in parts}}
+    sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
+    names = {"REAL": TYPES[dtype], **numbers, **sizes, **{part.upper(): "" for part in parts}}
     return "".join(f"#define {name} {value}\n" for name, value in names.items()) + "".join(
         path.read_text() for path in SOURCES)
 
@@ -113,21 +139,25 @@ def _without_cuda_home():
 
 
 @cache
-def _compiled(index: int, dtype, part: str, tile: Tile | None = None) -> dict:
+def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) -> dict:
     """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
     tools, names = torch.cuda._utils, PARTS[part]
     # asked for at every launch, and loading a library takes longer than a small kernel
     if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
         tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
     with torch.cuda.device(index), _without_cuda_home():
-        code, _ = tools._nvrtc_compile(source(dtype, part, tile=tile), names[0])
+        major, minor = torch.cuda.get_device_capability(index)
+        # instructions of Hopper alone are compiled for sm_90a
+        target = f"{major}{minor}{'a' * (part == 'grouped')}"
+        code, _ = tools._nvrtc_compile(source(dtype, part, tile=tile), names[0], target)
         functions = tools._cuda_load_module(code, list(names))
         if tile:
-            functions["tiled_product"].set_shared_memory_config(tile.shared)
+            functions[names[0]].set_shared_memory_config(tile.shared)
         return functions
 
 
-def _launch(name: str, dtype, grid, args, threads: int | None = None, tile: Tile | None = None) -> None:
+def _launch(name: str, dtype, grid, args, threads: int | None = None,
+            tile: Tile | Grouped | None = None) -> None:
     device, part = args[0].device, next(part for part, names in PARTS.items() if name in names)
     with torch.cuda.device(device):
         _compiled(device.index, dtype, part, tile)[name](
@@ -239,17 +269,17 @@ def _counters(device):
     return torch.zeros(2**16, dtype=torch.int32, device=device)
 
 
-def tiled_product(tile: Tile, codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift=None,
+def tiled_product(tile: Tile | Grouped, codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift=None,
                   state=None):
     """Paired codes (rows, K) int8 times packed weights (N, K/2) uint8, and `epilogue`: into y (M, N) fp32 or bf16; N a
-    multiple of 16, K of tile.TK."""
+    multiple of 16, K of tile.TK, rows K below 2³¹."""
     (M, N), (rows, K) = y.shape, codes.shape
     across, down = -(-M // tile.TM), -(-N // tile.TN)
     splits = tile.splits or _splits(across * down, K // tile.TK, tile.BLOCKS * _multiprocessors(y.device))
     partial = y if splits == 1 else torch.empty(across * down * splits * tile.TM * tile.TN, dtype=torch.int32,
                                                 device=y.device)
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
-    _launch("tiled_product", y.dtype, (across, down, splits),
+    _launch(PARTS[tile.part][0], y.dtype, (across, down, splits),
             [codes, packed, *ends, y, partial, _counters(y.device), M, N, K, rows, *given], tile.threads, tile)
 
 

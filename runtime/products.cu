@@ -2,10 +2,7 @@
 // `runtime/cuda.py` puts the sizes of a tile before it: TM tokens x TN columns x TK channels, STAGES tiles in flight,
 // and WM x WN of it for each warp.
 
-#ifdef TILED  // cp.async, ldmatrix and `mma` of bytes: sm_80 and later
-const int TILE_X = TM * TK, TILE_W = TN * TK / 2, STAGE = TILE_X + TILE_W;  // bytes
-const int LANES = TM / WM * (TN / WN) * 32;
-
+#if defined TILED || defined GROUPED  // cp.async and ldmatrix: sm_80 and later
 __device__ void copy16(unsigned to, const void* from, bool there) {  // zeros where there is nothing
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
@@ -14,6 +11,46 @@ __device__ void load_matrices(unsigned v[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
 }
+// Blocks that share out K, gridDim.z for each tile, add up their sums, COUNT a lane; whether this one ended last and has
+// them all. It sets `ended`, a counter of every tile, back to 0. The order does not matter to integers.
+template <int COUNT, int LANES> __device__ bool joined(int* c, int4* partial, int* ended) {
+    __shared__ int last;
+    int tile = blockIdx.y * gridDim.x + blockIdx.x;
+    partial += (long long)tile * gridDim.z * (COUNT / 4) * LANES + threadIdx.x;
+    int4* mine = partial + (long long)blockIdx.z * (COUNT / 4) * LANES;
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; i++)
+        mine[i * LANES] = make_int4(c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(ended + tile, 1) == gridDim.z - 1;
+    __syncthreads();
+    if (!last) return false;
+    __threadfence();
+    if (threadIdx.x == 0) ended[tile] = 0;
+#pragma unroll 1
+    for (int z = 0; z < gridDim.z; z++) {
+        if (z == blockIdx.z) continue;
+#pragma unroll
+        for (int i = 0; i < COUNT / 4; i++) {
+            int4 more = __ldcg(partial + ((long long)z * (COUNT / 4) + i) * LANES);
+            c[4 * i] += more.x; c[4 * i + 1] += more.y; c[4 * i + 2] += more.z; c[4 * i + 3] += more.w;
+        }
+    }
+    return true;
+}
+__device__ void store2(bf16* y, const float* v) { *(unsigned*)y = round_bf16(v[0]) | round_bf16(v[1]) << 16; }
+__device__ void store2(float* y, const float* v) { *(float2*)y = make_float2(v[0], v[1]); }
+template <int COUNT> __device__ void store(real* y, const float* v) {  // 2 or 4
+    if (COUNT == 4) store4(y, v);
+    else store2(y, v);
+}
+#endif  // TILED or GROUPED
+
+#ifdef TILED  // `mma` of bytes: sm_80 and later
+const int TILE_X = TM * TK, TILE_W = TN * TK / 2, STAGE = TILE_X + TILE_W;  // bytes
+const int LANES = TM / WM * (TN / WN) * 32;
+
 // c += a b by the 32 lanes of a warp: a 16 x 32 and b 32 x 8 signed bytes. Lane 4 g + t has, four to a register, bytes
 // 4 t.. and 16 + 4 t.. of rows g and g + 8 of a and of column g of b, and columns 2 t, 2 t + 1 of rows g and g + 8 of c.
 __device__ void multiply(int c[4], const unsigned a[4], unsigned b0, unsigned b1) {
@@ -24,54 +61,52 @@ __device__ void multiply(int c[4], const unsigned a[4], unsigned b0, unsigned b1
 
 // Where 16 bytes of a row lie in a tile, so that neither eight neighbours of a row nor the eight rows of a matrix meet in
 // a bank. The rows of a matrix of x are neighbours; those of w are 0, 1, 8, 9, 16, 17, 24, 25 and as many after them.
-__device__ int place_x(int row, int piece) { return row * TK + 16 * (piece ^ row % 8); }
-__device__ int place_w(int row, int piece) {
+__device__ unsigned place_x(unsigned row, unsigned piece) { return row * TK + 16 * (piece ^ row % 8); }
+__device__ unsigned place_w(unsigned row, unsigned piece) {
     return row * (TK / 2) + 16 * (piece ^ (TK == 128 ? row / 8 % 4 : row / 8 % 4 | row % 2 * 4));
 }
 
 // One tile of the product and its epilogue. The codes x (rows, K) come with the even channels before the odd ones in
 // every 32, as the halves of packed bytes have them; four bits in the upper half of a byte are 16 times their signed
-// value. gridDim.z blocks share out K; whoever ends last adds up what the others left in `partial`, and sets `ended`,
-// a counter of every tile, back to 0. Sums of integers do not depend on that order.
+// value. gridDim.z blocks share out K (`joined`).
 extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
 tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
               const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
               const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,
-              int M, int N, int K, int rows, int has_zero, int has_bias, int has_shift) {
+              int M, int N, unsigned K, int rows, int has_zero, int has_bias, int has_shift) {
     extern __shared__ __align__(128) unsigned char tiles[];
     unsigned base = (unsigned)__cvta_generic_to_shared(tiles);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int m0 = blockIdx.x * TM, n0 = blockIdx.y * TN, wm = warp % (TM / WM) * WM, wn = warp / (TM / WM) * WN;
-    int steps = K / TK, from = steps * blockIdx.z / gridDim.z;
+    unsigned m0 = blockIdx.x * TM, n0 = blockIdx.y * TN, wm = warp % (TM / WM) * WM, wn = warp / (TM / WM) * WN;
+    unsigned steps = K / TK, from = steps * blockIdx.z / gridDim.z;
     steps = steps * (blockIdx.z + 1) / gridDim.z - from;
 
-    auto fetch = [&](int step) {
-        unsigned to = base + step % STAGES * STAGE;
-        long long k = (long long)(from + step) * TK;
+    auto fetch = [&](unsigned step) {
+        unsigned to = base + step % STAGES * STAGE, k = (from + step) * TK;
 #pragma unroll
-        for (int i = threadIdx.x; i < TILE_X / 16; i += LANES) {
-            int row = i / (TK / 16), piece = i % (TK / 16);
+        for (unsigned j = 0; j < TILE_X / 16 / LANES; j++) {
+            unsigned i = threadIdx.x + j * LANES, row = i / (TK / 16), piece = i % (TK / 16);
             bool there = m0 + row < rows;
-            copy16(to + place_x(row, piece), x + (there ? (long long)(m0 + row) * K + k + 16 * piece : 0), there);
+            copy16(to + place_x(row, piece), x + (there ? (m0 + row) * K + k + 16 * piece : 0), there);
         }
 #pragma unroll
-        for (int i = threadIdx.x; i < TILE_W / 16; i += LANES) {
-            int row = i / (TK / 32), piece = i % (TK / 32);
+        for (unsigned j = 0; j < TILE_W / 16 / LANES; j++) {
+            unsigned i = threadIdx.x + j * LANES, row = i / (TK / 32), piece = i % (TK / 32);
             bool there = n0 + row < N;
             copy16(to + TILE_X + place_w(row, piece),
-                   w + (there ? (long long)(n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
+                   w + (there ? (n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
         }
     };
 
     int c[WM / 16][WN / 8][4] = {};
-    for (int s = 0; s < STAGES - 1; s++) {
+    for (unsigned s = 0; s < STAGES - 1; s++) {
         if (s < steps) fetch(s);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     // of each 32 columns tile j of 8 has columns 2 j, 2 j + 1, 8 + 2 j, 9 + 2 j, ...: so a lane ends with 8 neighbours
     int row_x = wm + lane % 16, row_w = wn + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
+    for (unsigned step = 0; step < steps; step++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
         if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
@@ -92,35 +127,7 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
             }
         }
     }
-    if (gridDim.z > 1) {
-        __shared__ int last;
-        const int PARTS = WM / 16 * (WN / 8);
-        int tile = blockIdx.y * gridDim.x + blockIdx.x;
-        int4* tile_parts = partial + (long long)tile * gridDim.z * PARTS * LANES + threadIdx.x;
-        int4* mine = tile_parts + (long long)blockIdx.z * PARTS * LANES;
-#pragma unroll
-        for (int i = 0; i < PARTS; i++) {
-            const int* v = c[i / (WN / 8)][i % (WN / 8)];
-            mine[i * LANES] = make_int4(v[0], v[1], v[2], v[3]);
-        }
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) last = atomicAdd(ended + tile, 1) == gridDim.z - 1;
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-        if (threadIdx.x == 0) ended[tile] = 0;
-#pragma unroll 1
-        for (int z = 0; z < gridDim.z; z++) {
-            if (z == blockIdx.z) continue;
-#pragma unroll
-            for (int i = 0; i < PARTS; i++) {
-                int* v = c[i / (WN / 8)][i % (WN / 8)];
-                int4 more = __ldcg(tile_parts + ((long long)z * PARTS + i) * LANES);
-                v[0] += more.x; v[1] += more.y; v[2] += more.z; v[3] += more.w;
-            }
-        }
-    }
+    if (gridDim.z > 1 && !joined<WM * WN / 32, LANES>(&c[0][0][0], partial, ended)) return;
 #pragma unroll
     for (int i = 0; i < WM / 16; i++)
 #pragma unroll
@@ -138,6 +145,160 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
         }
 }
 #endif  // TILED
+
+#ifdef GROUPED  // wgmma: sm_90a
+// c (64 x 128, 64 registers a lane) += a b by the 128 lanes of a warp group: a 64 x 32 bytes in registers, as `multiply`
+// has 16 rows for each warp; b 128 rows of 32 bytes in shared memory, where `rows` says. Asynchronous: a must stay until
+// `wgmma.wait_group`.
+__device__ void group_multiply(int* c, const unsigned* a, unsigned long long rows) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
+        "}, {%64, %65, %66, %67}, %68, 1;"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(c[4]), "+r"(c[5]), "+r"(c[6]), "+r"(c[7]),
+          "+r"(c[8]), "+r"(c[9]), "+r"(c[10]), "+r"(c[11]), "+r"(c[12]), "+r"(c[13]), "+r"(c[14]), "+r"(c[15]),
+          "+r"(c[16]), "+r"(c[17]), "+r"(c[18]), "+r"(c[19]), "+r"(c[20]), "+r"(c[21]), "+r"(c[22]), "+r"(c[23]),
+          "+r"(c[24]), "+r"(c[25]), "+r"(c[26]), "+r"(c[27]), "+r"(c[28]), "+r"(c[29]), "+r"(c[30]), "+r"(c[31]),
+          "+r"(c[32]), "+r"(c[33]), "+r"(c[34]), "+r"(c[35]), "+r"(c[36]), "+r"(c[37]), "+r"(c[38]), "+r"(c[39]),
+          "+r"(c[40]), "+r"(c[41]), "+r"(c[42]), "+r"(c[43]), "+r"(c[44]), "+r"(c[45]), "+r"(c[46]), "+r"(c[47]),
+          "+r"(c[48]), "+r"(c[49]), "+r"(c[50]), "+r"(c[51]), "+r"(c[52]), "+r"(c[53]), "+r"(c[54]), "+r"(c[55]),
+          "+r"(c[56]), "+r"(c[57]), "+r"(c[58]), "+r"(c[59]), "+r"(c[60]), "+r"(c[61]), "+r"(c[62]), "+r"(c[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows));
+}
+
+const int ROWS = TN / GROUPS, PER = ROWS / 64, COUNT = PER * (TM / 128) * 64;  // outputs of a warp group, sums of a lane
+const int TILE_X = TM * 128, STAGE = TILE_X + TN * 64, LANES = 128 * GROUPS;
+
+// Weights of a warp, 16 PER rows, lie so that lane 4 g + t ends with 2 PER neighbouring outputs: row 2 PER g + 2 p + h
+// is row 8 h + g of the p-th 16. Two rows share 128 bytes; who is first changes every 8.
+__device__ unsigned place_w(unsigned row, unsigned piece) {
+    unsigned part = row / (16 * PER) * (16 * PER), in = row % (16 * PER);
+    unsigned at = part + in % (2 * PER) / 2 * 16 + in % 2 * 8 + in / (2 * PER);
+    return at / 2 * 128 + 64 * ((at ^ at >> 3) & 1) + 16 * (piece ^ at / 2 % 4);
+}
+
+// `tiled_product` for Hopper: TM tokens x TN outputs x 128 channels, the weights as the left factor, which `wgmma` takes
+// from registers, where they become bytes. Each of GROUPS warp groups has ROWS outputs and all TM tokens.
+extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+grouped_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
+                const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
+                const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,
+                int M, int N, unsigned K, int rows, int has_zero, int has_bias, int has_shift) {
+    extern __shared__ __align__(1024) unsigned char tiles[];
+    unsigned base = ((unsigned)__cvta_generic_to_shared(tiles) + 1023u) & ~1023u;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    unsigned m0 = blockIdx.x * TM, n0 = blockIdx.y * TN, wn = warp * 16 * PER;
+    unsigned steps = K / 128, from = steps * blockIdx.z / gridDim.z;
+    steps = steps * (blockIdx.z + 1) / gridDim.z - from;
+
+    auto fetch = [&](unsigned step) {
+        unsigned to = base + step % STAGES * STAGE, k = (from + step) * 128;
+#pragma unroll
+        for (unsigned j = 0; j < TM * 8 / LANES; j++) {  // rows of 128 bytes, as the hardware's swizzle has them
+            unsigned i = threadIdx.x + j * LANES, row = i / 8, piece = i % 8;
+            bool there = m0 + row < rows;
+            copy16(to + row * 128 + 16 * (piece ^ row % 8), x + (there ? (m0 + row) * K + k + 16 * piece : 0),
+                   there);
+        }
+#pragma unroll
+        for (unsigned j = 0; j < TN * 4 / LANES; j++) {
+            unsigned i = threadIdx.x + j * LANES, row = i / 4, piece = i % 4;
+            bool there = n0 + row < N;
+            copy16(to + TILE_X + place_w(row, piece),
+                   w + (there ? (n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
+        }
+    };
+    auto unpack = [&](unsigned step, unsigned (*a)[4]) {  // the warp's weights: a[4 p + s], s of four times 32 channels
+        unsigned at = base + step % STAGES * STAGE + TILE_X;
+#pragma unroll
+        for (int i = 0; i < 2 * PER; i++) {
+            unsigned b[4];
+            int slot = wn + i / 2 * 16 + lane % 16, piece = i % 2 * 2 + lane / 16;
+            load_matrices(b, at + slot / 2 * 128 + 64 * ((slot ^ slot >> 3) & 1) + 16 * (piece ^ slot / 2 % 4));
+            for (int s = 0; s < 2; s++) {
+                unsigned* to = a[i / 2 * 4 + i % 2 * 2 + s];
+                to[0] = b[2 * s] << 4 & 0xf0f0f0f0u;
+                to[1] = b[2 * s + 1] << 4 & 0xf0f0f0f0u;
+                to[2] = b[2 * s] & 0xf0f0f0f0u;
+                to[3] = b[2 * s + 1] & 0xf0f0f0f0u;
+            }
+        }
+    };
+
+    int c[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) c[i] = 0;
+    for (unsigned s = 0; s < STAGES - 1; s++) {
+        if (s < steps) fetch(s);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    unsigned a[2][4 * PER][4];
+    asm volatile("cp.async.wait_group %0;\n fence.proxy.async.shared::cta;" :: "n"(STAGES - 2) : "memory");
+    __syncthreads();
+    unpack(0, a[0]);
+    // A step starts its products, and while they run it waits for the next tiles, asks for those after and unpacks.
+    auto advance = [&](unsigned step, unsigned (*now)[4], unsigned (*next)[4]) {
+        // a descriptor: address / 16, 1024 bytes from eight rows to the next, swizzle of 128 bytes
+        unsigned long long where = (base + step % STAGES * STAGE) >> 4 | 64ull << 32 | 1ull << 16 | 1ull << 62;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int p = 0; p < PER; p++)
+#pragma unroll
+                for (int b = 0; b < TM / 128; b++)
+                    group_multiply(c + (p * (TM / 128) + b) * 64, now[4 * p + s], where + 2 * s + 1024 * b);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("cp.async.wait_group %0;\n fence.proxy.async.shared::cta;" :: "n"(STAGES - 3) : "memory");
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);  // where the step before has ended for all
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (step + 1 < steps) unpack(step + 1, next);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    };
+    unsigned step = 0;
+#pragma unroll 1
+    for (; step + 1 < steps; step += 2) {
+        advance(step, a[0], a[1]);
+        advance(step + 1, a[1], a[0]);
+    }
+    if (step < steps) advance(step, a[0], a[1]);
+
+    if (gridDim.z > 1 && !joined<COUNT, LANES>(c, partial, ended)) return;
+
+    int n = n0 + wn + 2 * PER * g;  // this lane's outputs n, ..
+    if (n >= N) return;
+    const int OWN = 2 * PER;
+    int wu[OWN], wz[OWN];
+    float ws[OWN], add[OWN], sh[2][OWN];
+    for (int i = 0; i < OWN; i++) {
+        wu[i] = w_sum[n + i];
+        ws[i] = w_scale[n + i];
+        if (has_zero) wz[i] = w_zero[n + i];
+        if (has_bias) add[i] = bias[n + i];
+        for (int k = 0; k < 2 && has_shift; k++) sh[k][i] = shift[k * N + n + i];
+    }
+#pragma unroll
+    for (int j = 0; j < TM / 4; j++) {  // token 8 (j / 2) + 2 t + j % 2
+        int m = m0 + j / 2 * 8 + 2 * t + j % 2;
+        if (m >= M) continue;
+        float v[OWN], s = scale[m];
+        int z = zero[m], xs = has_zero ? x_sum[m] : 0, masked = has_shift ? state[m] : 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            int sum = c[(i / 2 * (TM / 128) + j / 32) * 64 + j / 2 % 16 * 4 + i % 2 * 2 + j % 2] >> 4;
+            sum -= z * wu[i];
+            if (has_zero) sum -= xs * wz[i];
+            v[i] = __fmul_rn(__fmul_rn((float)sum, s), ws[i]);
+            if (has_bias) v[i] = __fadd_rn(v[i], add[i]);
+            if (has_shift) v[i] = __fadd_rn(v[i], masked ? sh[1][i] : sh[0][i]);
+        }
+        store<OWN>(y + (long long)m * N + n, v);
+    }
+}
+#endif  // GROUPED
 
 #ifdef ORDERS
 // Codes (rows, K) as a product wants them. Paired: in every 32 channels the even ones come before the odd ones.

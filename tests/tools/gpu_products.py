@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import kernels
 from runtime import cuda
-from runtime.cuda import Tile
+from runtime.cuda import Grouped, Tile
 
 GPU = torch.cuda.is_available()
 DEVICE, BF16 = torch.device("cuda:0" if GPU else "cpu"), torch.bfloat16
@@ -34,13 +34,18 @@ SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64, BLOC
 MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, BLOCKS=1),
         "128x128 tall": Tile(128, 128, WM=64, WN=32, BLOCKS=1), "128x256": Tile(128, 256, WM=64, WN=64, BLOCKS=1),
         "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64), "256x128": Tile(256, 128, WM=64, WN=64, BLOCKS=1)}
+GROUPED = {"128x128": Grouped(128, 128, BLOCKS=2), "128x256": Grouped(128, 256), "256x128": Grouped(256, 128),
+           "128x128 1 block": Grouped(128, 128, STAGES=6), "128x256 6 stages": Grouped(128, 256, STAGES=6),
+           "256x128 5 stages": Grouped(256, 128, STAGES=5)}
 if not GPU:
     SHAPES, TOKENS = {"qkv": (256, 512), "down": (512, 256)}, (32, 64)
     cuda._launch, cuda._multiprocessors = (lambda *arguments, **options: None), (lambda device: 132)
 
 
 def tiles(M: int) -> dict:
-    return (FEW if M <= 64 else {}) | (SOME if 64 <= M <= 512 else {}) | (MANY if M >= 128 else {})
+    found = (FEW if M <= 64 else {}) | (SOME if 64 <= M <= 512 else {}) | (MANY if M >= 128 else {})
+    return {"tiled " + name: tile for name, tile in found.items()} | (
+        {"grouped " + name: tile for name, tile in GROUPED.items()} if M >= 64 else {})
 
 
 def ways(M: int, K: int, layers: list, a) -> dict:
@@ -64,7 +69,7 @@ def ways(M: int, K: int, layers: list, a) -> dict:
         every["packed_product"] = own(cuda.packed_product, a.codes)
     for name, tile in tiles(M).items():
         if K % tile.TK == 0:
-            every["tiled " + name] = own(cuda.tiled_product, a.paired, tile)
+            every[name] = own(cuda.tiled_product, a.paired, tile)
     return every
 
 
@@ -103,15 +108,15 @@ def main(argv=None):
 
     def compiled(tile):
         try:
-            cuda._compiled(0, BF16, "tiled", tile)
+            cuda._compiled(0, BF16, tile.part, tile)
         except Exception as error:
             print("does not compile:", tile, str(error)[:300], flush=True)
 
     if GPU:
         torch.zeros(1, device=DEVICE)
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(compiled, [tile for name, tile in (FEW | SOME | MANY).items()
-                                     if re.search(args.names, "tiled " + name)]))
+            every = {name: tile for M in args.tokens for name, tile in tiles(M).items()}
+            list(pool.map(compiled, [tile for name, tile in every.items() if re.search(args.names, name)]))
     print(f"compiled after {time.time() - start:.1f} s", flush=True)
     for linear, (K, N) in SHAPES.items():
         layers, halves = [], 2 + 80_000_000 // (N * K)
