@@ -4,8 +4,8 @@ A masked-diffusion model bounds −log p(answer | prompt) by the expectation, ov
 cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how many tokens are masked (LLaDA paper,
 Appendix B.5: lower variance, and exact for one token), Dream draws each token by itself; both stratify the ratio.
 
-Every request has a random generator of its own, seeded by its tokens. So its likelihood depends neither on the order nor
-on the batching of requests, nor on how they are shared among processes.
+Every request has a random generator of its own, seeded by its tokens. So its likelihood depends neither on the order of
+requests, nor on how they are put into batches or shared among processes.
 """
 
 import hashlib

@@ -37,7 +37,7 @@ COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast
            ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
 FUNCTIONS = {"sum": sum, "max": max, "min": min, "len": len, "sorted": sorted, "list": list, "abs": abs,
              "reversed": lambda xs: list(reversed(xs)), "range": lambda *a: list(_range(*a))}
-METHODS = {"upper", "lower", "count"}
+STRING_METHODS = {"upper", "lower", "count"}
 
 
 def _range(*args):
@@ -108,7 +108,7 @@ class _Machine:
                 return self._comprehension(elt, gen, env)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
                 return FUNCTIONS[name](*[self.eval(a, env) for a in args])
-            case ast.Call(func=ast.Attribute(value=obj, attr=name), args=args, keywords=[]) if name in METHODS:
+            case ast.Call(func=ast.Attribute(value=obj, attr=name), args=args, keywords=[]) if name in STRING_METHODS:
                 target = self.eval(obj, env)
                 if not isinstance(target, (str, list, tuple)):
                     raise Failed(f"method {name} of {type(target).__name__}")

@@ -84,35 +84,41 @@ def grade(tokenizer, problems, tokens):
 def cloze(model, problems, samples: int = 4, seed: int = 0, progress=lambda n: None):
     """Choice among four continuations by Monte-Carlo likelihood: 0/1 per problem, (n,).
 
-    The score is the mutual information log p(option | context) − log p(option), both by LLaDA's estimator (k of N
-    tokens masked, weight N/k), because p(option | context) alone mostly ranks how rare an option's words are. The four
-    options and both terms share their masks.
+    The score is the mutual information log p(option | context) − log p(option), because the first term alone mostly
+    ranks how rare an option's words are. All options and both terms share their masks.
     """
     g = torch.Generator().manual_seed(seed)
     correct = []
     for rows in batches(len(problems), 8):
+        context = torch.stack([p.context for p in problems[rows]])  # (n, C)
         options = torch.stack([p.options for p in problems[rows]])  # (n, 4, N)
-        context = torch.stack([p.context for p in problems[rows]])[:, None, None].expand(-1, 4, samples, -1)
         n, _, N = options.shape
         # k = 1..N in equal strata over the samples, a random subset of k positions each
         k = ((torch.arange(samples) + torch.rand(n, samples, generator=g)) / samples * N).ceil().clamp(1, N)
         rank = torch.rand(n, samples, N, generator=g).argsort(-1).argsort(-1)
-        hide = (rank < k[..., None])[:, None].expand(-1, 4, -1, -1)  # (n, 4, samples, N)
-        clean = options[:, :, None].expand(-1, -1, samples, -1)
-
-        def log_likelihood(context, hide=hide, clean=clean, k=k):
-            noisy = torch.cat((context, clean.masked_fill(hide, model.mask_id)), -1)
-            where = torch.cat((torch.zeros_like(context, dtype=torch.bool), hide), -1).flatten(0, 2)
-            ids = noisy.flatten(0, 2)
-            logits = torch.cat([model(ids[r].to(model.device), where=where[r].to(model.device)).float().cpu()
-                                for r in batches(len(ids))])
-            ce = torch.zeros(hide.shape).masked_scatter(hide, F.cross_entropy(logits, clean[hide], reduction="none"))
-            return -(ce.sum(-1) * clean.shape[-1] / k[:, None]).mean(-1)  # (n, 4)
-
-        score = log_likelihood(context) - log_likelihood(torch.full_like(context, model.mask_id))
+        hide = rank < k[..., None]  # (n, samples, N)
+        nothing = torch.full_like(context, model.mask_id)
+        score = monte_carlo(model, context, options, hide) - monte_carlo(model, nothing, options, hide)  # (n, 4)
         correct += (score.argmax(-1) == torch.tensor([p.answer for p in problems[rows]])).tolist()
         progress(n)
     return torch.tensor(correct, dtype=torch.float32)
+
+
+def monte_carlo(model, context, options, hide):
+    """log p(option | context) in nats by LLaDA's estimator, where k of N tokens are masked and weigh N/k.
+
+    context (n, C), options (n, 4, N), hide (n, S, N) bool, the S masks of each problem -> (n, 4), means over the masks.
+    """
+    n, S, N = hide.shape
+    hide = hide[:, None].expand(n, 4, S, N)
+    clean = options[:, :, None].expand(n, 4, S, N)
+    context = context[:, None, None].expand(n, 4, S, -1)
+    ids = torch.cat((context, clean.masked_fill(hide, model.mask_id)), -1).flatten(0, 2)  # (4 n S, C + N)
+    where = torch.cat((torch.zeros_like(context, dtype=torch.bool), hide), -1).flatten(0, 2)
+    logits = torch.cat([model(ids[r].to(model.device), where=where[r].to(model.device)).float().cpu()
+                        for r in batches(len(ids))])
+    ce = torch.zeros(hide.shape).masked_scatter(hide, F.cross_entropy(logits, clean[hide], reduction="none"))
+    return -(ce.sum(-1) * N / hide.sum(-1)).mean(-1)
 
 
 class Trajectory(NamedTuple):
@@ -147,7 +153,8 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
     earliest = torch.minimum(first.when, second.when).masked_fill(same_token & same_step, steps).amin(-1)
     return {"tokens": same_token.float().mean(-1), "positions": same_step.float().mean(-1),
             "divergence": earliest.float() / steps}
-TASKS = ("math", "code")  # free-running generation; beside them `cloze`
+GENERATION = ("math", "code")  # tasks of free-running generation
+TASKS = (*GENERATION, "cloze")
 
 
 def scores(model, problems: int, seed: int, quick: bool = False, label: str = "", reference=None,
@@ -164,7 +171,7 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
         parts = [losses(model, ids, region, 2, seed, reference=reference) for ids, region in sets]
         values |= {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         bar.update(problems)
-        for task in () if quick else TASKS:
+        for task in () if quick else GENERATION:
             asked = tasks.problems(task, "eval", problems, seed)
             paths[task] = trajectory(model, asked, progress=bar.update)
             values[task] = grade(model.tokenizer, asked, paths[task].tokens)
@@ -176,7 +183,7 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
 
 def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
     """Trajectory fidelity over both generation tasks, one value per prompt."""
-    parts = [fidelity(paths[task], reference[task]) for task in TASKS]
+    parts = [fidelity(paths[task], reference[task]) for task in GENERATION]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 

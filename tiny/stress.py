@@ -1,13 +1,12 @@
-"""Outlier channels without changing the function: python stress.py --model tiny --c 8 --out FOLDER
+"""Outlier channels without changing the function: python -m tiny.stress --model tiny --c 8 --out FOLDER
 
-Small models lack the outlier channels of 8B ones. `stress` multiplies by c the input channels of every linear in which
-masked and unmasked tokens differ most, where the channel is made (gain of the norm, rows of v_proj, rows of up_proj),
-and divides the weight that consumes it by c. The 16-bit model computes the same function up to rounding (exactly, for c
-a power of two); what a quantizer meets are channels c times larger.
+Small models lack the outlier channels of 8B ones. `stress` makes them. It takes the input channels of every linear in
+which masked and unmasked tokens differ most, and multiplies them by c where they are made: in the gain of the norm, the
+rows of v_proj, the rows of up_proj. The weight that reads a channel is divided by c. So the 16-bit model computes the
+same function up to rounding (exactly, where c is a power of two), but a quantizer meets channels c times larger.
 """
 
 import copy
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, read_json, resolve
 from checkpoint.loading import part_rows
 from model import DiffusionLM, load_model
-from runtime import sampling
+from runtime import processes, sampling
 from runtime.processes import Parser, Refused
 from tiny import tasks
 
@@ -63,7 +62,10 @@ def stress(model: DiffusionLM, c: float, noisy=None) -> DiffusionLM:
 
 
 def channels(config, name: str, x):
-    """Inputs (..., d) of a linear, by the channel that makes them: grouped query heads share a value channel."""
+    """The inputs x (..., d) of a linear, one number for each channel that makes them.
+
+    Only `out` differs: the query heads of a group share a value channel, so their inputs become one root of squares.
+    """
     if name != "out":
         return x
     heads = x.unflatten(-1, (config.n_kv_heads, -1, config.head_dim))
@@ -103,22 +105,17 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     stress(load_model(name, "cpu", torch.float32), c).save(folder)
 
 
+def run(args) -> dict:
+    write_stressed(args.model, args.c, args.out)
+    return {"model": args.model, "c": args.c, "out": str(args.out)}
+
+
 def main(argv=None) -> int:
-    parser = Parser("stress.py", description=__doc__.split("\n")[0])
+    parser = Parser("python -m tiny.stress", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, a hub id or a folder of a 16-bit model")
     parser.add_argument("--c", type=float, default=8.0, help="factor of the outlier channels (8)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the stressed model")
-    args = parser.parse_args(argv)
-    try:
-        write_stressed(args.model, args.c, args.out)
-    except Refused as error:
-        print(f"stress.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"stress.py: {error.strerror or error}: {error.filename or args.out}.", file=sys.stderr)
-        return 2
-    print(json.dumps({"model": args.model, "c": args.c, "out": str(args.out)}))
-    return 0
+    return processes.run("python -m tiny.stress", run, parser.parse_args(argv), smaller="the size of the model")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from runtime.processes import Refused
 from tiny.interpreter import Failed, run_function
 
 HERE = Path(__file__).parent
-SPLITS = ("train", "calib", "eval")
 GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the longest answer takes 22)
 
 
@@ -84,7 +83,7 @@ class Problem:
 def _final_number(text: str) -> str | None:
     words = text.split("####")[-1].split() if "####" in text else []
     return words[0] if words else None
-NAMES = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
+PEOPLE = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
          "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")
 ITEMS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps", "stones", "nuts")
 GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
@@ -92,7 +91,7 @@ LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
 
 
 def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
-    name, other = rng.sample(NAMES, 2)
+    name, other = rng.sample(PEOPLE, 2)
     item = rng.choice(ITEMS)
     if rng.random() < 0.3:  # boxes of things
         boxes, each = rng.randint(2, 5), rng.randint(2, 9)
@@ -108,7 +107,7 @@ def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
         up = rng.random() < 0.5 or c > total
         result = total + c if up else total - c
         lines.append(f"{total}{'+' if up else '-'}{c}={result}")
-        story += f" Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(NAMES)) + "."
+        story += f" Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(PEOPLE)) + "."
         total = result
     # the keys leave out names and wording: the same two lines never appear in two splits
     keys = [f"math/{first} {second}" for first, second in pairwise(lines)]

@@ -1,13 +1,16 @@
-"""Train a masked-diffusion language model like the embedded one: python train.py [--minutes 90] [--device cuda]
+"""Train a masked-diffusion language model like the embedded one: python -m tiny.train [--minutes 90] [--device cuda]
 
-The objective is LLaDA's: draw a masking ratio t ~ U(0, 1), replace tokens of the trained region by [MASK] with
-probability t, and minimize the cross-entropy of the masked tokens divided by t. English is trained as LLaDA's
-pre-training (the region is the whole segment), math and code as its supervised fine-tuning (the region is the answer,
-end-of-text filler included). Everything but wall-clock is determined by --seed; the learning rate falls linearly to
-zero over --steps, or sooner if --minutes run out. Progress goes to standard error, one line of JSON to standard output.
+Objective
+    It is LLaDA's: draw a masking ratio t ~ U(0, 1), replace tokens of the trained region by [MASK] with probability t,
+    and minimize the cross-entropy of the masked tokens divided by t. English is trained as in LLaDA's pre-training: the
+    region is the whole segment. Math and code are trained as in its supervised fine-tuning: the region is the answer,
+    with the end-of-text tokens that fill it up.
+
+Command
+    --seed determines everything but the time. The learning rate falls linearly to zero over --steps, or sooner if
+    --minutes run out. Progress goes to standard error, one line of JSON to standard output.
 """
 
-import json
 import sys
 import time
 from functools import cache
@@ -18,11 +21,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint.families import read_config
-from checkpoint.folder import write_json
-from checkpoint.tokenizer import load_tokenizer
+from checkpoint.folder import read_json, write_json
 from model import DiffusionLM, load_model
-from runtime import sampling
-from runtime.processes import Parser
+from runtime import processes, sampling
+from runtime.layers import QuantLinear
+from runtime.processes import Parser, Refused, pick_device
 from tiny import tasks
 
 VOCAB = 1024
@@ -80,23 +83,12 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
     return (ce * weight[where]).sum() / region_size
 
 
-def main(argv=None):
-    parser = Parser("train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="out/trained", help="folder of the trained model (out/trained)")
-    parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
-    parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
-    parser.add_argument("--tokens", type=int, default=3072, help="tokens per batch")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(Path(args.init)) if args.init else train_tokenizer(args.seed)
-    ids = {s: tokenizer.token_to_id(s) for s in SPECIALS}
-    raw = CONFIG | {"eos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
-                    "mask_token_id": ids["<|mdm_mask|>"]}
+def fresh_model(seed: int) -> DiffusionLM:
+    """The embedded model before training: its tokenizer, and random weights."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(seed)
+    end, mask = (tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|mdm_mask|>"))
+    raw = CONFIG | {"eos_token_id": end, "pad_token_id": end, "mask_token_id": mask}
     model = DiffusionLM(read_config(raw), tokenizer)
     for p in model.parameters():
         if p.ndim == 2:
@@ -104,9 +96,30 @@ def main(argv=None):
     for block in model.blocks:  # residual branches start small (Mitchell-like initialization, as LLaDA's)
         for linear in (block.out, block.down):
             linear.weight.data /= (2 * len(model.blocks)) ** 0.5
-    if args.init:
-        model.load_state_dict(load_model(args.init, "cpu").state_dict())
-    model.to(args.device)
+    return model
+
+
+def trained_model(folder: str) -> DiffusionLM:
+    """The model of a folder, to be trained on."""
+    model = load_model(folder, "cpu", torch.float32)
+    if model.tokenizer is None or any(model.tokenizer.token_to_id(name) is None for name in SPECIALS):
+        raise Refused(f"--init {folder} has no tokenizer with {', '.join(SPECIALS)}; give a model of this command.")
+    if any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise Refused(f"--init {folder} is quantized; give the 16-bit model.")
+    return model.requires_grad_(True)
+
+
+def run(args) -> dict:
+    for name, least, most in (("steps", 1, 10**9), ("tokens", 96, 10**9), ("seed", 0, 2**31)):
+        if not least <= getattr(args, name) <= most:
+            raise Refused(f"--{name} {getattr(args, name)} is not between {least} and {most}.")
+    if not (args.minutes > 0 and 0 < args.lr < 1):
+        raise Refused("--minutes must be above 0, and --lr between 0 and 1.")
+    device = pick_device(args.device)
+    model = (trained_model(args.init) if args.init else fresh_model(args.seed)).to(device)
+    earlier = Path(args.init or "", "training.json")
+    phases = read_json(earlier)["phases"] if args.init and earlier.is_file() else []
+    args.out.mkdir(parents=True, exist_ok=True)
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
@@ -114,32 +127,45 @@ def main(argv=None):
     start, curve, mean = time.time(), [], {}
     for step in range(args.steps):
         done = max(step / args.steps, (time.time() - start) / 60 / args.minutes)
-        if done >= 1:
+        if step and done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * (1 - done)
-        batch = [x.to(args.device) for x in training_batch(tokenizer, step, args.tokens, model.mask_id, args.seed)]
+            group["lr"] = args.lr * min(1, (step + 1) / 200) * (1 - min(done, 1))
+        batch = [x.to(device) for x in training_batch(model.tokenizer, step, args.tokens, model.mask_id, args.seed)]
         loss = diffusion_loss(model, *batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        domain = MIX[step % len(MIX)]
+        domain, taken = MIX[step % len(MIX)], step + 1
         mean[domain] = 0.97 * mean.get(domain, loss.item()) + 0.03 * loss.item()
-        if step % 100 == 99:
-            curve.append({"step": step + 1, "minutes": round((time.time() - start) / 60, 1),
+        if taken % 100 == 0:
+            curve.append({"step": taken, "minutes": round((time.time() - start) / 60, 1),
                           **{k: round(v, 4) for k, v in mean.items()}})
             print(curve[-1], file=sys.stderr, flush=True)
-        if step % 1000 == 999:
+        if taken % 1000 == 0:
             model.save(args.out, dtype=torch.bfloat16)
     model.save(args.out, dtype=torch.bfloat16)
-    phases = json.loads(Path(args.init, "training.json").read_text())["phases"] if args.init else []
-    phases.append({"mix": MIX, "steps": step + 1, "seconds": round(time.time() - start), "torch": torch.__version__,
+    phases.append({"mix": MIX, "steps": taken, "seconds": round(time.time() - start), "torch": torch.__version__,
                    "args": {k: str(v) for k, v in vars(args).items() if k not in ("init", "out")}, "curve": curve})
     totals = {k: sum(p[k] for p in phases) for k in ("steps", "seconds")}
-    write_json(Path(args.out, "training.json"), {**totals, "phases": phases})
-    print(json.dumps({"out": args.out, "steps": step + 1, "seconds": phases[-1]["seconds"], **mean}))
+    write_json(args.out / "training.json", {**totals, "phases": phases})
+    return {"out": str(args.out), "steps": taken, "seconds": phases[-1]["seconds"], **mean}
+
+
+def main(argv=None) -> int:
+    parser = Parser("python -m tiny.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/trained"), help="folder of the model (out/trained)")
+    parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens per batch")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    return processes.run("python -m tiny.train", run, parser.parse_args(argv), "--tokens",
+                         "Weights are saved every 1000 steps.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

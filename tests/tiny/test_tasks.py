@@ -16,6 +16,7 @@ from tiny import tasks
 from tiny.interpreter import run_function
 
 TASKS = ("math", "code")
+SPLITS = ("train", "calib", "eval")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ class TestSplits:
         everything = []
         for file in sorted((tasks.HERE / "english").glob("*.xz")):
             everything += lzma.decompress(file.read_bytes()).decode().split("\f")
-        parts = {s: tasks.english_documents(s) for s in tasks.SPLITS}
+        parts = {s: tasks.english_documents(s) for s in SPLITS}
         assert sorted(sum(parts.values(), ())) == sorted(everything)
         assert len(set(everything)) == len(everything)
         assert len(parts["train"]) > 4 * max(len(parts["calib"]), len(parts["eval"])) > 0
@@ -48,14 +49,14 @@ class TestSplits:
     @pytest.mark.parametrize("task", TASKS)
     def test_problems_of_many_seeds(self, task):
         seen = {s: {content(task, p) for seed in range(20) for p in tasks.problems(task, s, 150, seed)}
-                for s in tasks.SPLITS}
+                for s in SPLITS}
         assert min(map(len, seen.values())) > 100
         assert not seen["train"] & seen["calib"]
         assert not seen["train"] & seen["eval"]
         assert not seen["calib"] & seen["eval"]
 
     def test_the_split_of_a_key_is_a_fixed_hash(self):
-        counts = {s: sum(tasks.split_of(f"key {i}") == s for i in range(5000)) / 5000 for s in tasks.SPLITS}
+        counts = {s: sum(tasks.split_of(f"key {i}") == s for i in range(5000)) / 5000 for s in SPLITS}
         assert counts == pytest.approx({"train": 0.8, "calib": 0.1, "eval": 0.1}, abs=0.02)
         # fixed for ever: a change of the hash would let evaluation problems into the training set of a shipped model
         pinned = {"math/14": "eval", "math/11": "calib", "math/0": "train", "sotu/9": "eval", "sotu/14": "calib"}
@@ -79,7 +80,7 @@ def python_value(source, args):
 
 class TestJudging:
     @pytest.mark.parametrize("task", TASKS)
-    @pytest.mark.parametrize("split", tasks.SPLITS)
+    @pytest.mark.parametrize("split", SPLITS)
     def test_references_are_right(self, task, split):
         for p in tasks.problems(task, split, 300, 3):
             assert p.correct(p.answer)
@@ -139,7 +140,7 @@ class TestJudging:
         assert checked > 50
 
     def test_code_references_mean_what_python_says(self):
-        for split in tasks.SPLITS:
+        for split in SPLITS:
             for p in tasks.problems("code", split, 200, 6):
                 source = p.prompt + p.answer
                 value = run_function(source, p.inputs[0])  # the first input always has a value
@@ -155,7 +156,7 @@ class TestJudging:
 class TestTokens:
     @pytest.mark.parametrize("task", TASKS)
     def test_gen_length_suffices_for_every_answer(self, tokenizer, task):
-        answers = {p.answer for s in tasks.SPLITS for p in tasks.problems(task, s, 1000, 11)}
+        answers = {p.answer for s in SPLITS for p in tasks.problems(task, s, 1000, 11)}
         longest = max(len(e.ids) for e in tokenizer.encode_batch(sorted(answers)))
         assert longest <= tasks.GEN_LENGTH
         assert longest == {"math": 20, "code": 22}[task]  # digits are tokens of their own; what data.py's comment says

@@ -2,9 +2,13 @@
 
 import json
 import math
+import shutil
 
+import pytest
 import torch
+from arguments import fast
 
+import calibrate
 from checkpoint.folder import sha256
 from model import load_model
 from tiny import train
@@ -49,3 +53,41 @@ def test_command_trains_saves_and_continues(tmp_path, capsys):
     assert len(record["phases"]) == 2
     assert load_model(tmp_path / "c", "cpu").tokenizer.to_str() == load_model(tmp_path / "a", "cpu").tokenizer.to_str()
     assert str(tmp_path) not in json.dumps(record)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--init", "/nowhere"], "neither a folder"),
+    (["--steps", "0"], "--steps 0 is not between 1 and"),
+    (["--tokens", "10"], "--tokens 10 is not between 96 and"),
+    (["--device", "nope"], "device 'nope' is not available"),
+    (["--minutes", "0"], "--minutes must be above 0"),
+    (["--seed", "-1"], "--seed -1 is not between 0 and"),
+    (["--out", "file"], "File exists: file")])
+def test_bad_input_is_one_sentence_and_exit_2(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert train.main([*arguments, "--steps", "1"] if arguments[0] != "--steps" else arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_init_without_tokenizer_or_quantized_is_refused(small_folder, tmp_path, capsys):
+    shutil.copytree(small_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    assert train.main(["--init", str(tmp_path / "bare"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "has no tokenizer with" in capsys.readouterr().err
+    assert calibrate.main(["--model", str(small_folder), "--out", str(tmp_path / "q"), "--segments", "4",
+                           *fast("--method", "rtn")]) == 0
+    assert train.main(["--init", str(tmp_path / "q"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "is quantized; give the 16-bit model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_history_is_trained_on(small_folder, tmp_path):
+    shutil.copytree(small_folder, tmp_path / "old")
+    (tmp_path / "old" / "training.json").unlink()
+    assert train.main(["--init", str(tmp_path / "old"), "--steps", "1", "--tokens", "96", "--device", "cpu", "--out",
+                       str(tmp_path / "new")]) == 0
+    assert json.loads((tmp_path / "new" / "training.json").read_text())["steps"] == 1
