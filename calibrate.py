@@ -1,50 +1,217 @@
 """Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out FOLDER]
 
-The command around `blocks.py`, which is the algorithm: it reads the model block by block, checks everything before it
-writes anything (`preflight.py`), writes each block whole (`output.py`), and goes on where an earlier run stopped. The
-default run quantizes the embedded model by `starquant+`, judges it against 16 bit and RTN, and ends with one line of
-JSON on standard output; progress goes to standard error.
+The algorithm (Sections 3.2-3.3, Appendices B and C) takes one block at a time:
+
+    embed masked copies of the calibration segments
+    for each block:   read it                                                      disk -> one block in memory
+                      collect its inputs: 16-bit stream X_fp, quantized-prefix stream X_q
+                      for each input group (qkv, out, gate_up, down):
+                          fit SGAT on (X_q, Y = X_fp Wᵀ), fold P into the weight, quantize
+                          after qkv: estimate TAC from softmax·V of both streams
+                      write it, move both streams through it, free it
+
+A model never has to fit in memory. Every method goes through this loop; `methods/` holds the fits.
+
+The command is the second half of this file. It checks everything before it writes anything (`calibration/preflight.py`)
+and writes each block whole (`calibration/output.py`), so that `--resume` goes on where an earlier run stopped. Without
+flags it quantizes the embedded model by `starquant`, the paper's method, and judges the result beside 16 bit and RTN.
+Standard output ends with one line of JSON; progress goes to standard error.
 """
 
+import argparse
 import copy
-import json
-import os
 import sys
-import tempfile
 import time
-from dataclasses import asdict, fields
-from math import prod
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import methods
 from calibration import preflight
 from calibration.output import Output, run_key, survey
-from calibration.segments import calibration_texts, calibration_tokens, rollout
+from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
+from calibration.streams import activations, input_of, run_block
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, hub_id, resolve
 from checkpoint.loading import check_tensors
-from methods import METHODS, SETTINGS_OF, QuantConfig, config_from, dllmquant, rtn
+from methods import METHODS, QuantConfig, config_from, settings_help
 from methods.dllmquant import ia_aq
 from methods.hadamard import exists, rotation
-from methods.rtn import quantize_outer
+from methods.rtn import Inputs, quantize_outer
+from methods.settings import Settings
+from methods.tac import tac_ridge
 from model import DiffusionLM, load_block, load_model, load_outer
-from runtime import processes, sampling
+from runtime import processes
 from runtime.attention import QuantAttention, softmax_scores
-from runtime.layers import TAC, QuantLinear
-from runtime.processes import Parser, Refused, pick_device
-from starquant import fold_weight, linear, tac_fit, tac_ridge
+from runtime.layers import TAC, QuantLinear, rebuilt
+from runtime.processes import Parser, Refused, batches, pick_device
+from starquant import fold_weight, linear, tac_fit
 from tiny import metrics
 from tiny.stress import write_stressed
 
+# ---- the loop over blocks --------------------------------------------------------------------------------------------
+
+
+def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) -> DiffusionLM:
+    """The quantized counterpart of a 16-bit model in memory; the command gives the same result.
+
+    tokens (S, L): clean calibration segments. config: a `QuantConfig(...)`. region (S, L) bool: where [MASK] may
+    stand, everywhere by default. Raises Refused if activations become NaN or Inf.
+    """
+    noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
+    quantized = rebuilt(model)
+    if config.head_bits < 16:
+        quantize_outer(quantized, config.head_bits, config.embed_bits or None)
+    blocks = calibrate_blocks(model, lambda: model.blocks, noisy, config)
+    return rebuilt(quantized, blocks=nn.ModuleList(block for _, block, _ in blocks)).eval()
+
+
+@torch.no_grad()
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
+                     share=(0, 1), spill: Path | None = None):
+    """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
+
+    noisy (S, L): the calibration segments with [MASK] in place. blocks(): iterates over the 16-bit blocks in order.
+    share (rank, world): every world-th block is yielded; with inputs "fp" a block depends on the 16-bit stream alone.
+    spill: a folder, in whose files both streams and the inputs of the linears are kept instead of in memory.
+    """
+    confidence = prediction_confidence(outer, blocks(), noisy, spill) if config.diffusion_aware else None
+    x, state, rope, _ = outer.prepare(noisy)
+    x_q = x_fp = activations(x.shape, x, spill).copy_(x.detach())  # (S, L, D)
+    del x
+    del outer  # the embedding and head of an 8B model take as much as ten blocks
+    for i, block in enumerate(blocks()):
+        y_fp = None
+        if i % share[1] == share[0]:
+            quantized, record = finished(i) or (None, None)
+            if quantized is None:
+                quantized, record, y_fp = quantize_block(block, x_fp, x_q, state, rope, config, i,
+                                                         progress or (lambda _: None), confidence, spill)
+            yield i, quantized, record
+        x_fp = run_block(block, x_fp, state, rope, spill=spill)[0] if y_fp is None else y_fp
+        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, rope, spill=spill)[0]
+
+
+def quantize_block(block, x_fp, x_q, state, rope, config: Settings, index: int, progress=lambda loss: None,
+                   confidence=None, spill: Path | None = None):
+    """Block `index` quantized, a record of what was fitted, and the 16-bit block's output (S, L, D).
+
+    x_fp, x_q (S, L, D): the block's inputs in the 16-bit and in the quantized stream. progress: called with the loss
+    after every epoch of a training and with its relative error after every linear.
+    """
+    start = time.time()
+    y_fp, inputs_fp = run_block(block, x_fp, state, rope, watch=FUSED, spill=spill)
+    quantized, record = block, {"block": index, "linears": {}}
+    gains = {"qkv": block.attn_norm.weight.detach(), "gate_up": block.ffn_norm.weight.detach()}
+    for group, name in enumerate(FUSED):
+        x = input_of(name, quantized, x_q, state, rope, spill).to(state.device).float()  # (S, L, d)
+        y = exact_output(getattr(block, name), inputs_fp.pop(name).to(state.device).float())  # (S, L, C)
+        generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
+        fitted, found = fit_linear(getattr(block, name), Inputs(x, y, state, confidence, gains.get(name)), config,
+                                   generator, progress, f"block {index}", name)
+        quantized, record["linears"][name] = rebuilt(quantized, **{name: fitted}), found
+        progress(found["error"])
+        if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
+            attention = fit_attention(quantized, x_q, state, rope, config, generator)
+            quantized = rebuilt(quantized, softmax_value=attention)
+        if name == "qkv" and config.compensated:
+            quantized = rebuilt(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, rope, config))
+    record["seconds"] = round(time.time() - start, 2)
+    return quantized, record, y_fp
+
+
+def fit_linear(original, inputs: Inputs, config: Settings, generator, progress, where: str, name: str):
+    """One linear fitted by the method of `config`: (QuantLinear, record with its relative output error)."""
+    x, y, state = inputs[:3]
+    check_finite(x, f"{where}: the input of {name}")
+    check_finite(y, f"{where}: the 16-bit output of {name}")
+    weight = original.weight.detach().float()
+    try:
+        fitted, record = METHODS[config.method].fit(weight, original.bias, inputs, config, generator, progress)
+    except torch.linalg.LinAlgError:
+        raise Refused(f"{where}: {config.method} has no finite solution for {name}: inputs reach "
+                      f"{float(x.abs().max()):.3g}, weights {float(weight.abs().max()):.3g}.") from None
+    y, y_hat = y[:16], fitted(x[:16], state[:16])
+    check_finite(y_hat, f"{where}: the quantized output of {name}")
+    # ‖Ŷ − Y‖² / ‖Y‖²
+    error = (y_hat - y).double().square().sum() / y.double().square().sum().clamp_min(1e-300)
+    return fitted, {"error": float(error), **record}
+
+
+def exact_output(original, x):
+    """Y = X Wᵀ + b of a 16-bit linear, in fp32: x (S, L, d) -> (S, L, C)."""
+    y = linear(x, original.weight.detach().float())
+    return y if original.bias is None else y + original.bias.float()
+
+
+def check_finite(x, what: str) -> None:
+    """Refused if x (S, ...) holds NaN or Inf."""
+    # in pieces: over all of x at once, the two masks would take half as much memory again
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in x.split(8))
+    if bad:
+        raise Refused(f"{what} holds {bad} NaN or Inf of {x.numel()} values.")
+
+
+@torch.no_grad()
+def prediction_confidence(outer: DiffusionLM, blocks, noisy, spill: Path | None = None):
+    """Largest probability of the 16-bit model's prediction at each position, (S, L): one pass, block by block."""
+    x, state, rope, _ = outer.prepare(noisy)
+    for block in blocks:
+        x, _ = run_block(block, x, state, rope, spill=spill)
+    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r].to(state.device))).float(), -1).amax(-1)
+                      for r in batches(len(x), 8)])
+    return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
+
+# ---- inside attention ------------------------------------------------------------------------------------------------
+
+
+class Unquantized(nn.Module):
+    """A fitted linear with its quantizers off and its transform on (App. C's full-precision pass)."""
+
+    def __init__(self, fitted: QuantLinear, weight):
+        super().__init__()
+        self.fitted = fitted
+        self.folded = fold_weight(weight.float(), fitted.P)
+
+    def forward(self, x, state):
+        return self.fitted.finish(linear(self.fitted.phi(x, state), self.folded), state).to(x.dtype)
+
+
+def estimate_tac(block, quantized, x_fp, x_q, state, rope, config: Settings) -> TAC:
+    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ quantized."""
+    n = min(config.tac_samples, len(x_fp))
+    exact = rebuilt(block, qkv=Unquantized(quantized.qkv, block.qkv.weight))
+    z_fp = input_of("tac", exact, x_fp[:n], state[:n], rope).flatten(0, 1)  # (n L, d)
+    z_q = input_of("tac", quantized, x_q[:n], state[:n], rope).flatten(0, 1)
+    if config.tac == "ridge":
+        return TAC(*tac_ridge(z_fp, z_q, config.tac_block, config.damping))
+    return TAC(*tac_fit(z_fp, z_q, config.tac_block, config.damping, config.smoothing, config.shrinkage))
+
+
+@torch.no_grad()
+def fit_attention(quantized, x_q, state, rope, config: Settings, generator) -> QuantAttention:
+    """Quantizers of K, V and the softmax output; V's scale by IA-AQ for DLLMQuant, per token otherwise."""
+    bits, h = (config.kv_bits, config.softmax_bits), quantized.config.head_dim
+    rotated = config.rotated and exists(h)
+    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(state.device) if rotated else None)
+    if not config.diffusion_aware or config.kv_bits == 16:
+        return attention
+    n = min(config.tac_samples, len(x_q))
+    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r].to(state.device)), state[r]) for r in batches(n, 64)])
+    q, k, v = attention.rotated(*quantized.heads(qkv, rope))
+    return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
 
 def parse(argv):
-    parser = Parser("calibrate.py", description=__doc__.split("\n")[0])
+    parser = Parser("calibrate.py", description=__doc__.split("\n")[0], epilog=settings_help(),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
-    parser.add_argument("--method", default="starquant+", help="starquant (the paper), starquant+ (ours, the default), "
+    parser.add_argument("--method", default="starquant", help="starquant (the paper, the default), starquant+ (ours), "
                         + ", ".join(m for m in METHODS if "starquant" not in m))
     parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
     parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
@@ -60,99 +227,127 @@ def parse(argv):
                         ".parquet file (the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
-    parser.add_argument("--inputs", choices=QuantConfig.CHOICES["inputs"],
-                        help="inputs of the next block (quantized); fp lets torchrun share the blocks")
-    parser.add_argument("--states", choices=QuantConfig.CHOICES["states"],
-                        help="token states: masked copies of the segments (masked), or rollout, of the own trajectory")
+    parser.add_argument("--inputs", default="quantized", help="inputs of the next block: quantized, or fp, which lets "
+                        "torchrun share the blocks (quantized)")
+    parser.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
+                        "states of the model's own denoising (masked)")
     parser.add_argument("--spill", type=Path, metavar="FOLDER", help="keep the calibration set's activations in files "
                         "there, not in memory (same result; for many or long segments)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--problems", type=int, default=24, help="problems per task in the closing table (0: no table)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                        help="any other field of QuantConfig: " + ", ".join(f"{f.name}={f.default}" for f in
-                                                                           fields(QuantConfig)[3:-1]))
+    parser.add_argument("--problems", type=int, help="problems per task in the closing table, which a model of the "
+                        "embedded tasks gets (24; 0: no table)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see below")
     args = parser.parse_args(argv)
     stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
     args.out = args.out or Path("out") / f"{Path(args.model).name}{stressed}-{args.method}-w{args.wbits}a{args.abits}"
     return args
 
 
-def report_divergence(record: dict) -> None:
-    """One line on standard error for each linear whose training ended above its start; its best iterate is kept."""
-    for name, fit in record["linears"].items():
-        if fit.get("diverged"):
-            how = "became infinite or NaN" if fit["last"] is None else f"ended at {fit['last']:.4g}"
-            tqdm.write(f"calibrate.py: block {record['block']}, {name}: the held-out loss began at {fit['start']:.4g} "
-                       f"and {how}; the best iterate, {fit['best']:.4g}, is kept.", file=sys.stderr)
-
-
-def run(args) -> dict:
+def calibrate(args) -> dict:
+    """The command: check everything, write block by block, judge what was written; returns what the JSON line says."""
     config = config_from(args)
-    device = processes.start(pick_device(args.device))
-    if processes.world() > 1 and config.inputs != "fp":
-        raise Refused("several processes share the blocks only if these do not wait for one another: add --inputs "
-                          "fp.")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: torch.bfloat16 if device.type == "cuda"
-             else torch.float32}[args.dtype]
-    for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
-        if getattr(args, name) < low:
-            raise Refused(f"--{name} {getattr(args, name)} is below {low}.")
-    early = args.data or hub_id(args.model)
-    texts = calibration_texts(args) if early else None  # before gigabytes are downloaded
-    judged = (resolve(args.model) / "training.json").exists()  # a model of this project's tasks
-    source = Checkpoint(resolve(args.model))
-    if source.quantization:
-        raise Refused(f"{args.model} is quantized already; give the 16-bit model.")
-    check_tensors(source)
-    if not early and not judged:
-        calibration_texts(args)  # says what is missing
-    plan = preflight.check(source, args.out, config, config.compensated, args.segments * args.length, device, dtype,
-                           args.spill)
-    if args.stress != 1 and not args.dry_run:  # the plan of the plain model is that of the stressed one
-        stressed = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
-        processes.first(lambda: write_stressed(args.model, args.stress, stressed))
-        args.model, source = str(stressed), Checkpoint(stressed)
-    outer = load_outer(source, device, dtype, head=config.method in methods.DLLMQUANT)
+    device, dtype = choose_device(args, config)
+    source, texts = open_source(args)
+    judged, stressed = args.problems != 0 and knows_our_tasks(source.folder), args.stress != 1
+    plan = preflight.check(planned(source, stressed), args.out, config, args.segments * args.length, device, dtype,
+                           args.spill, stressed)
+    if stressed and not args.dry_run:
+        source = write_stress(args)
+    outer = load_outer(source, device, dtype, head=config.diffusion_aware)
     tokens, region = calibration_tokens(args, outer.tokenizer, texts)
-    key = run_key(args.model, source, tokens, config)
+    key = run_key(str(source.folder) if stressed else args.model, source, tokens, config)
     if args.dry_run:
         survey(args.out, key, args.resume, args.overwrite)
         noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
-        step = preflight.rehearse(METHODS[config.method], outer, load_block(source, 0, device, dtype), noisy, config)
+        step = preflight.rehearse(outer, load_block(source, 0, device, dtype), noisy, config)
         print(preflight.describe(plan, step, source.config, config))
         return {"dry_run": True, "plan": plan, "step": step, **asdict(config)}
-    processes.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
-    out = Output(args.out, source, key, resume=True, overwrite=False)  # on every process, once the first made it
-    noisy = token_states(lambda: load_model(args.model, device, dtype), tokens, region, outer.mask_id, config)
+    out, start, n = open_output(args, source, key), time.time(), source.config.n_layers
+    noisy = token_states(lambda: load_model(source.folder, device, dtype), tokens, region, outer.mask_id, config)
     noisy = noisy.to(device)
-    n, start = source.config.n_layers, time.time()
-
-    def blocks():
-        return (load_block(source, i, device, dtype) for i in range(n))
-
     with tqdm(total=n * progress_steps(config), unit="step", file=sys.stderr, disable=processes.rank() > 0) as bar:
-        def progress(error):
-            bar.set_postfix_str(f"error {error:.4f}", refresh=False)
-            bar.update()
-
-        stream = calibrate_blocks(outer, blocks, noisy, config, lambda i: out.finished(i, device, dtype), progress,
+        stream = calibrate_blocks(outer, lambda: (load_block(source, i, device, dtype) for i in range(n)), noisy,
+                                  config, lambda i: out.finished(i, device, dtype), partial(advance, bar),
                                   (processes.rank(), processes.world()), args.spill)
-        del outer
+        del outer  # the loop alone holds it now, and lets go of it once the segments are embedded
         write_blocks(stream, out, bar, n)
     if processes.rank():
         return {}
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1),
               "peak_bytes": processes.peak_bytes(device), **asdict(config)}
-    if args.problems and judged:
-        result["table"] = closing_table(args, config, tokens, region, device, dtype)
+    if judged:
+        result["table"] = closing_table(args, source.folder, config, tokens, region, device, dtype)
         print(metrics.table(result["table"]))
     return result
 
 
+def choose_device(args, config: Settings):
+    """Device and dtype of this process."""
+    device = processes.start(pick_device(args.device))
+    if processes.world() > 1 and config.inputs != "fp":
+        raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, {"bf16": torch.bfloat16, "fp32": torch.float32, None: usual}[args.dtype]
+
+
+def open_source(args):
+    """The 16-bit checkpoint, checked, and the documents to calibrate with (None: the embedded model's own)."""
+    for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise Refused(f"--{name} {value} is below {low}.")
+    early = args.data or hub_id(args.model)
+    texts = calibration_texts(args) if early else None  # before gigabytes are downloaded
+    source = Checkpoint(resolve(args.model))
+    if source.quantization:
+        raise Refused(f"{args.model} is quantized already; give the 16-bit model.")
+    check_tensors(source)
+    if not knows_our_tasks(source.folder):
+        texts = calibration_texts(args) if texts is None else texts
+        if args.problems:
+            raise Refused(f"--problems {args.problems}: {args.model} is no model of the embedded tasks; leave it out.")
+    return source, texts
+
+
+def knows_our_tasks(folder: Path) -> bool:
+    """Whether the model was trained (`tiny/train.py`) on the tasks that the closing table measures."""
+    return (folder / "training.json").exists()
+
+
+def planned(source: Checkpoint, stressed: bool) -> Checkpoint:
+    """What will be calibrated, as far as bytes go: --stress writes the model in fp32 first."""
+    plan = copy.copy(source)
+    plan.dtypes = dict.fromkeys(source.dtypes, "F32") if stressed else source.dtypes
+    return plan
+
+
+def write_stress(args) -> Checkpoint:
+    """The model with outlier channels of scale --stress, written beside --out and opened."""
+    folder = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+    processes.first(lambda: write_stressed(args.model, args.stress, folder))
+    return Checkpoint(folder)
+
+
+def open_output(args, source: Checkpoint, key: dict) -> Output:
+    """The output folder on every process, once the first process has made it."""
+    processes.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
+    return Output(args.out, source, key, resume=True, overwrite=False)
+
+
+def progress_steps(config: Settings) -> int:
+    """How often `quantize_block` calls progress for one block; less often where a training diverges."""
+    return len(FUSED) * (1 + config.epochs if config.trained else 1)
+
+
+def advance(bar, error: float) -> None:
+    bar.set_postfix_str(f"error {error:.4f}", refresh=False)
+    bar.update()
+
+
 def write_blocks(stream, out: Output, bar, n: int) -> None:
-    """Every block as it comes, then what the folder needs besides (on the first process)."""
+    """Write every block as it comes, and at the end what the folder needs besides (on the first process)."""
     bar.set_description(f"block 1/{n}")
     for i, block, record in stream:
         if i not in out.records:
@@ -166,249 +361,30 @@ def write_blocks(stream, out: Output, bar, n: int) -> None:
         out.finish(block)
 
 
-def closing_table(args, config: QuantConfig, tokens, region, device, dtype) -> list[dict]:
-    """What was written, judged beside 16 bit and RTN."""
-    full, bits = load_model(args.model, device, dtype), f"W{config.wbits}A{config.abits}"
+def report_divergence(record: dict) -> None:
+    """One line on standard error for each linear whose training ended above its start; its best iterate is kept."""
+    for name, fit in record["linears"].items():
+        if fit.get("diverged"):
+            how = "became infinite or NaN" if fit["last"] is None else f"ended at {fit['last']:.4g}"
+            tqdm.write(f"calibrate.py: block {record['block']}, {name}: the held-out loss began at {fit['start']:.4g} "
+                       f"and {how}; the best iterate, {fit['best']:.4g}, is kept.", file=sys.stderr)
+
+
+def closing_table(args, folder: Path, config: Settings, tokens, region, device, dtype) -> list[dict]:
+    """What was written, judged beside the 16-bit model in `folder` and RTN."""
+    full, bits = load_model(folder, device, dtype), f"W{config.wbits}A{config.abits}"
     models = {"16-bit": full}
     if config.method != "rtn":
-        rtn = QuantConfig(method="rtn", wbits=config.wbits, abits=config.abits)
+        rtn = QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
         models[f"RTN {bits}"] = quantize_model(full, tokens, rtn, region)
     models[f"{config.method} {bits}"] = load_model(args.out, device, dtype)
-    return metrics.judge(models, args.problems, seed=1)
+    return metrics.judge(models, 24 if args.problems is None else args.problems, seed=1)
 
 
 def main(argv=None) -> int:
     args = parse(argv)
-    try:
-        result = run(args)
-    except (Refused, processes.Refused) as error:
-        print(f"calibrate.py: {error}", file=sys.stderr)
-        return 2
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"calibrate.py: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower "
-              f"--segments, --length or --set batch=N and start anew with --overwrite.", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"calibrate.py: {error.strerror or error}; finished blocks in {args.out} are safe, continue with the "
-              f"same command and --resume.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ncalibrate.py: interrupted; finished blocks are in {args.out}, continue with the same command and "
-              f"--resume.", file=sys.stderr)
-        return 130
-    if processes.rank() == 0:
-        print(json.dumps(result))
-    return 0
-
-# ---- one block -------------------------------------------------------------------------------------------------------
-
-
-def activations(shape, like, spill: Path | None):
-    """Room for activations of like's dtype: on its device, or in a file of the folder `spill`.
-
-    The file has no name once it is mapped, so that it goes with its tensor, however the program ends; it is allocated
-    whole, so that a full disk is an OSError here and not a crash later.
-    """
-    if spill is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    with tempfile.NamedTemporaryFile(dir=spill) as file:
-        size = prod(shape) * like.element_size()
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
-
-
-@torch.no_grad()
-def run_block(block, x, state, table, rows: int = 64, watch: tuple[str, ...] = (), spill: Path | None = None):
-    """Output of a block and the inputs of its submodules named in `watch`, in chunks of `rows` segments."""
-    seen = {}
-
-    def keep(name, part):
-        if name not in seen:
-            seen[name] = activations((len(x), *part.shape[1:]), part, spill)
-        seen[name][now] = part
-
-    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-             for name in watch]
-    try:
-        for now in processes.batches(len(x), rows):
-            keep("output", block(x[now].to(state.device), state[now], table))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen.pop("output"), seen
-
-
-class Unquantized(nn.Module):
-    """A fitted linear with its quantizers off and its transform on (App. C's full-precision pass)."""
-
-    def __init__(self, fitted: QuantLinear, weight, bias):
-        super().__init__()
-        self.fitted, self.bias = fitted, bias
-        self.folded = fold_weight(weight.float(), fitted.P)
-
-    def forward(self, x, state):
-        y = linear(self.fitted.transformed(x, state), self.folded)
-        return self.fitted.shifted(y if self.bias is None else y + self.bias, state).to(x.dtype)
-
-
-def with_linears(block, **linears):
-    """The block with some submodules replaced; everything else is shared, nothing is copied."""
-    out = copy.copy(block)
-    out._modules = {**block._modules, **linears}
-    return out
-
-
-def estimate_tac(block, quantized, x_fp, x_q, state, table, config: QuantConfig) -> TAC:
-    """TAC of one block from at most `tac_samples` segments: Z^FP through the transform alone, Ẑ quantized."""
-    n = min(config.tac_samples, len(x_fp))
-    exact = with_linears(block, qkv=Unquantized(quantized.qkv, block.qkv.weight, block.qkv.bias))
-    _, z_fp = run_block(exact, x_fp[:n], state[:n], table, watch=("tac",))
-    _, z_q = run_block(quantized, x_q[:n], state[:n], table, watch=("tac",))
-    z_fp, z_q = z_fp["tac"].flatten(0, 1), z_q["tac"].flatten(0, 1)
-    if config.tac == "ridge":
-        return TAC(*tac_ridge(z_fp, z_q, config.tac_block, config.damping))
-    return TAC(*tac_fit(z_fp, z_q, config.tac_block, config.damping, config.smoothing, config.shrinkage))
-
-
-@torch.no_grad()
-def fit_attention(quantized, x_q, state, table, config: QuantConfig, generator) -> QuantAttention:
-    """Quantizers of K, V and the softmax output; V's scale by IA-AQ for DLLMQuant, per token otherwise."""
-    bits, h = (config.kv_bits, config.softmax_bits), quantized.config.head_dim
-    rotated = config.method in methods.ROTATED and exists(h)
-    attention = QuantAttention(bits, rotation(h, generator).dense().float().to(state.device) if rotated else None)
-    if config.method not in methods.DLLMQUANT or config.kv_bits == 16:
-        return attention
-    n = min(config.tac_samples, len(x_q))
-    qkv = torch.cat([quantized.qkv(quantized.attn_norm(x_q[r].to(state.device)), state[r])
-                     for r in processes.batches(n, 64)])
-    q, k, v = attention.rotated(*quantized.heads(qkv, table))
-    return QuantAttention(bits, attention.rotation, *ia_aq(softmax_scores(q, k), v, config.kv_bits))
-
-
-def quantize_block(block, x_fp, x_q, state, table, config: QuantConfig, index: int, progress=lambda loss: None,
-                   confidence=None, spill: Path | None = None):
-    """Block `index` quantized, and a record of what was fitted. x_fp, x_q (S, L, D) are its inputs in both streams.
-
-    progress is called with the loss after every epoch of a training, and with its relative error after every linear.
-    spill: folder for the inputs of the linears, which stay in memory without it.
-    """
-    start = time.time()
-    targets = run_block(block, x_fp, state, table, watch=FUSED, spill=spill)[1]
-    quantized, record = block, {"block": index, "linears": {}}
-    gains = {"qkv": block.attn_norm.weight.detach(), "gate_up": block.ffn_norm.weight.detach()}
-    for group, name in enumerate(FUSED):
-        original = getattr(block, name)
-        x = run_block(quantized, x_q, state, table, watch=(name,), spill=spill)[1][name].to(state.device).float()
-        weight = original.weight.detach().float()
-        check_finite(x, f"block {index}: the input of {name}")
-        y = linear(targets.pop(name).to(state.device).float(), weight)
-        y = y if original.bias is None else y + original.bias.float()
-        check_finite(y, f"block {index}: the 16-bit output of {name}")
-        generator = torch.Generator().manual_seed((config.seed * 1009 + index) * 16 + group)
-        inputs = rtn.Inputs(x, y, state, confidence, gains.get(name))
-        try:
-            fitted, losses = METHODS[config.method](weight, original.bias, inputs, config, generator, progress)
-        except torch.linalg.LinAlgError:
-            raise Refused(f"block {index}: {config.method} has no finite solution for {name}: inputs reach "
-                                  f"{float(x.abs().max()):.3g}, weights {float(weight.abs().max()):.3g}.") from None
-        quantized = with_linears(quantized, **{name: fitted})
-        y_hat = fitted(x[:16], state[:16])
-        check_finite(y_hat, f"block {index}: the quantized output of {name}")
-        error = (y_hat - y[:16]).double().square().sum() / y[:16].double().square().sum().clamp_min(1e-300)
-        record["linears"][name] = {"error": float(error), **losses}
-        progress(float(error))
-        if name == "qkv" and min(config.kv_bits, config.softmax_bits) < 16:
-            attention = fit_attention(quantized, x_q, state, table, config, generator)
-            quantized = with_linears(quantized, softmax_value=attention)
-        if name == "qkv" and config.compensated:
-            quantized = with_linears(quantized, tac=estimate_tac(block, quantized, x_fp, x_q, state, table, config))
-    record["seconds"] = round(time.time() - start, 2)
-    return quantized, record
-
-
-def progress_steps(config: QuantConfig) -> int:
-    """How often `quantize_block` calls progress for one block; less often where a training diverges."""
-    trained = config.method in SETTINGS_OF["epochs"] and (config.method, config.transform) != ("starquant", "none")
-    return len(FUSED) * (1 + config.epochs * trained)
-
-
-def check_finite(x, what: str) -> None:
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise Refused(f"{what} holds {bad} NaN or Inf of {x.numel()} values.")
-
-# ---- the whole model -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def prediction_confidence(outer: DiffusionLM, blocks, noisy, spill: Path | None = None):
-    """Largest probability of the 16-bit model's prediction at each position, (S, L): one pass, block by block."""
-    x, state, table, _ = outer.prepare(noisy)
-    for block in blocks:
-        x, _ = run_block(block, x, state, table, spill=spill)
-    best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r].to(state.device))).float(), -1).amax(-1)
-                      for r in processes.batches(len(x), 8)])
-    return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
-
-
-def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: QuantConfig, finished=lambda i: None, progress=None,
-                     share=(0, 1), spill: Path | None = None):
-    """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
-
-    noisy (S, L) are the calibration segments with [MASK] in place; blocks() iterates over the 16-bit blocks in order.
-    With inputs "fp" a block depends on the 16-bit stream alone; share (rank, world) yields every world-th block.
-    spill: a folder; both streams and the inputs of the linears are kept in files there instead of in memory.
-    """
-    confidence = prediction_confidence(outer, blocks(), noisy, spill) if config.method in methods.DLLMQUANT else None
-    x, state, table, _ = outer.prepare(noisy)
-    x_q = x_fp = activations(x.shape, x, spill).copy_(x.detach())
-    del x
-    del outer  # an 8B model's embedding and head take as much as ten blocks
-    for i, block in enumerate(blocks()):
-        if i % share[1] == share[0]:
-            old = finished(i)
-            if old is None:
-                quantized, record = quantize_block(block, x_fp, x_q, state, table, config, i,
-                                                   progress or (lambda _: None), confidence, spill)
-            else:
-                quantized, record = old
-            yield i, quantized, record
-        x_fp, _ = run_block(block, x_fp, state, table, spill=spill)
-        x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, table, spill=spill)[0]
-
-
-def masking_ratios(n: int, config: QuantConfig, generator):
-    """t of each segment, stratified over (0, 1] so that the whole trajectory is there; or TMAS."""
-    return (dllmquant.tmas_ratios if config.method in methods.DLLMQUANT else sampling.stratified_ratios)(n, generator)
-
-
-def masked_copies(tokens, region, mask_id: int, config: QuantConfig):
-    """Calibration segments with a share t of `region` masked: the forward process."""
-    g = torch.Generator().manual_seed(config.seed)
-    region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
-    return sampling.mask_tokens(tokens, region, masking_ratios(len(tokens), config, g), mask_id, g)
-
-
-def token_states(model, tokens, region, mask_id: int, config: QuantConfig):
-    """Masked copies, or states of the model's own trajectory, for which model() gives the 16-bit model."""
-    if config.states == "masked":
-        return masked_copies(tokens, region, mask_id, config)
-    return rollout(model(), tokens, masking_ratios(len(tokens), config, torch.Generator().manual_seed(config.seed)))
-
-
-def quantize_model(model: DiffusionLM, tokens, config: QuantConfig, region=None) -> DiffusionLM:
-    """The quantized counterpart of a 16-bit model in memory: the same result as the command.
-
-    tokens (S, L) clean calibration segments; region (S, L) bool says where [MASK] may stand, everywhere by default.
-    """
-    noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
-    quantized = copy.copy(model)
-    quantized._modules = dict(model._modules)
-    if config.head_bits < 16:
-        quantize_outer(quantized, config.head_bits, config.embed_bits or None)
-    quantized.blocks = nn.ModuleList(b for _, b, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config))
-    return quantized.eval()
+    return processes.run("calibrate.py", calibrate, args, "--segments, --length or --set batch=N, and add --overwrite",
+                         f"Finished blocks are in {args.out}; continue with the same command and --resume.")
 
 
 if __name__ == "__main__":

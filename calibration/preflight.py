@@ -1,9 +1,9 @@
 """Before anything is written: can this run finish? And `--dry-run`, which also rehearses one optimization step.
 
-`check` runs at the start of every calibration: weights without NaN and Inf (the rest of the model files is checked when
-they are opened), the exact bytes of the output against the free disk, permission to write, and a lower bound of the
-memory against what is free. Every failure is one sentence. `rehearse` fits the first linear of the first block for one
-step and estimates the time of the whole run from it.
+`check` runs at the start of every calibration and refuses in one sentence what cannot end well. It compares the exact
+bytes of the output with the free disk, tries the permission to write, compares a lower bound of the memory with what is
+free, and reads every weight once to find NaN and Inf. (Opening the model has checked the headers of its files before.)
+`rehearse` fits the first linear of the first block for one step and estimates the time of the whole run from it.
 """
 
 import os
@@ -18,24 +18,28 @@ import torch
 from calibration.output import OURS
 from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes
 from checkpoint.folder import TOKENIZER_FILES, Checkpoint
-from methods import SECOND_ORDER
+from methods import METHODS
 from methods.rtn import Inputs
+from methods.settings import Settings
 from methods.storage import WIDTH, output_bytes
 from runtime.processes import Refused, free_memory, synchronize, watched
 from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
-FORWARDS = 9  # passes of a block's inputs through it: targets, four inputs, TAC's two, both streams onwards
+# whole passes through a block that its parts add up to: the 16-bit stream, the four inputs of linears, each up to its
+# linear, TAC's two representations, and the quantized stream
+FORWARDS = 5
 
 # ---- memory, from below ----------------------------------------------------------------------------------------------
 
 
 def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False, gptq: bool = False) -> dict:
-    """Bytes that calibrating on `tokens` tokens holds, by part; `total`, of what is held at once, is a lower bound.
+    """Bytes of memory that calibrating on `tokens` tokens takes, by part, and `total`, a lower bound of the peak.
 
-    gptq: the method rounds weights by GPTQ, in float64: second moment, its factor, the weight and its codes.
-    Of what is spilled to disk nothing is counted but the 16-bit stream while it leaves the embedding, which is gone
-    when the blocks come. Scratch of the optimizer, attention and integer products is on top and depends on the device.
+    gptq: the method rounds weights by GPTQ, in float64. Then the second moment, its factor, the weight and its codes
+    count. spilled: the activations are in files and do not count, but for the 16-bit stream while it leaves the
+    embedding. The embedding is gone when the blocks come. Scratch of the optimizer, of attention and of the integer
+    products depends on the device and is not counted.
     """
     shapes = list(linear_shapes(c).values())  # in the order they are fitted
     # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
@@ -46,7 +50,7 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = Fal
     parts = {
         "embedding": c.vocab_size * c.d_model * itemsize,
         "one block": sum(map(prod, shapes)) * itemsize,
-        "both streams": 0 if spilled else 2 * tokens * c.d_model * itemsize,
+        "both streams and the next": 0 if spilled else 3 * tokens * c.d_model * itemsize,
         "fitting a linear": fit,
         "inputs of later linears": later,
         **({"GPTQ": second_order} if gptq else {}),
@@ -58,7 +62,7 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = Fal
 def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
     """Most bytes of activations that --spill keeps on disk at once.
 
-    The two streams and what a block makes of one, the 16-bit inputs of all linears and the widest quantized one.
+    They are the two streams, the 16-bit block's output, the 16-bit inputs of all linears and the widest quantized one.
     """
     widths = [d for _, d in linear_shapes(c).values()]
     return tokens * (3 * c.d_model + sum(widths) + max(widths)) * itemsize
@@ -66,20 +70,23 @@ def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
 # ---- every run -------------------------------------------------------------------------------------------------------
 
 
-def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int, device, dtype,
-          spill: Path | None = None) -> dict:
-    """What the run will take, or Refused in one sentence; nothing is written."""
+def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, dtype, spill: Path | None = None,
+          stressed: bool = False) -> dict:
+    """What the run will take, in bytes, or Refused in one sentence; nothing is written.
+
+    stressed: the run writes `source` to the disk first, as wide as its dtypes say.
+    """
     c = source.config
-    try:
-        blocks, outer = output_bytes(source, config, compensated)
-    except ValueError as error:  # a width without a Hadamard rotation
-        raise Refused(f"method {config.method} cannot serve this model: {error}") from None
+    if config.embed_bits and c.tied:
+        raise Refused("embed_bits is for models with a head of their own; this model's head is its embedding.")
+    model_bytes = sum(prod(shape) * WIDTH[source.dtypes[name]] for name, shape in source.shapes.items())
+    blocks, outer = output_bytes(source, config, config.compensated)
     home = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         what = "cannot be written to" if home.is_dir() else "is not a folder"
         raise Refused(f"{home} {what}; choose another --out.")
     files = sum((source.folder / n).stat().st_size for n in TOKENIZER_FILES if (source.folder / n).is_file())
-    disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2)
+    disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2) + (model_bytes + files + HEADER) * stressed
     kept = sum(p.stat().st_size for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else 0
     free = shutil.disk_usage(home).free + kept
     if disk > free:
@@ -93,7 +100,7 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
             raise Refused(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "
                                   f"lower --segments or --length or choose another folder.")
     memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None,
-                                     config.method in SECOND_ORDER), free_memory(device)
+                                     config.second_order), free_memory(device)
     if available is not None and memory["total"] > available:
         raise Refused(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
                               f"{available / 1e9:.4g} GB are free; lower --segments or --length"
@@ -101,8 +108,7 @@ def check(source: Checkpoint, out: Path, config, compensated: bool, tokens: int,
     for name in watched(source.shapes, "checking tensors"):
         source.get(name)  # names NaN and Inf
     return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,
-            "memory_free": available, "model_bytes": sum(prod(s) * WIDTH[source.dtypes[n]]
-                                                         for n, s in source.shapes.items())}
+            "memory_free": available, "model_bytes": model_bytes}
 
 # ---- --dry-run -------------------------------------------------------------------------------------------------------
 
@@ -116,40 +122,42 @@ def timed(function, device):
     return result, time.perf_counter() - start
 
 
-def fit_once(fit, outer, block, noisy, config):
+def fit_once(outer, block, noisy, config: Settings):
     """(record, seconds) of fitting the first block's qkv to segments noisy (S, L), straight from the embedding."""
     x, state, _, _ = outer.prepare(noisy)
-    x, layer = block.attn_norm(x).detach().float(), block.qkv
+    x, layer = block.attn_norm(x).detach().float(), block.qkv  # (S, L, D)
     weight, bias = layer.weight.detach().float(), layer.bias
     y = linear(x, weight) if bias is None else linear(x, weight) + bias.float()
     inputs = Inputs(x, y, state, torch.full(state.shape, 0.5, device=x.device), block.attn_norm.weight.detach())
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, fit = torch.Generator().manual_seed(config.seed), METHODS[config.method].fit
     (fitted, record), seconds = timed(lambda: fit(weight, bias, inputs, config, generator, lambda loss: None), x.device)
     error = float((fitted(x, state) - y).square().sum() / y.square().sum().clamp_min(1e-30))
     return {**record, "error": error}, seconds
 
 
-def rehearse(fit, outer, block, noisy, config) -> dict:
-    """One real optimization step on the first block's qkv and the time of the whole run that follows from it.
+def rehearse(outer, block, noisy, config: Settings) -> dict:
+    """One real optimization step on the first block's qkv, and the time of the whole run that follows from it.
 
-    fit: the method, noisy (S, L) the calibration segments. Methods that do not train are fitted whole. Other linears
-    are taken to cost in proportion to their weights.
+    noisy (S, L): the calibration segments. A method that does not train is fitted whole. Other linears are taken to
+    cost in proportion to their weights.
     """
-    c, few = outer.config, noisy[: config.batch + 1]  # one is held out, the others make one batch
-    fit_once(fit, outer, block, few, replace(config, epochs=0))  # the first call of everything is slow
-    _, around = fit_once(fit, outer, block, few, replace(config, epochs=0))
-    record, seconds = fit_once(fit, outer, block, few, replace(config, epochs=min(config.epochs, 1)))
-    if "epochs" in record:
+    c, few = outer.config, noisy[: config.batch + 1] if config.trained else noisy[:4]
+    still = replace(config, epochs=0) if config.trained else config
+    fit_once(outer, block, few, still)  # the first call of everything is slow
+    steps, step = 0, 0.0
+    if config.trained:
+        few_seconds = fit_once(outer, block, few, still)[1]
+        # of few segments one is held out, and the others make one batch
+        record, seconds = fit_once(outer, block, few, replace(config, epochs=min(config.epochs, 1)))
         steps = config.epochs * -(-(len(noisy) - max(len(noisy) // 8, 1)) // config.batch)
-        step = max(seconds - around, 0.0)
-        linear_seconds = around * len(noisy) / len(few) + steps * step
+        step = max(seconds - few_seconds, 0.0)
+        linear_seconds = few_seconds * len(noisy) / len(few) + steps * step
     else:
-        steps, (record, linear_seconds) = 0, fit_once(fit, outer, block, noisy, config)
-        step = 0.0
+        record, linear_seconds = fit_once(outer, block, noisy, config)
     sizes = {name: prod(shape) for name, shape in linear_shapes(c).items()}
     with torch.no_grad():
-        x, state, table, _ = outer.prepare(few)
-        _, seconds = timed(lambda: block(x, state, table), x.device)
+        x, state, rope, _ = outer.prepare(few)
+        _, seconds = timed(lambda: block(x, state, rope), x.device)
     forwards = FORWARDS * seconds * len(noisy) / len(few)
     total = c.n_layers * (forwards + linear_seconds * sum(sizes.values()) / sizes["qkv"])
     return {"linear": "block 0: qkv", "loss_before": record.get("start"), "loss_after": record.get("last"),

@@ -1,8 +1,8 @@
-"""Token states along the model's own denoising trajectory, for calibration (`--states rollout`).
+"""What calibration runs on: text is cut into segments, and every token of a segment gets a state, masked or unmasked.
 
 The paper is silent on where token states come from. By default each segment is a masked copy: a share t of its tokens
-is replaced by [MASK] (the forward process). Here the model continues the first half of each segment, one token a step,
-and the sequence is taken when a share t of the other half is still masked.
+is replaced by [MASK] (the forward process). With `--states rollout` the model continues the first half of each segment,
+one token a step, and the sequence is taken when a share t of the other half is still masked.
 """
 
 import json
@@ -11,31 +11,57 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from methods import dllmquant
+from methods.settings import Settings
+from runtime import sampling
 from runtime.processes import Refused, batches
-from runtime.sampling import denoise
 from tiny import tasks
 
 WINOGRANDE = {"repo_id": "allenai/winogrande", "filename": "winogrande_xl/train-00000-of-00001.parquet",
               "revision": "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "repo_type": "dataset"}
 
 
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def token_states(model, tokens, region, mask_id: int, config: Settings):
+    """Segments (S, L) with [MASK] in place: masked copies, or states from the trajectory of the model `model()`."""
+    if config.states == "masked":
+        return masked_copies(tokens, region, mask_id, config)
+    return rollout(model(), tokens, masking_ratios(len(tokens), config, torch.Generator().manual_seed(config.seed)))
+
+
+def masked_copies(tokens, region, mask_id: int, config: Settings):
+    """Calibration segments (S, L) with a share t of `region` (S, L) masked: the forward process."""
+    g = torch.Generator().manual_seed(config.seed)
+    region = torch.ones_like(tokens, dtype=torch.bool) if region is None else region
+    return sampling.mask_tokens(tokens, region, masking_ratios(len(tokens), config, g), mask_id, g)
+
+
+def masking_ratios(n: int, config: Settings, generator):
+    """t of each segment, (n,): stratified over (0, 1], so that the whole trajectory is there, or DLLMQuant's TMAS."""
+    return (dllmquant.tmas_ratios if config.diffusion_aware else sampling.stratified_ratios)(n, generator)
+
+
 def rollout(model, tokens, ratios, rows: int = 16):
     """Segments (S, L) and the share t in (0, 1] of each, (S,) -> (S, L): prompt, what the model wrote, and [MASK].
 
-    `rows` segments run at once, L/2 steps.
+    `rows` segments run at once, for at most L/2 steps.
     """
     length = tokens.shape[1] // 2
     left, out = (ratios * length).ceil().clamp(1, length).to(model.device), []
     for r in batches(len(tokens), rows):
         prompt = tokens[r, : tokens.shape[1] - length].to(model.device)
         states, taken = F.pad(prompt, (0, length), value=model.mask_id), left[r] == length
-        for step in denoise(model, prompt, length, length):
+        for step in sampling.denoise(model, prompt, length, length):
             now = ((step.ids == model.mask_id).sum(-1) <= left[r]) & ~taken
             states, taken = torch.where(now[:, None], step.ids, states), taken | now
             if taken.all():
                 break
         out.append(states.cpu())
     return torch.cat(out)
+
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def find_texts(name: str) -> Path:

@@ -1,113 +1,151 @@
 """The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 4] [--seeds 3]
 
-A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `results/cells.jsonl`
-keeps it under a key of what determines it, the code apart (the commit stands beside it): a long run resumes, tables
-share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them. The cells of this repository's
-tables are there: `--fresh` measures them again. ± is half a 95 % bootstrap interval: of what is counted from 16 bit
-(KL, penalty, mean of the tasks) over calibration seeds and, within each, its examples; of a task over all its problems.
-Every row is compared with the row above it, or with the one that REFERENCE names, example by example, in KL divergence
-from the 16-bit model, which has less noise than NELBO; three seeds are few, so * marks a difference whose interval is
-clear of 0 and on whose sign all seeds agree. `--stress c` gives the model outlier channels first; `--nelbo` leaves the
-tasks out; `--quick` is for a first look: likelihoods of few examples, one seed, one epoch on a sixth of the segments.
+Cells
+    A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `cells.jsonl` keeps
+    it under a key of all that determines it, except the code, whose commit stands beside it. So a long run resumes, tables
+    share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them.
 
-Seeds: settings were chosen on calibration seeds and examples 0-9; tables report seeds from 10 on.
+Files
+    Tables and cells go to the folder of --out, `out/tables` unless given. The cells of the published tables are in
+    `results/cells.jsonl`. They are read, unless --fresh asks to measure everything again, and written only by
+    `--out results`.
+
+Statistics
+    ± is half a 95 % bootstrap interval. For what is counted from 16 bit (KL, penalty, mean of the tasks) the bootstrap
+    draws calibration seeds and, within each, its examples; for the accuracy on a task it draws from all its problems.
+    Every row is compared with another one, example by example, in KL divergence from the 16-bit model, which is less
+    noisy than NELBO. Three seeds are few. So * marks a difference only if its interval is clear of 0 and all seeds agree
+    on its sign.
+
+Seeds
+    Settings were chosen on calibration seeds and examples 0-9. Tables report seeds from 10 on.
+
+`--stress c` gives the model outlier channels first. `--nelbo` leaves the tasks out. `--quick` is for a first look: the
+likelihoods of few examples, one seed, and one epoch on a sixth of the segments.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from calibrate import QuantConfig, quantize_model
-from checkpoint.folder import resolve, sha256
+from checkpoint.folder import SINGLE, Checkpoint, resolve, sha256
+from checkpoint.tokenizer import load_tokenizer
+from methods import settings_of
 from model import load_model
 from runtime import processes
 from runtime.layers import QuantLinear
+from runtime.processes import Refused
 from tiny import metrics, tasks
 from tiny.stress import stress
 
-TASKS = (*metrics.TASKS, "cloze")
-RESULTS = Path(__file__).parent.parent / "results"
-CELLS = RESULTS / "cells.jsonl"
+RESULTS = Path(__file__).parent.parent / "results"  # published tables, figures and cells
+OUT = Path("out/tables")
 FIRST_SEED = 10
-RTN, NO_TAC, NO_GATES, UNTRAINED = {"method": "rtn"}, {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}
-CLOSED, PLUS, QUAROT = {"allocation": "closed_form"}, {"method": "starquant+"}, {"method": "quarot"}
-DENSE, KV = {"transform": "dense"}, {"kv_bits": 4}
-METHODS = {"RTN": RTN, "GPTQ": {"method": "gptq"}, "AWQ": {"method": "awq"}, "DLLMQuant+": {"method": "dllmquant+"},
-           "QuaRot": QUAROT, "DLLMQuant++": {"method": "dllmquant++"}, "FlatQuant": {"method": "flatquant"},
-           "FreeAct": {"method": "freeact"}, "STaR-Quant": {}, "STaR-Quant, P dense": DENSE,
-           "starquant+ (ours)": PLUS}
-ASYMMETRIC = {"weights": "asymmetric"}
-EVEN = {"starquant+, both sides even (a = ½)": PLUS | {"exponent": 0.5}}
-RAW_GAIN = {"starquant+, gain as GPTQ leaves it": PLUS | {"gain": "none"}}
-NEAREST = {"starquant+, activations rounded to nearest": PLUS | {"rounding": "nearest"}}
+SEEDS, PROBLEMS, SEQUENCES = 3, 250, 100  # of the published tables: seeds, problems per task, sequences per domain
+QUICK = {"problems": 16, "sequences": 16, "nelbo": True, "segments": 20}
+
+# ---- the rows ------------------------------------------------------------------------------------------------------
+
+ABOVE = "the row above"
+
+
+class Row(NamedTuple):
+    """A setting of a table, and the row with which it is compared."""
+
+    label: str
+    setting: dict  # of QuantConfig, as far as it differs from the paper's method; gates="off": `switch_gates_off`
+    against: str | None = ABOVE  # the label of an earlier row, or None: no row
+
+
+RTN, QUAROT, PLUS = {"method": "rtn"}, {"method": "quarot"}, {"method": "starquant+"}
+NO_TAC, NO_GATES, UNTRAINED, GATES_OFF = {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}, {"gates": "off"}
+CLOSED, DENSE, ASYMMETRIC, KV = ({"allocation": "closed_form"}, {"transform": "dense"}, {"weights": "asymmetric"},
+                                 {"kv_bits": 4})
+NEAREST = "starquant+, activations rounded to nearest", PLUS | {"rounding": "nearest"}
+RAW_GAIN = "starquant+, gain as GPTQ leaves it", PLUS | {"gain": "none"}
+EVEN = "starquant+, both sides even (a = ½)", PLUS | {"exponent": 0.5}
+
+
+def bits(row: Row, wbits: int, abits: int, suffix: str = "", against: str | None = ABOVE) -> Row:
+    return Row(row.label + suffix, row.setting | {"wbits": wbits, "abits": abits}, against)
+
+
+def low_bit_rows():
+    """Fewer bits than four, and four beside eight: which side costs, two methods tell."""
+    for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4)):
+        name = f" W{w}A{a}"
+        yield bits(SETTINGS["RTN"], w, a, name, None)
+        if 8 not in (w, a):
+            yield from (bits(SETTINGS[label], w, a, name) for label in ("QuaRot", "FlatQuant", "STaR-Quant"))
+        yield bits(SETTINGS["starquant+ (ours)"], w, a, name)
+        if (w, a) in ((4, 3), (3, 4), (2, 4)):
+            yield from (bits(Row(*row), w, a, name, f"starquant+ (ours){name}") for row in (NEAREST, EVEN, RAW_GAIN))
+
+
+SETTINGS = {row.label: row for row in (  # the methods as Table 1 has them
+    Row("RTN", RTN),
+    Row("GPTQ", {"method": "gptq"}),
+    Row("AWQ", {"method": "awq"}, "RTN"),
+    Row("DLLMQuant+", {"method": "dllmquant+"}),
+    Row("QuaRot", QUAROT),
+    Row("DLLMQuant++", {"method": "dllmquant++"}),
+    Row("FlatQuant", {"method": "flatquant"}),
+    Row("FreeAct", {"method": "freeact"}),
+    Row("STaR-Quant", {}, "DLLMQuant++"),
+    Row("STaR-Quant, P dense", DENSE, "DLLMQuant++"),
+    Row("starquant+ (ours)", PLUS, "QuaRot"))}
 TABLES = {
-    "1": METHODS,
-    "2": {"neither (RTN)": RTN, "TAC only": {"transform": "none"}, "SGAT only": NO_TAC,
-          "SGAT only, its gates switched off": NO_TAC | {"gates": "off"},
-          "SGAT + TAC (STaR-Quant)": {},
-          "the same, P dense": DENSE,
-          "P dense, its gates switched off": DENSE | {"gates": "off"},
-          "P dense, no gates": DENSE | NO_GATES,
-          "SGAT + TAC, no gates": NO_GATES,
-          "no gates, no TAC": NO_GATES | NO_TAC,
-          "no gates, no TAC, random P, untrained": NO_GATES | NO_TAC | UNTRAINED,
-          "gates, no TAC, random P, untrained": NO_TAC | UNTRAINED,
-          "gates, no TAC, closed-form P, untrained": NO_TAC | UNTRAINED | CLOSED,
-          "gates, no TAC, closed-form P, trained": NO_TAC | CLOSED,
-          "gates, TAC, closed-form P, trained": CLOSED,
-          "the same with paired TAC": CLOSED | {"tac": "ridge"},
-          "neither, asymmetric weights": RTN | ASYMMETRIC,
-          "SGAT + TAC, asymmetric weights": ASYMMETRIC,
-          "QuaRot": QUAROT,
-          "QuaRot, K and V in 4 bits": QUAROT | KV,
-          "DLLMQuant++, K and V in 4 bits": {"method": "dllmquant++"} | KV,
-          "starquant+, Kronecker balance": PLUS | {"balance": "kronecker"},
-          "starquant+": PLUS,
-          **NEAREST,
-          **RAW_GAIN,
-          "starquant+, states weigh alike": PLUS | {"mask_weight": 1.0},
-          "starquant+, one mean for both states": PLUS | {"centre": "joint"},
-          "starquant+, no centring": PLUS | {"centre": "none"},
-          "starquant+ with paired TAC": PLUS | {"tac": "ridge"},
-          "starquant+, blocks of 16": PLUS | {"balance_block": 16},
-          "starquant+, blocks of 192": PLUS | {"balance_block": 192},
-          "starquant+, dense balance": PLUS | {"balance": "dense"}},
-    "3": {"no TAC": NO_TAC, **{f"TAC block {g}": {"tac_block": g} for g in (4, 8, 16, 32, 64)}},
-    "5": {name: METHODS[name] | {"wbits": 8, "abits": 8}
-          for name in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")},
-    "low-bit": {f"{name} W{w}A{a}": (METHODS | NEAREST | EVEN | RAW_GAIN)[name] | {"wbits": w, "abits": a}
-                for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4))
-                for name in ("RTN", "QuaRot", "FlatQuant", "STaR-Quant", "starquant+ (ours)", *NEAREST, *EVEN,
-                             *RAW_GAIN)
-                if (8 not in (w, a) or name in ("RTN", "starquant+ (ours)"))  # which side costs: two methods tell
-                and ((w, a) != (3, 3) or name in METHODS)},
-}
-# rows whose counterpart is another than the row above; None: they have none
-REFERENCE = {
-    "1": {"AWQ": "RTN", "STaR-Quant": "DLLMQuant++", "STaR-Quant, P dense": "DLLMQuant++",
-          "starquant+ (ours)": "QuaRot"},
-    "2": {"SGAT only": "neither (RTN)", "SGAT + TAC (STaR-Quant)": "SGAT only",
-          "P dense, no gates": "the same, P dense", "SGAT + TAC, no gates": "SGAT + TAC (STaR-Quant)",
-          "gates, no TAC, closed-form P, trained": "SGAT only", "neither, asymmetric weights": "neither (RTN)",
-          "SGAT + TAC, asymmetric weights": "SGAT + TAC (STaR-Quant)", "QuaRot": "SGAT + TAC (STaR-Quant)",
-          "starquant+, Kronecker balance": "QuaRot",
-          **dict.fromkeys(RAW_GAIN, "starquant+"), "starquant+, states weigh alike": "starquant+",
-          "starquant+, one mean for both states": "starquant+", "starquant+, no centring": "starquant+",
-          **{f"starquant+{row}": "starquant+" for row in (" with paired TAC", ", blocks of 16", ", blocks of 192",
-                                                          ", dense balance")}},
-    "3": {row: "no TAC" for row in TABLES["3"] if row.startswith("TAC")},
-    "low-bit": {row: None for row in TABLES["low-bit"] if row.startswith("RTN")}
-    | {f"{row} {bits}": f"starquant+ (ours) {bits}" for row in EVEN | RAW_GAIN
-       for bits in ("W4A3", "W3A4", "W2A4")},
-}
+    "1": list(SETTINGS.values()),
+    "2": [
+        Row("neither (RTN)", RTN),
+        Row("TAC only", {"transform": "none"}),
+        Row("SGAT only", NO_TAC, "neither (RTN)"),
+        Row("SGAT only, its gates switched off", NO_TAC | GATES_OFF),
+        Row("SGAT + TAC (STaR-Quant)", {}, "SGAT only"),
+        Row("the same, P dense", DENSE),
+        Row("P dense, its gates switched off", DENSE | GATES_OFF),
+        Row("P dense, no gates", DENSE | NO_GATES, "the same, P dense"),
+        Row("SGAT + TAC, no gates", NO_GATES, "SGAT + TAC (STaR-Quant)"),
+        Row("no gates, no TAC", NO_GATES | NO_TAC),
+        Row("no gates, no TAC, random P, untrained", NO_GATES | NO_TAC | UNTRAINED),
+        Row("gates, no TAC, random P, untrained", NO_TAC | UNTRAINED),
+        Row("gates, no TAC, closed-form P, untrained", NO_TAC | UNTRAINED | CLOSED),
+        Row("gates, no TAC, closed-form P, trained", NO_TAC | CLOSED, "SGAT only"),
+        Row("gates, TAC, closed-form P, trained", CLOSED),
+        Row("the same with paired TAC", CLOSED | {"tac": "ridge"}),
+        Row("neither, asymmetric weights", RTN | ASYMMETRIC, "neither (RTN)"),
+        Row("SGAT + TAC, asymmetric weights", ASYMMETRIC, "SGAT + TAC (STaR-Quant)"),
+        Row("QuaRot", QUAROT, "SGAT + TAC (STaR-Quant)"),
+        Row("QuaRot, K and V in 4 bits", QUAROT | KV),
+        Row("DLLMQuant++, K and V in 4 bits", {"method": "dllmquant++"} | KV),
+        Row("starquant+, Kronecker balance", PLUS | {"balance": "kronecker"}, "QuaRot"),
+        Row("starquant+", PLUS),
+        Row(*NEAREST),
+        Row(*RAW_GAIN, "starquant+"),
+        Row("starquant+, states weigh alike", PLUS | {"mask_weight": 1.0}, "starquant+"),
+        Row("starquant+, one mean for both states", PLUS | {"centre": "joint"}, "starquant+"),
+        Row("starquant+, no centring", PLUS | {"centre": "none"}, "starquant+"),
+        Row("starquant+ with paired TAC", PLUS | {"tac": "ridge"}, "starquant+"),
+        Row("starquant+, blocks of 16", PLUS | {"balance_block": 16}, "starquant+"),
+        Row("starquant+, blocks of 192", PLUS | {"balance_block": 192}, "starquant+"),
+        Row("starquant+, dense balance", PLUS | {"balance": "dense"}, "starquant+")],
+    "3": [Row("no TAC", NO_TAC), *(Row(f"TAC block {g}", {"tac_block": g}, "no TAC") for g in (4, 8, 16, 32, 64))],
+    "5": [bits(SETTINGS[label], 8, 8)
+          for label in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")],
+    "low-bit": list(low_bit_rows())}
+
+# ---- the cells -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +153,20 @@ class Run:
     """What all cells of a table share."""
 
     name: str  # model
-    c: float  # stress
+    c: float  # scale of the outlier channels, 1: none
     problems: int  # per task and seed
     nelbo: bool  # likelihoods (NELBO and KL) only
     device: str
     segments: int = 128  # of calibration
     sequences: int | None = None  # of each domain, for the likelihoods; as many as problems unless given
+
+    def check(self) -> None:
+        """Refused unless the model is one that tables can calibrate and judge."""
+        checkpoint = Checkpoint(resolve(self.name))
+        if checkpoint.quantization:
+            raise Refused(f"--table calibrates a 16-bit model, and {self.name} is quantized already.")
+        if load_tokenizer(checkpoint.folder) is None:
+            raise Refused(f"{self.name} has no tokenizer.json, which the embedded tasks need.")
 
     @cache  # noqa: B019 (one run a process)
     def model(self):
@@ -134,11 +180,13 @@ class Run:
                               sequences=self.sequences)
 
     def key(self, setting: dict | None, seed: int) -> dict:
-        """`setting` counts as far as it differs from QuantConfig's defaults."""
-        defaults = dataclasses.asdict(QuantConfig())
-        return {"weights": sha256(resolve(self.name) / "model.safetensors")[:16], "stress": self.c,
-                "problems": self.problems, "nelbo": self.nelbo, "seed": seed,
-                "setting": None if setting is None else {k: v for k, v in setting.items() if defaults.get(k) != v},
+        """`setting` counts as far as it differs from the method's defaults."""
+        if setting is not None:
+            defaults = dataclasses.asdict(config_of({"method": setting.get("method", "starquant")}, seed))
+            defaults["method"] = "starquant"
+            setting = {k: v for k, v in setting.items() if defaults.get(k) != v}
+        return {"weights": weights_digest(resolve(self.name)), "stress": self.c,
+                "problems": self.problems, "nelbo": self.nelbo, "seed": seed, "setting": setting,
                 **({} if self.segments == 128 else {"segments": self.segments}),
                 **({} if self.sequences in (None, self.problems) else {"sequences": self.sequences}),
                 **({} if self.kind == "cpu" else {"device": self.kind})}
@@ -163,7 +211,11 @@ class Run:
         return {k: [round(x, 5) for x in v.tolist()] for k, v in values.items()}
 
 
-def config_of(setting: dict, seed: int) -> QuantConfig:
+def trains(setting: dict) -> bool:
+    return "epochs" in settings_of(setting.get("method", "starquant"))
+
+
+def config_of(setting: dict, seed: int):
     return QuantConfig(**{k: v for k, v in setting.items() if k != "gates"}, seed=seed)
 
 
@@ -174,14 +226,21 @@ def switch_gates_off(model) -> None:
             module.d_m = module.d_u = 0
 
 
+@cache
+def weights_digest(folder: Path) -> str:
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    sums = [sha256(file) for file in files]
+    return (sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest())[:16]
+
+
 def digest(key: dict) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stored_cells() -> dict[str, dict]:
-    """Finished cells by digest; a line that an interruption cut short is left out."""
+def stored_cells(*files: Path) -> dict[str, dict]:
+    """Finished cells by digest, a later one in place of an earlier; a line that an interruption cut short is left out."""
     cells = {}
-    for line in CELLS.read_text().splitlines() if CELLS.exists() else ():
+    for line in (line for file in files if file.exists() for line in file.read_text().splitlines()):
         try:
             cell = json.loads(line)
             cells[cell["digest"]] = cell
@@ -190,34 +249,38 @@ def stored_cells() -> dict[str, dict]:
     return cells
 
 
-def store(cell: dict) -> None:
-    CELLS.parent.mkdir(exist_ok=True)
-    handle = os.open(CELLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+def store(cell: dict, file: Path) -> None:
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:  # one write, so that processes may append side by side
         os.write(handle, (json.dumps(cell) + "\n").encode())
     finally:
         os.close(handle)
 
+# ---- the tables ----------------------------------------------------------------------------------------------------
 
-def make(number: str, run: Run, seeds: int, quick: bool = False, fresh: bool = False) -> dict:
-    """Measure what is missing of one table (fresh: all of it) and write `results/table-N.json` and `.md`."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=RESULTS.parent).stdout.strip()
-    table = {"16-bit": None, **{label: setting | ({"epochs": min(1, setting.get("epochs", 1))} if quick else {})
-                                for label, setting in TABLES[number].items()}}
+
+def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: bool = False, out: Path = OUT) -> dict:
+    """Measure what is missing of one table (fresh: all of it) and write it to the folder `out` as .json and .md."""
+    run.check()
+    out.mkdir(parents=True, exist_ok=True)
+    table = {"16-bit": None}
+    for row in TABLES[number]:
+        trained = quick and "epochs" in settings_of(row.setting.get("method", "starquant"))
+        table[row.label] = row.setting | ({"epochs": min(1, row.setting.get("epochs", 1))} if trained else {})
     todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
-    cells, rows = {} if fresh else stored_cells(), {}
+    cells, rows = {} if fresh else stored_cells(RESULTS / "cells.jsonl", out / "cells.jsonl"), {}
 
     def finished(key):
         return cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
 
     mine = todo[processes.rank() :: processes.world()]  # under torchrun every process measures its share
+    commit = current_commit()
     for _, setting, seed in tqdm(mine, desc=f"table {number}", unit="cell", file=sys.stderr):
         key = run.key(setting, seed)
         if finished(key) is None:
             cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
                                   "values": run.measure(setting, seed)}
-            store(cells[digest(key)])
+            store(cells[digest(key)], out / "cells.jsonl")
     for others in processes.gather(cells):
         cells |= others
     for label, setting, seed in todo:
@@ -227,22 +290,37 @@ def make(number: str, run: Run, seeds: int, quick: bool = False, fresh: bool = F
         rows.setdefault(label, []).append(cell)
     if processes.rank():
         return {}
-    kind = "quick" if quick else "nelbo" if run.nelbo else ""
     command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
-    command += f" --sequences {run.sequences}" if run.sequences else ""
-    command += (f" --stress {run.c:g}" if run.c != 1 else "") + (f" --{kind}" if kind else "")
+    command += f" --sequences {run.sequences}" if run.sequences not in (None, run.problems) else ""
+    command += (f" --stress {run.c:g}" if run.c != 1 else "") + (" --quick" if quick else " --nelbo" * run.nelbo)
     used = [c for r in rows.values() for c in r]
+    counterparts = {row.label: row.against for row in TABLES[number] if row.against != ABOVE}
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
-              "torch": ", ".join(sorted({c["torch"] for c in used})), "device": run.kind, "seeds": seeds,
-              "first_seed": FIRST_SEED, "problems": run.problems, "sequences": run.sequences or run.problems,
-              "stress": run.c,
-              "rows": summarize(rows, REFERENCE.get(number))}
-    stem = f"table-{number}" + (f"-stress{run.c:g}" if run.c != 1 else "") + (f"-{kind}" if kind else "")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{stem}.md").write_text(markdown(record) + "\n")
+              "torch": ", ".join(sorted({c["torch"] for c in used})), "model": run.name, "device": run.kind,
+              "seeds": seeds, "first_seed": FIRST_SEED, "problems": run.problems,
+              "sequences": run.sequences or run.problems, "stress": run.c, "rows": summarize(rows, counterparts)}
+    name = file_name(number, run, seeds, quick)
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(record) + "\n", encoding="utf-8")
     print(markdown(record))
     return record
+
+
+def file_name(number: str, run: Run, seeds: int, quick: bool) -> str:
+    """table-N, then the model, its stress, the kind of table and its size, as far as they are not the published ones."""
+    size = f"{seeds}x{run.problems}" + (f"x{run.sequences}" if run.sequences not in (None, run.problems) else "")
+    published = {f"{SEEDS}x{SEQUENCES}" if run.nelbo else f"{SEEDS}x{PROBLEMS}x{SEQUENCES}"}
+    parts = [f"table-{number}", "" if run.name == "tiny" else Path(run.name).name,
+             "" if run.c == 1 else f"stress{run.c:g}", "quick" if quick else "nelbo" * run.nelbo,
+             "" if size in published else size]
+    return "-".join(filter(None, parts))
+
+
+def current_commit() -> str:
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                          cwd=RESULTS.parent).stdout.strip()
 
 
 def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
@@ -263,13 +341,14 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
                 row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())
             other = (reference or {}).get(label, above)
             if other in measured:
-                differences = {k: values[k] - measured[other][k] for k in ("kl", "nelbo", *TASKS) if k in values}
+                compared = [k for k in ("kl", "nelbo", *metrics.TASKS) if k in values]
+                differences = {k: values[k] - measured[other][k] for k in compared}
                 row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
                 row["against"]["significant"] = significant(row["against"]["kl"], differences["kl"])
             measured[label], above = values, label
-            if set(TASKS) <= values.keys():
+            if set(metrics.TASKS) <= values.keys():
                 # every task has as many problems: the mean over problems is the mean of the tasks
-                row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in TASKS], -1))
+                row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in metrics.TASKS], -1))
         out.append(row)
     return out
 
@@ -291,7 +370,7 @@ def interval(triple, scale: float = 100, sign: str = "") -> str:
 
 
 def markdown(record: dict) -> str:
-    measures = [m for m in (*TASKS, "mean", "tokens") if m in record["rows"][-1]]
+    measures = [m for m in (*metrics.TASKS, "mean", "tokens") if m in record["rows"][-1]]
     names = {"mean": "mean of the tasks, points from 16 bit", "tokens": "same tokens %"}
     heads = ["setting", "KL from 16 bit, 10⁻³ nats/token", "against the row above (or the one named)", "recovered %",
              "NELBO penalty", *(names.get(m, f"{m} %") for m in measures)]

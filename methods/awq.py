@@ -8,7 +8,8 @@ activations), the docstring says so. All of them return (QuantLinear, record of 
 import torch
 
 from methods.gptq import gptq, hessian, output_error, round_columns, shrunk_scale
-from runtime.layers import QuantLinear
+from runtime.layers import Grid, QuantLinear, Weight
+from starquant import Diagonal
 from starquant import fake_quantize
 
 # ---- AWQ -------------------------------------------------------------------------------------------------------------
@@ -45,5 +46,6 @@ def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=Non
         codes, scale = gptq(weight * s, H, config.wbits, scale)
     else:
         codes, scale = round_columns(weight * s, scale.float(), config.wbits).to(torch.int8), scale[:, 0]
-    fitted = QuantLinear(codes, scale, [1 / s], 0, 0, config.abits, config.wbits, bias)
+    fitted = QuantLinear(weight=Weight(codes, scale, bits=config.wbits), grid=Grid(config.abits), P=[Diagonal(1 / s)],
+                         bias=bias)
     return fitted, {"exponent": AWQ_EXPONENTS[int(losses.argmin())]}

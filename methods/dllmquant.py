@@ -1,16 +1,35 @@
 """DLLMQuant (arXiv 2508.14090): calibration states, token weights and a scale for V."""
 
+from dataclasses import dataclass
 
 import torch
 
 from methods.awq import fit_awq
+from methods.gptq import GPTQ
 from methods.quarot import fit_quarot
+from methods.settings import between
 from runtime import sampling
 from starquant import dequantize, quantize
 
 IA_AQ_GRID = (1.0, 0.95, 0.9, 0.85, 0.8)  # α; a survey prints "{1.0, 0.8}", read as a range: not settled
 TMAS_SHARES = (0.3, 0.2, 0.2, 0.3)  # of calibration samples per bucket; bucket edges are unpublished, taken as quarters
 CGQ_UNMASKED = 0.7  # weight of an unmasked token, of a masked one 1 (quoted by its reviewers)
+
+
+@dataclass(frozen=True)
+class DLLMQuant(GPTQ):
+    """DLLMQuant+."""
+
+    tac_samples: int = between(64, 1, 10**6, "calibration segments for TAC, or for "
+                               "DLLMQuant's scale of V (kv_bits < 16), at most (App. C)")
+    diffusion_aware = True
+
+
+@dataclass(frozen=True)
+class DLLMQuantRotated(DLLMQuant):
+    """DLLMQuant++."""
+
+    rotated = True
 
 
 def ia_aq(A, v, bits: int, grid=IA_AQ_GRID):

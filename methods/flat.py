@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from methods.sgat import cayley, initial_basis, minimize
-from runtime.layers import QuantLinear
+from runtime.layers import Grid, QuantLinear, Weight
 from starquant import (
+    Diagonal,
     Kronecker,
-    clip_range,
     fake_quantize,
-    inverse_transpose,
     linear,
     quant_params,
     quantize,
@@ -51,16 +50,16 @@ class FlatParameters(nn.Module):
             # P_i = U diag(s) Vᵀ, U = start · cayley(A), V = cayley(B), s = 1 at the start
             U = f @ cayley(self.left[i])
             factors.append(U if self.orthogonal else (U * self.sizes[i]) @ cayley(self.right[i]).mT)
-        P = [Kronecker(*factors)] if self.diagonal is None else [self.diagonal, Kronecker(*factors)]
-        clips = (self.clip_x.sigmoid(), self.clip_w.sigmoid()) if self.clipping else (None, None)
         # a copy: what is kept as the best iterate must not follow the parameters
-        return [p if isinstance(p, Kronecker) else p.clone() for p in P], *clips
+        diagonal = [] if self.diagonal is None else [Diagonal(self.diagonal.clone())]
+        clips = (self.clip_x.sigmoid(), self.clip_w.sigmoid()) if self.clipping else (None, None)
+        return [*diagonal, Kronecker(*factors)], *clips
 
 
 def folded_weight(weight, P, orthogonal: bool, clip_w=None):
     """The weight in the transformed space, clipped: (C, d)."""
     # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
-    P = [p if isinstance(p, Kronecker) else 1 / p for p in P] if orthogonal else inverse_transpose(P)
+    P = [p if orthogonal and isinstance(p, Kronecker) else p.inverse_transpose() for p in P]
     folded = transform(weight, P, 1)
     return folded if clip_w is None else clip_range(folded, clip_w)
 
@@ -70,7 +69,7 @@ def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int, orthog
     """Train P and the clipping of one linear and round it to nearest: (QuantLinear, record). d_s = d_m = d_u."""
     x, y, state = inputs[:3]
     d, norm = weight.shape[1], float(y.square().sum(-1).mean()) or 1.0
-    start = Kronecker(*(f.to(x) for f in initial_basis(d, "kronecker", generator)))
+    start = initial_basis(d, "kronecker", generator).to(x)
 
     def loss_of(rows, value):
         P, clip_x, clip_w = value
@@ -86,7 +85,17 @@ def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int, orthog
     folded = folded_weight(weight, P, orthogonal, clip_w)
     scale, zero_point = quant_params(folded, config.wbits, symmetric=True)
     codes = (quantize(folded, scale, zero_point, config.wbits) - zero_point).to(torch.int8)
-    return QuantLinear(codes, scale[:, 0], P, d_s, d_s, config.abits, config.wbits, bias, clip=clip_x), record
+    return QuantLinear(weight=Weight(codes, scale[:, 0], bits=config.wbits), grid=Grid(config.abits, clip_x), P=P,
+                       d_m=d_s, d_u=d_s, bias=bias), record
+
+
+def clip_range(x, clip):
+    """Each row limited to (c_0 min, c_1 max) of itself, clip (..., 2): FlatQuant's learnable clipping.
+
+    The quantizer takes its range from what is left, so limiting the values and shrinking the range are one thing.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
 
 
 def channel_scale(inputs, weight):
@@ -105,6 +114,5 @@ def fit_flatquant(weight, bias, inputs, config, generator, progress):
 
 def fit_freeact(weight, bias, inputs, config, generator, progress):
     """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), diagonal, clipping."""
-    d_s = weight.shape[1] // config.state_fraction if config.state_fraction else 0
-    diagonal = channel_scale(inputs, weight)
+    diagonal, d_s = channel_scale(inputs, weight), config.subspace(weight.shape[1])
     return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True, diagonal=diagonal)

@@ -4,10 +4,18 @@ It minimizes ‖X Wᵀ − X Ŵᵀ‖_F² = tr(E H Eᵀ), E = W − Ŵ, H = Σ_j
 given folded weights and transformed activations it composes with any of them.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from runtime.layers import QuantLinear
+from methods.settings import Settings
+from runtime.layers import Grid, QuantLinear, Weight
 from starquant import apply_basis, fold_weight, quant_params
+
+
+@dataclass(frozen=True)
+class GPTQ(Settings):
+    second_order = True
 
 
 def hessian(x, token_weights=None, rows: int = 8192):
@@ -113,4 +121,5 @@ def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weig
     scale = shrunk_scale(folded, config.wbits) if search else None
     codes, scale = gptq(folded, H, config.wbits, scale)
     clip = None if clip is None else scale.new_full((2,), clip)
-    return QuantLinear(codes, scale, P, 0, 0, config.abits, config.wbits, bias, clip=clip), {}
+    fitted = QuantLinear(weight=Weight(codes, scale, bits=config.wbits), grid=Grid(config.abits, clip), P=P, bias=bias)
+    return fitted, {}

@@ -11,6 +11,7 @@ from math import isqrt, pi
 
 import torch
 
+from runtime.processes import Refused
 from starquant import Kronecker
 
 
@@ -65,7 +66,8 @@ def hadamard_sizes(d: int) -> tuple[int, int]:
     for n1 in range(isqrt(d), 0, -1):
         if d % n1 == 0 and exists(n1) and exists(d // n1):
             return n1, d // n1
-    raise ValueError(f"width {d} is not a product of two Hadamard orders within reach of Sylvester and Paley.")
+    raise Refused(f"width {d} is not a product of two Hadamard orders that the constructions of Sylvester and Paley "
+                  f"reach; choose a method without a Hadamard rotation.")
 
 
 def rotation(d: int, generator: torch.Generator):

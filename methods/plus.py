@@ -32,17 +32,35 @@ weighted by gradients; neither is worth its cost. Larger blocks are better and c
 192, too.
 """
 
+from dataclasses import dataclass
+
 import torch
 from einops import einsum, rearrange
 
 from kernels import fake_quantize_rows
 from methods.gptq import gptq, hessian, inverse_factor, shrunk_scale
 from methods.hadamard import hadamard_sizes, spread
-from runtime.layers import QuantLinear
-from starquant import Kronecker, apply_basis, fold_weight, in_dtype, linear, tac_block_size
+from methods.settings import between, choice
+from methods.tac import Compensated
+from runtime.layers import Centre, Grid, QuantLinear, Weight
+from starquant import Across, Blocks, Dense, Kronecker, apply_basis, fold_weight, linear, tac_block_size
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 EXPONENTS = tuple(i / 20 for i in range(16))
+
+
+@dataclass(frozen=True)
+class StarQuantPlus(Compensated):
+    balance: str = choice("block", "kronecker", "dense", text="form of the transform")
+    balance_block: int = between(64, 1, 10**5, "channels per block of the transform")
+    exponent: float = between(-1.0, -1, 1, "a of the balance; below 0: chosen by the bits of weights and activations")
+    centre: str = choice("state", "joint", "none", text="mean taken off before the transform: of each token state, of "
+                         "all tokens, or none")
+    rounding: str = choice("feedback", "nearest", text="of activations: by feedback against the weights, or to nearest")
+    gain: str = choice("unit", "none", text="unit keeps the size of every output channel")
+    mask_weight: float = between(2.0, 0, 10**6, "weight of a masked token against an unmasked one")
+    tac: str = choice("none", "ridge", text="TAC by paired least squares; on top of starquant+, Eq. 18 loses")
+    second_order = True
 
 
 def _cholesky(moment, damping: float):
@@ -126,15 +144,14 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
     T = balance(S, R, choose(S))
     # blockdiag(Tᵀ) (H1 ⊗ H2) = blockdiag(Tᵀ H2) (H1 ⊗ I): spreading inside a block costs nothing on top of T
     P = T.mT @ spread(size, generator).to(x.device)
-    return [P[0].to(x)] if size == d else [P.to(x), spread(d // size, generator).to(x)]
+    return [Dense(P[0]).to(x)] if size == d else [Blocks(P).to(x), Across(spread(d // size, generator)).to(x)]
 
 
 def in_order(P: list, weight):
     """P with the columns of its blocks in `rounding_order`, one order for all blocks: weight (C, d)."""
-    inner = P[0].P2 if isinstance(P[0], Kronecker) else P[0]
+    *outer, inner = P[0]
     order = rounding_order(block_moments(fold_weight(weight, P), inner.shape[-1]).mean(0))
-    inner = inner[..., order]
-    return [Kronecker(P[0].P1, inner) if isinstance(P[0], Kronecker) else inner, *P[1:]]
+    return [type(P[0])(*outer, inner[..., order]), *P[1:]]
 
 
 def evenly(x, token_weights, rows: int = 4096):
@@ -184,15 +201,15 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
         Y^s = Q_a((X^s − μ_s) P) Q_w(P⁻¹ Wᵀ) diag(γ) + μ_s Wᵀ
     """
     x, masked = inputs.x.flatten(0, 1), inputs.state.flatten()
-    token_weights, centre = torch.where(masked, config.mask_weight, 1.0), (None, None)
+    token_weights, centre = torch.where(masked, config.mask_weight, 1.0), None
     if config.centre != "none":
         means = state_means(x, masked) if config.centre == "state" else x.mean(0).expand(2, -1).contiguous()
-        x, centre = x - means[masked.long()], (means, means @ weight.mT)
+        x, centre = x - means[masked.long()], Centre(means, means @ weight.mT)
     given, feedback = config.exponent >= 0, config.rounding == "feedback"
     P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block,
                        lambda S: config.exponent if given else exponent(S, config.wbits, config.abits, feedback))
     # rounded before the weight is folded with it: half the bytes, and bf16 activations meet the very same numbers
-    P = in_dtype(in_dtype(P, torch.bfloat16), weight)
+    P = [factor.to(torch.bfloat16).to(weight) for factor in P]
     P = in_order(P, weight) if feedback else P
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
@@ -206,8 +223,8 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
         gain = unit_gain(linear(few, folded), y_hat, weights)
         # s_c ← γ_c s_c
         scale, record["gain"] = scale * gain, float(gain.mean())
-    fitted = QuantLinear(codes, scale, in_dtype(P, torch.bfloat16), 0, 0, config.abits, config.wbits, bias, clip=clip,
-                         centre=centre, feedback=V)
+    fitted = QuantLinear(weight=Weight(codes, scale, bits=config.wbits), grid=Grid(config.abits, clip, V),
+                         P=[factor.to(torch.bfloat16) for factor in P], bias=bias, centre=centre)
     return fitted, record
 
 

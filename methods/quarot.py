@@ -1,11 +1,18 @@
 """QuaRot (arXiv 2404.00456): a Hadamard rotation in front of GPTQ."""
 
+from dataclasses import dataclass
+
 import torch
 
-from methods.gptq import fit_gptq
+from methods.gptq import GPTQ, fit_gptq
 from methods.hadamard import rotation
 from methods.rtn import Inputs
-from starquant import Kronecker
+from starquant import Diagonal
+
+
+@dataclass(frozen=True)
+class QuaRot(GPTQ):
+    rotated = True
 
 
 def quarot_basis(inputs: Inputs, generator):
@@ -14,11 +21,11 @@ def quarot_basis(inputs: Inputs, generator):
     QuaRot folds the gain of a norm into the linears behind it, so that what is rotated and quantized is gain-free; here
     it is a diagonal factor 1/gain, which a deployment folds into the norm.
     """
-    H = Kronecker(*(f.to(inputs.x) for f in rotation(inputs.x.shape[-1], generator)))
+    H = rotation(inputs.x.shape[-1], generator).to(inputs.x)
     if inputs.gain is None:
         return [H]
     gain = inputs.gain.to(inputs.x)
-    return [1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain), H]
+    return [Diagonal(1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain)), H]
 
 
 def quarot_clip(bits: int) -> float | None:

@@ -1,9 +1,11 @@
 """Round to nearest, the smallest method, and what every method is fitted on."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from methods.settings import Settings, choice
 from runtime.layers import QuantEmbedding, QuantLinear
 
 
@@ -15,6 +17,15 @@ class Inputs(NamedTuple):
     state: torch.Tensor  # (S, L) bool, True = masked
     confidence: torch.Tensor | None = None  # (S, L) largest probability of the 16-bit model's prediction
     gain: torch.Tensor | None = None  # (d,) gain of the norm that x comes out of, None for `out` and `down`
+
+
+@dataclass(frozen=True)
+class RTN(Settings):
+    weights: str = choice("symmetric", "asymmetric", text="grid of the weights; asymmetric is Eq. 4 for them, too")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.weights == "symmetric"
 
 
 def fit_rtn(weight, bias, inputs, config, generator, progress):

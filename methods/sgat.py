@@ -7,14 +7,60 @@ image. `kind="dense"` is one d x d matrix; `kind="kronecker"` is P1 ⊗ P2 (Flat
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from einops import einsum, rearrange
 from torch import nn
 
-from methods.rtn import Inputs, fit_rtn
+from methods.rtn import RTN, Inputs, fit_rtn
+from methods.settings import Settings, between, choice
+from methods.tac import Compensated
 from runtime.layers import QuantLinear
+from runtime.processes import Refused
 from starquant import Kronecker, sgat_loss, subspace_gates
+
+
+@dataclass(frozen=True)
+class Trained(Settings):
+    """Of methods that train a transform (`minimize`)."""
+
+    lr: float = between(1e-3, 0, 10, "learning rate of AdamW (App. B)")
+    epochs: int = between(15, 0, 10**4, "epochs (App. B); 0 keeps the start")
+    batch: int = between(4, 1, 10**6, "segments per step (App. B)")
+    schedule: str = choice("constant", "cosine", text="learning rate over the steps")
+    trained = True
+
+
+@dataclass(frozen=True)
+class Gated(Trained):
+    """Of methods with a subspace for each token state."""
+
+    state_fraction: int = between(32, 0, 10**6, "d_m = d_u = d / state_fraction (App. B); 0 for no gates")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.state_fraction == 1:
+            raise Refused("state_fraction 1 gives each state the whole width; give 2 or more, or 0 for no gates.")
+
+    def subspace(self, d: int) -> int:
+        """d_m = d_u of a linear of width d."""
+        return d // self.state_fraction if self.state_fraction else 0
+
+
+@dataclass(frozen=True)
+class StarQuant(Gated, Compensated, RTN):
+    transform: str = choice("kronecker", "dense", "none", text="P = P1 ⊗ P2, one d x d matrix (App. B to the letter), "
+                            "or no SGAT (Table 2)")
+    allocation: str = choice("random", "closed_form", text="start of P: App. B's orthogonalized Gaussian, or the "
+                             "directions that the other state does not use")
+    tac: str = choice("statistics", "ridge", "none", text="TAC by Eq. 18, by paired least squares, or none")
+    smoothing: float = between(0.15, 0, 1, "η of TAC: smoothing of singular values (App. C)")
+    shrinkage: float = between(0.55, 0, 1, "α of TAC: shrinkage towards the identity (App. C)")
+
+    @property
+    def trained(self) -> bool:
+        return self.transform != "none"
 
 
 def random_orthogonal(n: int, generator: torch.Generator):
@@ -194,16 +240,11 @@ def fit_starquant(weight, bias, inputs: Inputs, config, generator, progress):
     if config.transform == "none":
         return fit_rtn(weight, bias, inputs, config, generator, progress)
     (x, y, state), d = inputs[:3], weight.shape[1]
-    d_s = d // config.state_fraction if config.state_fraction else 0
+    d_s = config.subspace(d)
     if config.allocation == "random":
         start = initial_basis(d, config.transform, generator)
     else:
         start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
-    start = _cast(start, x)
-    P, record = fit_sgat(x, y, state, weight, start, d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
+    P, record = fit_sgat(x, y, state, weight, start.to(x), d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
                          config.batch, config.schedule, bias, config.symmetric, generator, progress)
     return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias, config.symmetric), record
-
-
-def _cast(P, like):
-    return type(P)(*(p.to(like) for p in P)) if isinstance(P, tuple) else P.to(like)

@@ -113,7 +113,7 @@ def output_bytes(source: Checkpoint, config, compensated: bool) -> tuple[list[in
         linears += code_bytes(rows, d, config.wbits) + transform_bytes(config, d, fused in ("qkv", "gate_up"))
         linears += 4 * numbers
     z = c.n_heads * h
-    linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) * compensated
+    linears += 4 * z * (tac_block_size(z, config.tac_block) + 1) if compensated else 0
     if min(config.kv_bits, config.softmax_bits) < 16:
         static = config.method in DLLMQUANT and config.kv_bits < 16
         linears += 8 + 4 * h * h * (config.method in ROTATED and exists(h)) + 8 * c.n_kv_heads * h * static

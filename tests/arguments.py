@@ -1,10 +1,16 @@
-"""Arguments of `calibrate.py` that most tests share."""
+"""Arguments of `calibrate.py`, and settings of methods, that most tests share."""
 
-from methods import SETTINGS_OF
+from methods import QuantConfig, settings_of
 
 
 def fast(*more, epochs: int = 1) -> list[str]:
     """`more` behind the method, the paper's unless `more` names one, and `epochs` where it trains."""
     method = more[more.index("--method") + 1] if "--method" in more else "starquant"
-    trained = ["--set", f"epochs={epochs}"] if method in SETTINGS_OF["epochs"] else []
+    trained = ["--set", f"epochs={epochs}"] if "epochs" in settings_of(method) else []
     return ["--method", method, "--problems", "0", "--device", "cpu", *trained, *more]
+
+
+def quick(method: str = "starquant", epochs: int = 1, **values):
+    """A method's settings, with few epochs where it trains."""
+    training = {"epochs": epochs} if "epochs" in settings_of(method) else {}
+    return QuantConfig(method, **training, **values)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,7 +61,7 @@ def test_memory_table_counts_the_bytes_of_a_calibrated_model(name):
     model = load_model(FIXTURES.get(name, name), device="cpu").requires_grad_(False)
     tokens = torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(0))
     for method in ("starquant", "starquant+"):
-        calibrated = quantize_model(model, tokens, QuantConfig(method=method, epochs=1))
+        calibrated = quantize_model(model, tokens, quick(method))
         sixteen_bit = twins.residents(model.embed) + (not model.config.tied) * twins.residents(model.head)
         want = memory_table(model.config, method=method)
         assert twins.residents(calibrated) == want["total"] + fp32_norms(calibrated) + sixteen_bit // 2  # fp32 here

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from arguments import fast
+from arguments import fast, quick
 
 import calibrate
 from calibrate import QuantConfig, masked_copies, quantize_model, run_block
-from calibration import preflight, segments
+from calibration import preflight, segments, streams
 from checkpoint import folder as folder_module
 from checkpoint.families import FUSED
 from checkpoint.folder import INDEX, Checkpoint, sha256
@@ -55,7 +55,7 @@ class TestResult:
         assert command(small_folder, tmp_path / "q", "--method", "starquant+", "--set", "tac=ridge") == 0
         full = load_model(small_folder, "cpu")
         tokens, region = tasks.calibration_set(full.tokenizer, 9, 40, 0)
-        mine = quantize_model(full, tokens, QuantConfig(method="starquant+", tac="ridge", epochs=1), region)
+        mine = quantize_model(full, tokens, QuantConfig(method="starquant+", tac="ridge"), region)
         assert torch.equal(mine(ids()), load_model(tmp_path / "q", "cpu")(ids()))
 
     def test_the_16_bit_model_is_left_alone(self, small_folder):
@@ -157,7 +157,7 @@ class TestResume:
     @pytest.mark.parametrize("stop", [0, 5, 7])
     def test_interrupted_run_continues_to_the_same_bytes(self, stop, small_folder, tmp_path, monkeypatch, capsys):
         assert command(small_folder, tmp_path / "whole", "--method", "rtn") == 0
-        monkeypatch.setitem(calibrate.METHODS, "rtn", Stop(stop))
+        monkeypatch.setitem(calibrate.METHODS, "rtn", calibrate.METHODS["rtn"]._replace(fit=Stop(stop)))
         assert command(small_folder, tmp_path / "cut", "--method", "rtn") == 130
         assert "--resume" in capsys.readouterr().err
         finished = len(list((tmp_path / "cut").glob("model-*")))
@@ -194,7 +194,7 @@ class TestCalibrationText:
 @pytest.mark.parametrize("setting", [{"method": "rtn"}, {}, {"transform": "none"}, {"method": "flatquant"},
                                      {"method": "starquant+"}])
 def test_progress_comes_to_its_end(small_folder, setting):
-    model, calls, config = load_model(small_folder, "cpu"), [], QuantConfig(**setting, epochs=2)
+    model, calls, config = load_model(small_folder, "cpu"), [], quick(**setting, epochs=2)
     noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
     list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, progress=calls.append))
     assert len(calls) == len(model.blocks) * calibrate.progress_steps(config)
@@ -212,11 +212,12 @@ class TestSpill:
     def test_streams_and_inputs_lie_in_files_of_that_folder(self, small_folder, tmp_path, monkeypatch):
         model, made = load_model(small_folder, "cpu"), []
 
-        def record(*args, original=calibrate.activations):
+        def record(*args, original=streams.activations):
             made.append(original(*args))
             return made[-1]
 
-        monkeypatch.setattr(calibrate, "activations", record)
+        for module in (calibrate, streams):
+            monkeypatch.setattr(module, "activations", record)
         config = QuantConfig(method="dllmquant+")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
         whole = [r for *_, r in calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
@@ -227,20 +228,21 @@ class TestSpill:
         files = [t.untyped_storage().filename for t in made]
         assert files[:in_memory] == [None] * in_memory
         assert {str(Path(f).parent) for f in files[in_memory:]} == {str(tmp_path)}
-        # the stream; in each of 2 blocks confidence, 16-bit inputs with the output, 4 inputs with it, streams onwards
-        assert len(made) == 2 * in_memory == 2 * (1 + 2 * (1 + 5 + 4 * 2 + 2))
+        # the stream; in each of 2 blocks confidence, the 16-bit output and 4 inputs, 4 inputs, the quantized output
+        assert len(made) == 2 * in_memory == 2 * (1 + 2 * (1 + 5 + 4 + 1))
 
     def test_most_bytes_at_once_are_what_the_preflight_says(self, small_folder, tmp_path, monkeypatch):
         model, live, most = load_model(small_folder, "cpu"), [], 0
 
-        def record(*args, original=calibrate.activations):
+        def record(*args, original=streams.activations):
             nonlocal most
             tensor = original(*args)
             live.append((weakref.ref(tensor), tensor.numel() * tensor.element_size()))
             most = max(most, sum(size for ref, size in live if ref() is not None))
             return tensor
 
-        monkeypatch.setattr(calibrate, "activations", record)
+        for module in (calibrate, streams):
+            monkeypatch.setattr(module, "activations", record)
         config = QuantConfig(method="rtn")
         noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
         list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from arguments import fast
+from arguments import fast, quick
 from safetensors.torch import load_file
 
 import calibrate
@@ -95,7 +95,7 @@ CASES = ["zero rows", "constant rows", "a dead channel", "no input", "no weight"
 def fit(method, x, w, masked=0.5):
     state = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(1)) < masked
     given = rtn.Inputs(x, x @ w.mT, state, torch.full(state.shape, 0.5), torch.ones(x.shape[-1]))
-    fitted, record = METHODS[method](w, None, given, QuantConfig(method=method, epochs=1),
+    fitted, record = METHODS[method].fit(w, None, given, quick(method),
                                      torch.Generator().manual_seed(0), lambda loss: None)
     return fitted(x, state), record
 
@@ -128,7 +128,7 @@ class TestEveryMethod:
         else:
             x[0, 0, 0] = BF16_MAX
         try:
-            block, record = quantize_block(full.blocks[0], x, x, state, table, QuantConfig(method=method, epochs=1), 0,
+            block, record, _ = quantize_block(full.blocks[0], x, x, state, table, quick(method), 0,
                                            confidence=torch.full(state.shape, 0.5))
         except Refused as error:
             sentence = str(error)
@@ -146,7 +146,7 @@ class TestEveryMethod:
         full = load_model(small_folder, "cpu")
         ids = torch.arange(rows * length).reshape(rows, length) % 900
         noisy = torch.full_like(ids, full.mask_id) if masked else ids
-        config = QuantConfig(method=method, epochs=1)
+        config = quick(method)
         blocks = [b for _, b, _ in calibrate_blocks(full, lambda: full.blocks, noisy, config)]
         assert all(isinstance(getattr(b, name), QuantLinear) for b in blocks for name in FUSED)
         full.blocks = torch.nn.ModuleList(blocks)
@@ -194,7 +194,7 @@ class TestDivergence:
             return sgat.fit_starquant(*args)
 
         monkeypatch.setattr(sgat, "sgat_loss", burst)
-        monkeypatch.setitem(METHODS, "starquant", fresh)
+        monkeypatch.setitem(METHODS, "starquant", METHODS["starquant"]._replace(fit=fresh))
         assert command(small_folder, tmp_path / "q") == 0
         assert capsys.readouterr().err.count(" and became infinite or NaN; the best iterate, ") == 8
         text = (tmp_path / "q" / "starquant.json").read_text()

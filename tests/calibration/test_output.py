@@ -108,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(calibration, whole, tmp_path):
     result = calibration(out, interrupt=True)
     assert result["code"] == 130
     last = result["error"].strip().splitlines()[-1]
-    assert last == (f"calibrate.py: interrupted; finished blocks are in {out}, continue with the same command and "
+    assert last == (f"calibrate.py: interrupted. Finished blocks are in {out}; continue with the same command and "
                     f"--resume.")
     assert "Traceback" not in result["error"]
     assert calibration(out, "--resume")["code"] == 0
@@ -123,7 +123,7 @@ def test_a_full_disk_loses_no_finished_block(size, calibration, whole, tmp_path)
     assert result["code"] == 2, result["error"]
     last = result["error"].strip().splitlines()[-1]
     assert "File too large" in last
-    assert f"finished blocks in {out} are safe, continue with the same command and --resume" in last
+    assert f"Finished blocks are in {out}; continue with the same command and --resume." in last
     assert "Traceback" not in result["error"]
     assert len(shards(visible(out))) == (5 if size == 300_000 else 1)
     assert calibration(out, "--resume")["code"] == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from arguments import fast
+from arguments import fast, quick
 from safetensors import safe_open
 
 import calibrate
@@ -19,7 +19,7 @@ from calibration import preflight
 from checkpoint.families import read_config
 from checkpoint.folder import INDEX, Checkpoint
 from checkpoint.published import SHAPES
-from methods import METHODS, SECOND_ORDER, SETTINGS_OF, QuantConfig, awq, gptq, plus, storage
+from methods import METHODS, QuantConfig, awq, gptq, plus, settings_of, storage
 from model import DiffusionLM, load_model
 from runtime import processes
 
@@ -95,7 +95,7 @@ class TestMemory:
         wide = torch.zeros(tokens, 192), torch.zeros(192, 64)  # y of qkv and gate_up, their weight
         held = {
             "embedding": [full.embed.weight],
-            "one block": [p for p in block.parameters() if p.ndim == 2], "both streams": [x, x],
+            "one block": [p for p in block.parameters() if p.ndim == 2], "both streams and the next": [x, x, x],
             "fitting a linear": [x, *wide], "inputs of later linears": [x, x, torch.zeros(tokens, 96)]}  # qkv's stage
         parts = preflight.memory_bytes(full.config, tokens, 4)
         assert {k: v for k, v in parts.items() if k != "total"} == {
@@ -105,7 +105,7 @@ class TestMemory:
         assert parts["total"] == max(sum(4 * t.numel() for t in [*outer, x]), sum(4 * t.numel() for t in rest))
 
         spilled = preflight.memory_bytes(full.config, tokens, 4, spilled=True)
-        gone = ("both streams", "inputs of later linears")
+        gone = ("both streams and the next", "inputs of later linears")
         assert all(spilled[k] == (0 if k in gone else v) for k, v in parts.items() if k != "total")
         assert spilled["total"] == max(sum(4 * t.numel() for t in [*outer, x]),
                                        sum(v for k, v in spilled.items() if k not in ("total", "embedding")))
@@ -123,8 +123,8 @@ class TestMemory:
         for module in (awq, plus, gptq):
             monkeypatch.setattr(module, "gptq", lambda *a, gptq=gptq.gptq: (called.append(a), gptq(*a))[1])
         tokens = torch.randint(1000, (9, 24), generator=torch.Generator().manual_seed(0))
-        quantize_model(full, tokens, QuantConfig(method=method, epochs=0))
-        assert bool(called) == (method in SECOND_ORDER)
+        quantize_model(full, tokens, quick(method, epochs=0))
+        assert bool(called) == METHODS[method].settings.second_order
 
     @pytest.mark.parametrize("gptq", [False, True])
     def test_llada_8b_streams_in_less_than_its_weights(self, gptq):
@@ -181,18 +181,21 @@ class TestDryRun:
     @pytest.mark.parametrize("method", sorted(METHODS))
     def test_rehearses_a_step_and_writes_nothing(self, method, small_folder, tmp_path, capsys, monkeypatch):
         fits = []
-        fit = METHODS[method]
-        monkeypatch.setitem(METHODS, method, lambda *a: (fits.append((tuple(a[2].x.shape), a[3].epochs)), fit(*a))[1])
+        fit, trained = METHODS[method].fit, "epochs" in settings_of(method)
+
+        def record(*args):
+            fits.append((tuple(args[2].x.shape), *([args[3].epochs] if trained else [])))
+            return fit(*args)
+
+        monkeypatch.setitem(METHODS, method, METHODS[method]._replace(fit=record))
         before = {p: p.read_bytes() for p in small_folder.iterdir()}
         assert calibrate.main(arguments(small_folder, tmp_path / "q", "--method", method, "--dry-run")) == 0
         assert not list(tmp_path.iterdir())
         assert {p: p.read_bytes() for p in small_folder.iterdir()} == before
         text, result = capsys.readouterr().out.rstrip().rsplit("\n", 1)
         step = json.loads(result)["step"]
-        trained = method in SETTINGS_OF["epochs"]
         # 5 segments: one batch of 4 and one held out; methods without training are fitted whole
-        whole = [((9, 24, 64), QuantConfig.epochs)] * (not trained)
-        assert fits == [((5, 24, 64), 0)] * 2 + [((5, 24, 64), 1)] + whole
+        assert fits == ([((5, 24, 64), 0)] * 2 + [((5, 24, 64), 1)] if trained else [((4, 24, 64),), ((9, 24, 64),)])
         assert (step["steps_per_linear"] > 0) == trained
         assert (step["loss_after"] is not None) == trained
         assert 0 < step["error"] < 1

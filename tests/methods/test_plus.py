@@ -242,8 +242,8 @@ class TestFit:
         inputs = Inputs(x, x @ weight.mT, state)
         errors = {}
         for method in ("starquant+", "quarot"):
-            config = QuantConfig(method=method, balance=kind, balance_block=32)
-            fitted, _ = METHODS[method](weight, None, inputs, config, generator(), None)
+            config = QuantConfig(method, **({"balance": kind, "balance_block": 32} if method == "starquant+" else {}))
+            fitted, _ = METHODS[method].fit(weight, None, inputs, config, generator(), None)
             exact = fitted.shifted(fitted.transformed(x, state) @ fold_weight(weight, fitted.P).mT, state)
             assert float((exact - inputs.y).norm() / inputs.y.norm()) < 1e-5
             errors[method] = float((fitted(x, state) - inputs.y).norm())
@@ -256,7 +256,7 @@ class TestFit:
         inputs, folded = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool)), []
         monkeypatch.setattr(plus, "gptq", lambda W, *rest: (folded.append(W), gptq(W, *rest))[1])
         config = QuantConfig(method="starquant+", balance=kind, balance_block=32)
-        fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+        fitted, _ = METHODS["starquant+"].fit(weight, None, inputs, config, generator(), None)
         assert torch.equal(folded[0], fold_weight(weight, fitted.P))
         stored = [v for k, v in fitted.state_dict().items() if k.startswith("transform_")]
         assert {v.dtype for v in stored} == {torch.bfloat16}
@@ -270,7 +270,7 @@ class TestFit:
         inputs, errors = Inputs(x[None], (x @ weight.mT)[None], torch.ones(1, len(x), dtype=torch.bool)), {}
         for rounding in ("feedback", "nearest"):
             config = QuantConfig(method="starquant+", balance=kind, balance_block=32, rounding=rounding, gain="none")
-            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"].fit(weight, None, inputs, config, generator(), None)
             errors[rounding] = float((fitted(inputs.x, inputs.state) - inputs.y).norm())
             if rounding == "feedback":
                 assert torch.equal(fitted.feedback, feedback_matrix(fitted.weight(), fitted.feedback.shape[-1]))
@@ -286,7 +286,7 @@ class TestFit:
         y = x @ weight.mT
         for bits in (2, 4):
             config = QuantConfig(method="starquant+", wbits=bits, abits=bits)
-            fitted, _ = METHODS["starquant+"](weight, None, Inputs(x, y, state), config, generator(), None)
+            fitted, _ = METHODS["starquant+"].fit(weight, None, Inputs(x, y, state), config, generator(), None)
             assert torch.allclose(fitted(x, state)[state], y[state], rtol=1e-5, atol=1e-4)
             assert torch.allclose(fitted.reference(x, state), fitted(x, state), rtol=1e-4, atol=1e-3)
             assert not torch.allclose(fitted(x, state)[~state], y[~state], rtol=1e-2, atol=1e-2)
@@ -298,7 +298,7 @@ class TestFit:
         def energy(**setting):
             """mean(S^(2−2a)) mean(S^2a), least at a = 1/2 and the same at a and 1 − a."""
             config = QuantConfig(method="starquant+", centre="none", rounding="nearest", **setting)
-            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"].fit(weight, None, inputs, config, generator(), None)
             return float(apply_basis(x, fitted.P).square().sum() * fold_weight(weight, fitted.P).square().sum())
 
         even = energy(exponent=0.5)
@@ -320,7 +320,7 @@ class TestFit:
         errors = {}
         for centre in ("state", "joint", "none"):
             config = QuantConfig(method="starquant+", centre=centre)
-            fitted, _ = METHODS["starquant+"](weight, None, Inputs(x, x @ weight.mT, state), config,
+            fitted, _ = METHODS["starquant+"].fit(weight, None, Inputs(x, x @ weight.mT, state), config,
                                                         generator(), None)
             errors[centre] = float((fitted(x, state) - x @ weight.mT).norm())
         assert errors["state"] < 0.9 * errors["joint"]
@@ -349,7 +349,7 @@ class TestGain:
         slopes = {}
         for gain in ("unit", "none"):
             config = QuantConfig(method="starquant+", wbits=2, gain=gain)
-            fitted, _ = METHODS["starquant+"](weight, None, inputs, config, generator(), None)
+            fitted, _ = METHODS["starquant+"].fit(weight, None, inputs, config, generator(), None)
             state, masked = inputs.state, inputs.state[0]
             y, y_hat = (t[0] - state_means(t[0], masked)[masked.long()] for t in (inputs.y, fitted(inputs.x, state)))
             weights = torch.where(masked, config.mask_weight, 1.0)[:, None]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from arguments import fast
+from arguments import fast, quick
 
 import bench
 import calibrate
 from experiments import figures
-from methods import METHODS, QuantConfig
+from methods import METHODS
 from model import generate, load_model
 from tiny import metrics, tasks
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cuda,
 
 def calibrated(model, **setting):
     tokens, region = tasks.calibration_set(model.tokenizer, 16, 64, 0)
-    return calibrate.quantize_model(model, tokens, QuantConfig(epochs=1, **setting), region)
+    return calibrate.quantize_model(model, tokens, quick(**setting), region)
 
 
 @pytest.fixture(scope="module")

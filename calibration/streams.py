@@ -1,0 +1,87 @@
+"""Activations of the calibration set on their way through one block: its output, and what reaches its linears.
+
+Segments pass a block in chunks. All activations of one kind are one tensor (S, L, d), in memory or, with `--spill`, in
+a file.
+"""
+
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+
+from runtime.processes import batches
+
+SEGMENTS = 64  # that pass through a block at once
+
+
+def activations(shape, like, spill: Path | None):
+    """Room for activations of like's dtype: on its device, or in a file of the folder `spill`.
+
+    The file has no name once it is mapped, so it goes with its tensor, however the program ends. It is allocated
+    whole, so that a full disk is an OSError here and not a crash later.
+    """
+    if spill is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    with tempfile.NamedTemporaryFile(dir=spill) as file:
+        size = prod(shape) * like.element_size()
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
+
+
+class Kept(dict):
+    """Activations by name, one tensor (S, ...) each, filled segments by segments."""
+
+    def __init__(self, segments: int, spill: Path | None):
+        super().__init__()
+        self.segments, self.spill = segments, spill
+
+    def put(self, now: slice, name: str, part) -> None:
+        if name not in self:  # the first part shows the width
+            self[name] = activations((self.segments, *part.shape[1:]), part, self.spill)
+        self[name][now] = part
+
+
+class Reached(Exception):  # noqa: N818 (not an error)
+    """The submodule whose input is wanted is reached, so the rest of the block need not run."""
+
+
+@contextmanager
+def watching(block, names, see, stop: bool = False):
+    """While it is open, see(name, x) is called with the input x of each named submodule of a block that runs."""
+    def hook(name, x):
+        see(name, x)
+        if stop:
+            raise Reached
+
+    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0]))
+             for name in names]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...] = (), spill: Path | None = None):
+    """x (S, L, D) -> the output of a block (S, L, D) and the input of each submodule in `watch`, {name: (S, L, d)}."""
+    kept = Kept(len(x), spill)
+    for now in batches(len(x), rows):
+        with watching(block, watch, partial(kept.put, now)):
+            kept.put(now, "output", block(x[now].to(state.device), state[now], rope))
+    return kept.pop("output"), kept
+
+
+@torch.no_grad()
+def input_of(name: str, block, x, state, rope, spill: Path | None = None):
+    """Input (S, L, d) of the submodule `name` of a block, which runs up to it and no further."""
+    kept = Kept(len(x), spill)
+    for now in batches(len(x), SEGMENTS):
+        with watching(block, (name,), partial(kept.put, now), stop=True), suppress(Reached):
+            block(x[now].to(state.device), state[now], rope)
+    return kept[name]
