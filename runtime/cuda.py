@@ -35,15 +35,19 @@ What a production library does beyond this: such a product for many tokens as we
 and multiplied by a whole warp group (Hopper's wgmma).
 """
 
+import math
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 import kernels
+from starquant import apply_basis
 
 THREADS = 256
 TAC_BLOCK = 16
@@ -52,12 +56,13 @@ WARPS = 8  # of a CUDA block of packed_product, each with its part of K
 FEW = 256  # tokens up to which packed_product is tried
 L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
 WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
-SOURCES = [Path(__file__).parent / name for name in ("kernels.cu", "products.cu")]
+SOURCE, PRODUCTS_SOURCE = (Path(__file__).parent / name for name in ("kernels.cu", "products.cu"))
 # parts by themselves: the unrolled loops of feedback take seconds to compile, which only those should wait for who use
 # it, and packed_product needs tensor cores as sm_80 has them
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",),
-         "packed": ("packed_product",), "orders": ("arrange_codes", "unpack_e4m3", "add_ends"),
-         "tiled": ("tiled_product",), "grouped": ("grouped_product",)}
+         "packed": ("packed_product",)}
+PRODUCTS = {"orders": ("arrange_codes", "unpack_e4m3", "add_ends"), "tiled": ("tiled_product",),
+            "grouped": ("grouped_product",)}
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
@@ -119,7 +124,7 @@ def source(dtype, *parts: str, tile: Tile | Grouped | None = None) -> str:
     sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
     names = {"REAL": TYPES[dtype], **numbers, **sizes, **{part.upper(): "" for part in parts}}
     return "".join(f"#define {name} {value}\n" for name, value in names.items()) + "".join(
-        path.read_text() for path in SOURCES)
+        path.read_text() for path in (SOURCE, PRODUCTS_SOURCE))
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ def _without_cuda_home():
 @cache
 def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) -> dict:
     """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
-    tools, names = torch.cuda._utils, PARTS[part]
+    tools, names = torch.cuda._utils, (PARTS | PRODUCTS)[part]
     # asked for at every launch, and loading a library takes longer than a small kernel
     if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
         tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
@@ -158,7 +163,7 @@ def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) 
 
 def _launch(name: str, dtype, grid, args, threads: int | None = None,
             tile: Tile | Grouped | None = None) -> None:
-    device, part = args[0].device, next(part for part, names in PARTS.items() if name in names)
+    device, part = args[0].device, next(part for part, names in (PARTS | PRODUCTS).items() if name in names)
     with torch.cuda.device(device):
         _compiled(device.index, dtype, part, tile)[name](
             (*grid, *(1,) * (3 - len(grid))), (threads or THREADS, 1, 1), args, tile.shared if tile else 0)
@@ -279,7 +284,7 @@ def tiled_product(tile: Tile | Grouped, codes, packed, scale, zero, x_sum, w_sca
     partial = y if splits == 1 else torch.empty(across * down * splits * tile.TM * tile.TN, dtype=torch.int32,
                                                 device=y.device)
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
-    _launch(PARTS[tile.part][0], y.dtype, (across, down, splits),
+    _launch(PRODUCTS[tile.part][0], y.dtype, (across, down, splits),
             [codes, packed, *ends, y, partial, _counters(y.device), M, N, K, rows, *given], tile.threads, tile)
 
 
@@ -321,54 +326,171 @@ def token_codes(x, state, d_m: int, d_u: int, bits: int, clip=None, V=None):
 
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
                clip=None, V=None, shift=None):
-    """Φ-gate, quantize, multiply, dequantize: x (M, K) transformed activations -> (M, N) in x's dtype.
+    """`linear` of transformed activations x (M, K) by tensors."""
+    layer = SimpleNamespace(
+        weight_packed=weight, weight_scale=w_scale, weight_sum=w_sum, weight_zero=w_zero, bias=bias, shift=shift,
+        clip=clip, feedback=V, mean=None, d_m=d_m, d_u=d_u, abits=bits, wbits=4 if packed else 8, packed=packed,
+        in_features=x.shape[1], basis=lambda x: [])
+    return linear(layer, x, state)
 
-    weight: (N, K/2) uint8 packed or (N, K) int8; w_scale (N,) fp32, w_sum, w_zero (N,) int32, bias (N,) fp32; clip (2,)
-    fp32; V (K/64, 64, 64) bf16, the feedback, without gates only; shift (2, N) fp32 of either state.
+
+def few(x, N: int) -> bool:
+    """Whether `packed_product` serves activations x (M, K) and N outputs."""
+    M, K = x.shape
+    return x.is_cuda and M <= FEW and K % 128 == 0 and N % 32 == 0 and ready(x.device.index, x.dtype, "packed")
+
+
+class Way(NamedTuple):
+    """A product of a linear: the order in which it takes codes (`arrange_codes`), and
+    multiply(layer, codes, scale, zero, y, state), which fills y (M, C)."""
+
+    name: str
+    order: str
+    multiply: Callable
+
+
+def serves(layer, x) -> bool:
+    """Whether the kernels serve a QuantLinear and activations x (..., d): a GPU, fp32 or bf16, d and C multiples of 16,
+    blocks of feedback of 64."""
+    return usable(x, len(layer.weight_scale), layer.feedback)
+
+
+def linear(layer, x, state):
+    """Eq. 13: x (..., d), state (...) or None -> (..., C) in x's dtype, by the fastest product of the shape."""
+    state = None if state is None else state.flatten().contiguous()
+    x, lead = rows(layer, x, state), x.shape[:-1]  # (M, d)
+    y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
+    codes = cache(lambda order: ordered_codes(layer, x, state, order))
+    calls = {way.name: partial(lambda way: way.multiply(layer, *codes(way.order), y, state), way)
+             for way in ways(layer, x)}
+    calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
+    return y.reshape(*lead, -1)
+
+
+def rows(layer, x, state):
+    """x (..., d) less the mean of its token's state, times P, in x's dtype: (M, d)."""
+    x = x if layer.mean is None else centre(x, layer.mean, state)
+    return apply_basis(x, layer.basis(x)).reshape(-1, layer.in_features)
+
+
+def ordered_codes(layer, x, state, order: str):
+    """Codes of transformed activations x (M, d) in the order of a product; scale and zero point of every token."""
+    codes, scale, zero = token_codes(x, state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback)
+    return arrange_codes(codes, zero, order), scale, zero
+
+
+def ways(layer, x) -> list[Way]:
+    """The products that serve a layer and rows x (M, d); the last one always does."""
+    (M, K), N, index = x.shape, len(layer.weight_scale), x.device.index
+    found = []
+    if layer.packed and x.is_cuda and K % 128 == 0 and M * K < 2**31:
+        found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in TILES.items()
+                  if (tile.TM <= 32 or tile.TM < 2 * M) and ready(index, x.dtype, name)]
+    if max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16 \
+            and x.is_cuda and fp8_is_exact(index):
+        found.append(Way("fp8", "e4m3", _by_fp8))
+    if layer.packed and few(x, N):
+        found.append(Way("packed_product", "plain", _by_packed_product))
+    return [*found, Way("slices", "plain", _in_slices)]
+
+
+def _ends_of(layer, codes, scale, zero, state) -> dict:
+    """What every product of our own ends with."""
+    # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
+    x_sum = None if layer.weight_zero is None else (
+        codes[: len(zero)].sum(-1, dtype=torch.int32) - layer.in_features * zero)
+    return {"scale": scale, "zero": zero, "x_sum": x_sum, "w_scale": layer.weight_scale, "w_sum": layer.weight_sum,
+            "w_zero": layer.weight_zero, "bias": layer.bias, "shift": layer.shift, "state": state}
+
+
+def _by_tiles(tile, layer, codes, scale, zero, y, state):
+    tiled_product(tile, codes, layer.weight_packed, **_ends_of(layer, codes, scale, zero, state), y=y)
+
+
+def _by_packed_product(layer, codes, scale, zero, y, state):
+    packed_product(codes, layer.weight_packed, **_ends_of(layer, codes, scale, zero, state), y=y)
+
+
+def _in_slices(layer, codes, scale, zero, y, state):
+    """`torch._int_mm` and `epilogue`, along N slice by slice: the readable way, of any shape and of up to 8 bits."""
+    ends, (N, K) = _ends_of(layer, codes, scale, zero, state), (len(layer.weight_scale), layer.in_features)
+    width = slice_width(len(codes), N, K, layer.packed)
+    scratch = torch.empty(width, K, dtype=torch.int8, device=y.device) if layer.packed else None
+    for n in range(0, N, width):
+        part = slice(n, min(n + width, N))
+        w = layer.weight_packed[part]
+        w = unpack_int4(w, scratch[: len(w)], y.dtype) if layer.packed else w.to(torch.int8)
+        acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), codes, w, 2 ** (layer.abits + layer.wbits - 2))
+        of_part = {name: ends[name] if ends[name] is None else ends[name][..., part]
+                   for name in ("w_scale", "w_sum", "w_zero", "bias", "shift")}
+        epilogue(acc, **(ends | of_part), y=y[:, part])
+
+
+def _by_fp8(layer, codes, scale, zero, y, state):
+    """Y = s_x s_w Σ_k (X_c - z_c) W_c on fp8 tensor cores, exactly, and bias and shift behind y's rounding."""
+    weight = unpack_e4m3(layer.weight_packed) if layer.packed else layer.weight_packed
+    fp8_product(codes[: len(y)], weight, scale, layer.weight_scale, y)
+    if layer.bias is not None or layer.shift is not None:
+        add_ends(y, layer.bias, layer.shift, state)
+
+
+def fp8_product(codes, weight, scale, w_scale, y):
+    """y (M, N) bf16 = scale (M,) w_scale (N,) Σ_k codes (M, K) weight (N, K), both e4m3, in one kernel of cuBLAS.
+
+    Integers up to 15 times integers up to 8 are exact, and so are their sums in fp32 without fast accumulation."""
+    torch._scaled_mm(codes, weight.t(), scale_a=scale[:, None], scale_b=w_scale[None], out_dtype=y.dtype,
+                     use_fast_accum=False, out=y)
+
+
+@cache
+def fp8_is_exact(index: int) -> bool:
+    """Whether this GPU has fp8 tensor cores whose sums equal integers, also the largest: tried once."""
+    if torch.cuda.get_device_capability(index) < (8, 9):
+        return False
+    device, g = torch.device("cuda", index), torch.Generator().manual_seed(0)
+    try:
+        for M, K, N in ((33, 1056, 272), (128, 12288, 512)):
+            a, w = torch.randint(-15, 16, (M, K), generator=g), torch.randint(-8, 8, (N, K), generator=g)
+            a[0], w[0] = 15, -8
+            a, w = a.to(device, torch.float32), w.to(device, torch.float32)
+            scale, w_scale = torch.rand(M, generator=g).to(device), torch.rand(N, generator=g).to(device)
+            y = torch.empty(M, N, dtype=torch.bfloat16, device=device)
+            fp8_product(a.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), scale, w_scale, y)
+            want = (a.double() @ w.double().t()).float() * scale[:, None] * w_scale
+            if not torch.equal(y, want.bfloat16()):
+                return False
+        return ready(index, torch.float32, "orders")
+    except (RuntimeError, AttributeError, TypeError):  # no such call, or no such shape
+        return False
+
+
+_FASTEST = {}  # (device, ...) -> name of a way
+
+
+def chosen() -> dict:
+    """Which product serves which shape so far: "M x K -> N" and the residency of the weights -> its name."""
+    return {f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}": name
+            for (_, _, M, N, K, packed), name in _FASTEST.items()}
+
+
+def fastest(calls: dict, key: tuple) -> str:
+    """The name of the fastest, when key was first met, of `calls`: functions that do the same on the device key[0].
+
+    One that fails for want of memory is not taken, unless it is the last one.
     """
-    (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    integers, scale, zero = token_codes(x, state, d_m, d_u, bits, clip, V)
-    # Σ_k (X_c − z_c), only for asymmetric weights
-    x_sum = None if w_zero is None else integers[:M].sum(-1, dtype=torch.int32) - K * zero
-
-    def in_slices():
-        width = slice_width(len(integers), N, K, packed)
-        scratch = torch.empty(width, K, dtype=torch.int8, device=x.device) if packed else None
-        largest = 2 ** (bits + (4 if packed else 8) - 2)
-        for n in range(0, N, width):
-            part = slice(n, min(n + width, N))
-            w = unpack_int4(weight[part], scratch[: part.stop - n], x.dtype) if packed else weight[part]
-            acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), integers, w, largest)
-            epilogue(acc, scale, zero, x_sum, w_scale[part], w_sum[part], None if w_zero is None else w_zero[part],
-                     None if bias is None else bias[part], y[:, part], None if shift is None else shift[:, part], state)
-
-    def at_once():
-        packed_product(integers, weight, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift, state)
-
-    ways = [at_once, in_slices] if packed and few(integers, N, x.dtype) else [in_slices]
-    fastest(ways, (x.device, x.dtype, len(integers), N, K))()
-    return y
-
-
-def few(codes, N: int, dtype) -> bool:
-    """Whether `packed_product` serves codes (⌈M⌉32, K) and N outputs."""
-    rows, K = codes.shape
-    return (codes.is_cuda and rows <= FEW and K % 128 == 0 and N % 32 == 0
-            and ready(codes.device.index, dtype, "packed"))
-_FASTEST = {}  # (device, ...) -> position in the list of ways
-
-
-def fastest(ways: list, key: tuple):
-    """The fastest, when key was first met, of `ways`: functions that do the same on the device key[0]."""
-    if len(ways) == 1:
-        return ways[0]
-    if key not in _FASTEST:
-        if torch.cuda.is_current_stream_capturing():
-            return ways[0]  # nothing can be timed now; a warm-up forward comes before any recording
-        seconds = [_gpu_seconds(way, key[0]) for way in ways]
-        _FASTEST[key] = seconds.index(min(seconds))
-    return ways[_FASTEST[key]]
+    *others, last = calls
+    if key in _FASTEST or not others:
+        return _FASTEST.get(key, last)
+    if torch.cuda.is_current_stream_capturing():
+        return last  # nothing can be timed now; a warm-up forward comes before any recording
+    seconds = {}
+    for name, call in calls.items():
+        try:
+            seconds[name] = _gpu_seconds(call, key[0])
+        except torch.OutOfMemoryError:
+            seconds[name] = math.inf
+    _FASTEST[key] = min(calls, key=seconds.get) if min(seconds.values()) < math.inf else last
+    return _FASTEST[key]
 
 
 def _gpu_seconds(call, device, repeats: int = 5) -> float:
@@ -414,7 +536,8 @@ def ready(index: int, dtype, part: str = "linear") -> bool:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         telling = next((line for line in lines if "error" in line.lower() and not line.endswith(":")), lines[-1])
         reason = f"they do not compile or start here ({telling.strip()})"
-    warnings.warn(f"Of the CUDA kernels {', '.join(PARTS[part])} are not used, because {reason}; others, or plain "
+    names = (PARTS | PRODUCTS).get(part, [part])
+    warnings.warn(f"Of the CUDA kernels {', '.join(names)} are not used, because {reason}; others, or plain "
                   f"PyTorch, serve instead (slower).", stacklevel=2)
     return False
 
@@ -423,7 +546,7 @@ def self_check(device, dtype, part: str) -> str | None:
     """The kernels of a part against the eager formulas, on a ragged number of rows: the first that differs."""
     g = torch.Generator().manual_seed(0)
     M, d_m, d_u = 37, 24, 40
-    K, N = (1152, 288) if part == "packed" else (1088, 272)
+    K, N = (1152, 288) if part in ("packed", "orders", *TILES) else (1088, 272)
     state = (torch.rand(M, generator=g) < 0.5).to(device)
     x = torch.randn(M, K, generator=g).to(device, dtype)
     x[3] = 0
@@ -442,10 +565,23 @@ def self_check(device, dtype, part: str) -> str | None:
     gated = x.masked_fill(off, 0)
     codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4, clip)
     want = kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float", clip) + shift[state.long()]
-    if part == "packed":
+    if part in ("packed", *TILES):
         y, x_sum = torch.empty(M, N, dtype=dtype, device=device), codes[:M].sum(-1, dtype=torch.int32) - K * zero
-        packed_product(codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift, state)
-        return None if torch.equal(y, want.to(dtype)) else "packed_product"
+        ends = (packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift, state)
+        for splits in (1, 2):
+            if part == "packed":
+                packed_product(codes, *ends)
+            else:
+                tiled_product(TILES[part]._replace(splits=splits), arrange_codes(codes, zero, "paired"), *ends)
+            if not torch.equal(y, want.to(dtype)):
+                return "packed_product" if part == "packed" else part
+        return None
+    if part == "orders":
+        y = want.to(dtype)
+        differ = {"unpack_e4m3": unpack_e4m3(packed).float() - w,
+                  "arrange_codes": arrange_codes(codes, zero, "e4m3")[:M].float() - (codes[:M] - zero[:, None]),
+                  "add_ends": add_ends(y.clone(), bias, shift, state) - (y + bias + shift[state.long()]).to(dtype)}
+        return next((name for name, by in differ.items() if by.any()), None)
     if not torch.equal(unpack_int4(packed, torch.empty_like(w), dtype), w):
         return "unpack_int4"
     if not torch.equal(centre(x, mean, state), (x - mean[state.long()]).to(dtype)):

@@ -7,8 +7,8 @@ import torch
 import kernels
 from methods.plus import feedback_matrix
 from runtime import cuda
-from runtime.layers import QuantLinear
-from starquant import Kronecker, apply_basis, tac_apply
+from runtime.layers import Centre, Grid, QuantLinear, Weight
+from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -87,12 +87,9 @@ def check_packed(device, seed, M, K, N, dtype, bits, asymmetric, has_bias, shift
     w_zero = w[:, 0].int() if asymmetric else None
     shift = torch.randn(2, N, generator=g).to(device) if shifted else None
     with pytest.MonkeyPatch.context() as patch:
-        used = []
-        patch.setattr(cuda, "few", lambda codes, N, dtype: True)
-        patch.setattr(cuda, "fastest", lambda ways, key: used.append(len(ways)) or ways[0])
+        patch.setattr(cuda, "ways", lambda *_: [cuda.Way("packed_product", "plain", cuda._by_packed_product)])
         y = cuda.int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
                                     bias, w_zero, None, None, shift)
-    assert used == [2]
     want = kernels.int_linear(x, w, w_scale, kernels.row_sums(w), bits, 4, bias, w_zero, "float")
     assert torch.equal(y, (want if shift is None else want + shift[state.long()]).to(dtype))
 
@@ -132,11 +129,13 @@ def check_plus(device, dtype, masked):
 
 def plus_layer(K=128, N=48):
     g = torch.Generator().manual_seed(0)
-    P = [torch.linalg.qr(torch.randn(*s, generator=g))[0].bfloat16() for s in ((K // 64, 64, 64), (K // 64, K // 64))]
+    blocks, across = (torch.linalg.qr(torch.randn(*s, generator=g))[0] for s in ((K // 64, 64, 64), (K // 64, K // 64)))
+    P = [Blocks(blocks.bfloat16()), Across(across.bfloat16())]
     codes = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
-    centre = torch.randn(2, K, generator=g), torch.randn(2, N, generator=g)
-    return QuantLinear(codes, torch.rand(N, generator=g), P, bias=torch.randn(N, generator=g), centre=centre,
-                       clip=torch.full((2,), 0.9), feedback=feedback_matrix(codes.float(), 64))
+    centre = Centre(torch.randn(2, K, generator=g), torch.randn(2, N, generator=g))
+    weight = Weight(codes, torch.rand(N, generator=g))
+    grid = Grid(4, torch.full((2,), 0.9), feedback_matrix(codes.float(), 64))
+    return QuantLinear(weight=weight, grid=grid, P=P, bias=torch.randn(N, generator=g), centre=centre)
 
 
 def check_tac(device, dtype, rows, blocks):

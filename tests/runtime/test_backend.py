@@ -139,55 +139,6 @@ class TestBackend:
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-class TestFastest:
-    @pytest.fixture(autouse=True)
-    def timed(self, monkeypatch):
-        monkeypatch.setattr(cuda, "_FASTEST", {})
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(cuda, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
-        self.timings = []
-
-    def test_the_faster_one_is_kept_for_its_shape(self):
-        ways, key = [lambda: 2.0, lambda: 1.0], ("cuda", 32, 64, 128)
-        assert cuda.fastest(ways, key) is ways[1]
-        assert self.timings == ways
-        assert cuda.fastest(ways, key) is ways[1]
-        assert len(self.timings) == 2
-        later = [lambda: 1.0, lambda: 2.0]
-        assert cuda.fastest(later, ("cuda", 64, 64, 128)) is later[0]
-        assert cuda.fastest(later, key) is later[1]  # as its shape was
-        assert cuda.fastest(later[:1], key) is later[0]  # the same shape with int8 residency
-
-    def test_one_way_needs_no_clock(self):
-        way = object()
-        assert cuda.fastest([way], "key") is way
-        assert not self.timings
-
-    def test_nothing_is_timed_while_a_graph_is_recorded(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        ways = [lambda: 2.0, lambda: 1.0]
-        assert cuda.fastest(ways, ("cuda",)) is ways[0]
-        assert not self.timings
-        assert not cuda._FASTEST  # and nothing is kept that was not timed
-
-
-def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
-    class Codes:
-        def __init__(self, rows, K, is_cuda=True):
-            self.shape, self.is_cuda, self.device = (rows, K), is_cuda, torch.device("cuda", 0)
-
-    asked = []
-    monkeypatch.setattr(cuda, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
-    assert cuda.few(Codes(cuda.FEW, 4096), 4096, torch.bfloat16)
-    assert asked == [(0, torch.bfloat16, "packed")]
-    for codes, N in ((Codes(cuda.FEW + 32, 4096), 4096), (Codes(32, 4160), 4096), (Codes(32, 4096), 4112),
-                     (Codes(32, 4096, False), 4096)):
-        assert not cuda.few(codes, N, torch.bfloat16)
-    assert len(asked) == 1  # nothing is compiled that cannot serve
-    monkeypatch.setattr(cuda, "ready", lambda *_: False)
-    assert not cuda.few(Codes(32, 4096), 4096, torch.bfloat16)
-
-
 def test_kernels_are_for_gpus_only():
     assert not cuda.usable(torch.randn(4, 64), 64)
 
