@@ -237,7 +237,7 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
         if cuda.usable(x, linear.weight_packed.shape[0], linear.feedback):
             return cuda.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
                                             linear.abits, linear.clip, linear.feedback)
-        rows = linear.transformed(x, state).reshape(-1, x.shape[-1])
+        rows = linear.phi(x, state).reshape(-1, x.shape[-1])
         return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
     calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
@@ -292,7 +292,7 @@ def tables(result: dict) -> str:
     out += markdown(("ms per step (least possible)", *names),
                     [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
     if result.get("packed_product"):
-        out += ["", "`packed_product` was the faster product, and is used, for M x K -> N: "
+        out += ["", "The fastest product, which is used, for M x K -> N: "
                     f"{', '.join(result['packed_product'])}."]
     names = result["linear_models"]
     out += markdown(("linear, M: µs (least possible)", *names),
@@ -360,7 +360,7 @@ def run(args, keep=lambda result: None) -> dict:
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     keep(result)
-    faster = [f"{M} x {K} -> {N}" for (_, _, M, N, K), way in cuda._FASTEST.items() if way == 0]
+    faster = [f"{shape}: {name}" for shape, name in cuda.chosen().items()]
     result["packed_product"] = faster
     # last, because what it tries on purpose may end a GPU's context
     result["refused"] = sorted([str(d), *sizes] for d, *sizes in kernels._REFUSED)  # these ran through the fallback
