@@ -129,6 +129,11 @@ def source(dtype, *parts: str, tile: Tile | Grouped | None = None) -> str:
 # ---- compiling -----------------------------------------------------------------------------------------------------
 
 
+def target(capability: tuple, part: str) -> str:
+    """The architecture to compile a part for; instructions that only Hopper has need an a behind it."""
+    return f"{capability[0]}{capability[1]}{'a' * (part == 'grouped')}"
+
+
 @contextmanager
 def _without_cuda_home():
     """PyTorch's compiler call asks for the toolkit's include folder, which wheel-only installations lack and we never
@@ -151,10 +156,8 @@ def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) 
     if not hasattr(tools._get_gpu_runtime_library, "cache_info"):
         tools._get_gpu_runtime_library = cache(tools._get_gpu_runtime_library)
     with torch.cuda.device(index), _without_cuda_home():
-        major, minor = torch.cuda.get_device_capability(index)
-        # instructions of Hopper alone are compiled for sm_90a
-        target = f"{major}{minor}{'a' * (part == 'grouped')}"
-        code, _ = tools._nvrtc_compile(source(dtype, part, tile=tile), names[0], target)
+        capability = torch.cuda.get_device_capability(index)
+        code, _ = tools._nvrtc_compile(source(dtype, part, tile=tile), names[0], target(capability, part))
         functions = tools._cuda_load_module(code, list(names))
         if tile:
             functions[names[0]].set_shared_memory_config(tile.shared)

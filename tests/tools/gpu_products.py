@@ -9,10 +9,11 @@ from memory. Without a GPU the same lines run on tiny shapes and no kernel is st
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
+import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +23,7 @@ import kernels
 from runtime import cuda
 from runtime.cuda import Grouped, Tile
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA starts only after the processes that compile
 GPU = torch.cuda.is_available()
 DEVICE, BF16 = torch.device("cuda:0" if GPU else "cpu"), torch.bfloat16
 SHAPES = {"gate_up": (4096, 24576), "out": (4096, 4096), "qkv": (4096, 12288), "down": (12288, 4096)}  # K, N
@@ -96,6 +98,33 @@ def microseconds(calls: list, repeats: int = 5) -> float:
     return sorted(times)[repeats // 2]
 
 
+def compiled(tile):
+    """The source of a tile's kernel and its machine code, or what the compiler says."""
+    source = cuda.source(BF16, tile.part, tile=tile)
+    with cuda._without_cuda_home():
+        try:
+            return source, torch.cuda._utils._nvrtc_compile(source, cuda.PRODUCTS[tile.part][0], cuda.target(
+                CAPABILITY, tile.part))[0]
+        except RuntimeError as error:
+            return source, str(error)
+
+
+def compile_all(tiles):
+    """Compile the kernels of all tiles at once, a process each, and hand them out where they are asked for."""
+    global CAPABILITY
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True,
+                           text=True, check=True)
+    CAPABILITY = tuple(map(int, asked.stdout.split()[0].split(".")))
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        code = dict(pool.map(compiled, tiles, chunksize=1))
+    for said in code.values():
+        if isinstance(said, str):
+            print("does not compile:", said[:300], flush=True)
+    tools, one = torch.cuda._utils, torch.cuda._utils._nvrtc_compile
+    tools._nvrtc_compile = lambda source, name, *others: (
+        (code[source], name) if isinstance(code.get(source), bytes) else one(source, name, *others))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=os.path.join(os.environ.get("OUT", "."), "products.json"))
@@ -104,20 +133,12 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     args = parser.parse_args(argv)
     start, rows = time.time(), []
-    g = torch.Generator(DEVICE).manual_seed(0)
-
-    def compiled(tile):
-        try:
-            cuda._compiled(0, BF16, tile.part, tile)
-        except Exception as error:
-            print("does not compile:", tile, str(error)[:300], flush=True)
-
+    every = {name: tile for M in args.tokens for name, tile in tiles(M).items() if re.search(args.names, name)}
     if GPU:
-        torch.zeros(1, device=DEVICE)
-        with ThreadPoolExecutor(16) as pool:
-            every = {name: tile for M in args.tokens for name, tile in tiles(M).items()}
-            list(pool.map(compiled, [tile for name, tile in every.items() if re.search(args.names, name)]))
-    print(f"compiled after {time.time() - start:.1f} s", flush=True)
+        compile_all(set(every.values()))
+        torch.cuda.init()
+    g = torch.Generator(DEVICE).manual_seed(0)
+    print(f"compiled {len(every)} kernels after {time.time() - start:.1f} s", flush=True)
     for linear, (K, N) in SHAPES.items():
         layers, halves = [], 2 + 80_000_000 // (N * K)
         for i in range(max(2, min(24, -(-250_000_000 // (N * K // 2)))) if GPU else 2):
@@ -152,7 +173,7 @@ def main(argv=None):
                     row["us"][name] = f"{type(error).__name__}: {str(error)[:200]}"
             rows.append(row)
             times = sorted((t, name) for name, t in row["us"].items() if isinstance(t, float))
-            print(f"{linear} {M}: " + ", ".join(f"{name} {t:.1f}" for t, name in times), flush=True)
+            print(f"{linear} {M}: " + ", ".join(f"{name} {t:.1f}" for t, name in times[:6]), flush=True)
             failed = {name: t for name, t in row["us"].items() if not isinstance(t, float)}
             wrong = {name: n for name, n in row["differ"].items() if n}
             if failed or (wrong and GPU):
@@ -161,7 +182,19 @@ def main(argv=None):
                 json.dump({"device": torch.cuda.get_device_name() if GPU else "cpu", "rows": rows}, file, indent=1)
             del acc, want
         del layers, w
-    print(f"{time.time() - start:.0f} s", flush=True)
+    kinds = {"bf16": "bf16", "fp8, resident": "fp8, resident", "fp8, unpacked": "fp8, unpacked",
+             "packed_product": "packed_product", "tiled": "tiled .*", "grouped": "grouped .*"}
+    print("\n| linear | tokens | " + " | ".join(kinds) + " |\n|" + "---|" * (2 + len(kinds)))
+    for row in rows:
+        cells = []
+        for pattern in kinds.values():
+            found = sorted((t, name) for name, t in row["us"].items()
+                           if isinstance(t, float) and re.fullmatch(pattern, name))
+            cells.append("" if not found else f"{found[0][0]:.1f}" + (
+                f" ({found[0][1].partition(' ')[2]})" if pattern.endswith("*") else ""))
+        print(f"| {row['linear']} | {row['M']} | " + " | ".join(cells) + " |")
+    wrong = sum(n > 0 for row in rows for n in row["differ"].values()) if GPU else 0
+    print(f"products with outputs that differ: {wrong}; {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
