@@ -61,8 +61,9 @@ SOURCE, PRODUCTS_SOURCE = (Path(__file__).parent / name for name in ("kernels.cu
 # it, and packed_product needs tensor cores as sm_80 has them
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",),
          "packed": ("packed_product",)}
-PRODUCTS = {"orders": ("arrange_codes", "unpack_e4m3", "add_ends"), "tiled": ("tiled_product",),
+PRODUCTS = {"fp8": ("unpack_e4m3", "add_ends"), "tiled": ("tiled_product",),
             "grouped": ("grouped_product",)}
+ORDERS = ("plain", "paired", "e4m3")  # of codes
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
@@ -186,12 +187,14 @@ def centre(x, mean, state):
     return out
 
 
-def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only: bool = False):
+def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only: bool = False, order: str = "plain"):
     """Gate, clip, quantize: x (M, K) fp32 or bf16, state (M,) bool -> codes (⌈M⌉32, K) int8, scale (M,), zero (M,)
     int32; clip (2,) fp32.
 
     The integers of `kernels.quantize_rows` on gated x; the rows from M on are zero, as `torch._int_mm` wants them. With
-    grid_only the rows before are left for `feedback`. A token with NaN has scale NaN.
+    grid_only the rows before are left for `feedback`. A token with NaN has scale NaN. The order of codes is what a
+    product takes: "plain", channel by channel; "paired", in every 32 channels the even ones before the odd ones, K a
+    multiple of 32; "e4m3", X_c - z_c as fp8 numbers.
     """
     (M, K), x = x.shape, x.contiguous()
     rows = kernels._multiple(M, 32)
@@ -199,18 +202,20 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only:
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     zero = torch.empty(M, dtype=torch.int32, device=x.device)
     gates = state.contiguous() if d_m or d_u else codes  # never read without gates
-    _launch("quantize_rows", x.dtype, (rows,), [x, gates, codes, scale, zero, scale if clip is None else clip, M, K,
-                                                d_m, d_u, bits, int(clip is not None), int(grid_only)])
-    return codes, scale, zero
+    _launch("quantize_rows", x.dtype, (rows,),
+            [x, gates, codes, scale, zero, scale if clip is None else clip, M, K, d_m, d_u, bits, int(clip is not None),
+             int(grid_only), ORDERS.index(order)])
+    return codes.view(torch.float8_e4m3fn) if order == "e4m3" else codes, scale, zero
 
 
-def feedback(x, V, scale, zero, codes, bits: int):
+def feedback(x, V, scale, zero, codes, bits: int, order: str = "plain"):
     """Round x (M, K) by feedback into codes (≥ M, K): V (K/64, 64, 64) bf16, scale and zero (M,) of `quantize_rows`.
 
     The integers of `kernels.feedback_codes`.
     """
     (M, K), x = x.shape, x.contiguous()
-    _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits])
+    _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits,
+                                                                             ORDERS.index(order)])
 
 
 def unpack_int4(packed, out, dtype=torch.float32):
@@ -241,17 +246,6 @@ def packed_product(codes, packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bi
     (M, N), (rows, K) = y.shape, codes.shape
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
     _launch("packed_product", y.dtype, (N // 32, rows // 32), [codes, packed, *ends, y, M, N, K, *given], 32 * WARPS)
-
-
-def arrange_codes(codes, zero, order: str):
-    """Codes (rows, K) int8 in the order of a product, K a multiple of 32: "plain", as they are; "paired", in every 32
-    channels the even ones before the odd ones, as `tiled_product` takes them; "e4m3", X_c - z_c as fp8 numbers."""
-    (rows, K), paired = codes.shape, order == "paired"
-    if order == "plain":
-        return codes
-    out = torch.empty_like(codes, dtype=torch.int8 if paired else torch.float8_e4m3fn)
-    _launch("arrange_codes", torch.float32, (rows, _blocks(K // 32)), [codes, zero, out, K, len(zero), int(paired)])
-    return out
 
 
 def unpack_e4m3(packed):
@@ -319,11 +313,11 @@ def slice_width(M: int, N: int, K: int, packed: bool) -> int:
     return min(N, max(256, width // 256 * 256))
 
 
-def token_codes(x, state, d_m: int, d_u: int, bits: int, clip=None, V=None):
+def token_codes(x, state, d_m: int, d_u: int, bits: int, clip=None, V=None, order: str = "plain"):
     """`quantize_rows`, rounded by the feedback V where there is one."""
-    integers, scale, zero = quantize_rows(x, state, d_m, d_u, bits, clip, V is not None)
+    integers, scale, zero = quantize_rows(x, state, d_m, d_u, bits, clip, V is not None, order)
     if V is not None:
-        feedback(x, V, scale, zero, integers, bits)
+        feedback(x, V, scale, zero, integers, bits, order)
     return integers, scale, zero
 
 
@@ -344,7 +338,7 @@ def few(x, N: int) -> bool:
 
 
 class Way(NamedTuple):
-    """A product of a linear: the order in which it takes codes (`arrange_codes`), and
+    """A product of a linear: the order in which it takes codes (`quantize_rows`), and
     multiply(layer, codes, scale, zero, y, state), which fills y (M, C)."""
 
     name: str
@@ -363,7 +357,8 @@ def linear(layer, x, state):
     state = None if state is None else state.flatten().contiguous()
     x, lead = rows(layer, x, state), x.shape[:-1]  # (M, d)
     y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
-    codes = cache(lambda order: ordered_codes(layer, x, state, order))
+    codes = cache(lambda order: token_codes(x, state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback,
+                                            order))
     calls = {way.name: partial(lambda way: way.multiply(layer, *codes(way.order), y, state), way)
              for way in ways(layer, x)}
     calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
@@ -374,12 +369,6 @@ def rows(layer, x, state):
     """x (..., d) less the mean of its token's state, times P, in x's dtype: (M, d)."""
     x = x if layer.mean is None else centre(x, layer.mean, state)
     return apply_basis(x, layer.basis(x)).reshape(-1, layer.in_features)
-
-
-def ordered_codes(layer, x, state, order: str):
-    """Codes of transformed activations x (M, d) in the order of a product; scale and zero point of every token."""
-    codes, scale, zero = token_codes(x, state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback)
-    return arrange_codes(codes, zero, order), scale, zero
 
 
 def ways(layer, x) -> list[Way]:
@@ -462,7 +451,7 @@ def fp8_is_exact(index: int) -> bool:
             want = (a.double() @ w.double().t()).float() * scale[:, None] * w_scale
             if not torch.equal(y, want.bfloat16()):
                 return False
-        return ready(index, torch.float32, "orders")
+        return ready(index, torch.float32, "fp8")
     except (RuntimeError, AttributeError, TypeError):  # no such call, or no such shape
         return False
 
@@ -549,7 +538,7 @@ def self_check(device, dtype, part: str) -> str | None:
     """The kernels of a part against the eager formulas, on a ragged number of rows: the first that differs."""
     g = torch.Generator().manual_seed(0)
     M, d_m, d_u = 37, 24, 40
-    K, N = (1152, 288) if part in ("packed", "orders", *TILES) else (1088, 272)
+    K, N = (1152, 288) if part in ("packed", "fp8", *TILES) else (1088, 272)
     state = (torch.rand(M, generator=g) < 0.5).to(device)
     x = torch.randn(M, K, generator=g).to(device, dtype)
     x[3] = 0
@@ -567,6 +556,10 @@ def self_check(device, dtype, part: str) -> str | None:
     off = torch.where(state[:, None], column >= K - d_u, (column >= K - d_u - d_m) & (column < K - d_u))
     gated = x.masked_fill(off, 0)
     codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4, clip)
+
+    def in_order(order):
+        return quantize_rows(x, state, d_m, d_u, 4, clip, order=order)[0]
+
     want = kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float", clip) + shift[state.long()]
     if part in ("packed", *TILES):
         y, x_sum = torch.empty(M, N, dtype=dtype, device=device), codes[:M].sum(-1, dtype=torch.int32) - K * zero
@@ -575,14 +568,14 @@ def self_check(device, dtype, part: str) -> str | None:
             if part == "packed":
                 packed_product(codes, *ends)
             else:
-                tiled_product(TILES[part]._replace(splits=splits), arrange_codes(codes, zero, "paired"), *ends)
+                tiled_product(TILES[part]._replace(splits=splits), in_order("paired"), *ends)
             if not torch.equal(y, want.to(dtype)):
                 return "packed_product" if part == "packed" else part
         return None
-    if part == "orders":
+    if part == "fp8":
         y = want.to(dtype)
         differ = {"unpack_e4m3": unpack_e4m3(packed).float() - w,
-                  "arrange_codes": arrange_codes(codes, zero, "e4m3")[:M].float() - (codes[:M] - zero[:, None]),
+                  "quantize_rows": in_order("e4m3")[:M].float() - (codes[:M] - zero[:, None]),
                   "add_ends": add_ends(y.clone(), bias, shift, state) - (y + bias + shift[state.long()]).to(dtype)}
         return next((name for name, by in differ.items() if by.any()), None)
     if not torch.equal(unpack_int4(packed, torch.empty_like(w), dtype), w):

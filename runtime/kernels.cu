@@ -50,6 +50,26 @@ __device__ void finish4(int sum[4], int m, int n, const float* scale, const int*
     store4(y + (long long)m * N + n, v);
 }
 
+// An integer up to 16 in size as e4m3, exactly: sign, 4 bits of exponent biased by 7, 3 of fraction.
+__device__ unsigned e4m3(int v) {
+    unsigned u = __float_as_uint((float)v);
+    int magnitude = (int)(u >> 20 & 0x7ffu) - (120 << 3);
+    return (u >> 24 & 0x80u) | (magnitude > 0 ? magnitude : 0);
+}
+// Codes X_c of channels k to k + 3 of a row, k a multiple of 4, as a product takes them: order 0, bytes as they come;
+// 1, in every 32 channels the even ones before the odd ones; 2, X_c - z_c as e4m3.
+__device__ void store_codes(signed char* row, int k, const int c[4], int z, int order) {
+    if (order == 1) {
+        unsigned short* at = (unsigned short*)(row + k / 32 * 32 + k % 32 / 2);
+        at[0] = (unsigned short)((c[0] & 255) | (c[2] & 255) << 8);
+        at[8] = (unsigned short)((c[1] & 255) | (c[3] & 255) << 8);
+    } else if (order == 2) {
+        *(unsigned*)(row + k) = e4m3(c[0] - z) | e4m3(c[1] - z) << 8 | e4m3(c[2] - z) << 16 | e4m3(c[3] - z) << 24;
+    } else {
+        *(char4*)(row + k) = make_char4((signed char)c[0], (signed char)c[1], (signed char)c[2], (signed char)c[3]);
+    }
+}
+
 #ifdef LINEAR
 // NaN stays NaN, where fminf and fmaxf take the other number
 __device__ float least(float a, float b) { return a < b || a != a ? a : b; }
@@ -69,7 +89,7 @@ extern "C" __global__ void centre(const real* x, const unsigned char* state, con
 // One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
 extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
                                          int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
-                                         int has_clip, int grid_only) {
+                                         int has_clip, int grid_only, int order) {
     __shared__ float lows[THREADS], highs[THREADS];
     int row = blockIdx.x, t = threadIdx.x;
     char4* out = (char4*)(codes + (long long)row * K);
@@ -112,13 +132,13 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
     float z = rintf(__fdiv_rn(-low, s));
     for (int k = 4 * t; k < K && !grid_only; k += 4 * THREADS) {  // else feedback rounds
         load4(in + k, v);
-        signed char c[4];
+        int c[4];
         for (int j = 0; j < 4; j++) {
             if (k + j >= from && k + j < to) v[j] = 0;
             v[j] = fminf(fmaxf(v[j], low), high);
-            c[j] = (signed char)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
+            c[j] = (int)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
         }
-        out[k / 4] = make_char4(c[0], c[1], c[2], c[3]);
+        store_codes(codes + (long long)row * K, k, c, (int)(z - half), order);
     }
     if (t == 0) {
         scale[row] = s;
@@ -194,7 +214,7 @@ __device__ unsigned pack4(const float* v) {  // four small integers as signed by
 // goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
 // numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
 extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
-                                    signed char* codes, int M, int K, int bits) {
+                                    signed char* codes, int M, int K, int bits, int order) {
     __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
     const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
     for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
@@ -221,9 +241,17 @@ extern "C" __global__ void feedback(const real* x, const float* scale, const int
             v[4 * j] -= e * w.x; v[4 * j + 1] -= e * w.y; v[4 * j + 2] -= e * w.z; v[4 * j + 3] -= e * w.w;
         }
     }
+    if (order == 0) {
 #pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 16)
-        *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
+        for (int i = 0; i < FEEDBACK_BLOCK; i += 16)
+            *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
+    } else {
+#pragma unroll
+        for (int i = 0; i < FEEDBACK_BLOCK; i += 4) {
+            int c[4] = {(int)v[i], (int)v[i + 1], (int)v[i + 2], (int)v[i + 3]};
+            store_codes(codes + at, i, c, (int)z, order);
+        }
+    }
 }
 #endif  // FEEDBACK
 

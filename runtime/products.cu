@@ -300,34 +300,7 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
 }
 #endif  // GROUPED
 
-#ifdef ORDERS
-// Codes (rows, K) as a product wants them. Paired: in every 32 channels the even ones come before the odd ones.
-// Otherwise X_c - z_c of a token as e4m3 bytes: sign, 4 bits of exponent, 3 of fraction, exact for integers up to 16.
-__device__ unsigned e4m3(int v) {
-    unsigned u = __float_as_uint((float)v);
-    int magnitude = (int)(u >> 20 & 0x7ffu) - (120 << 3);  // exponent and fraction, biased by 7 in place of 127
-    return (u >> 24 & 0x80u) | (magnitude > 0 ? magnitude : 0);
-}
-extern "C" __global__ void arrange_codes(const uint4* codes, const int* zero, uint4* out, int K, int M, int paired) {
-    int row = blockIdx.x, k = blockIdx.y * THREADS + threadIdx.x;  // 32 codes each
-    if (k >= K / 32) return;
-    long long i = (long long)row * (K / 32) + k;
-    int z = row < M ? zero[row] : 0;
-    uint4 u = codes[2 * i], v = codes[2 * i + 1];
-    unsigned in[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w}, to[8];
-    for (int j = 0; j < 8; j++) {
-        if (paired) {
-            int from = j % 4 * 2;
-            to[j] = __byte_perm(in[from], in[from + 1], j < 4 ? 0x6420 : 0x7531);
-        } else {
-            to[j] = 0;
-            for (int b = 0; b < 4; b++) to[j] |= e4m3((signed char)(in[j] >> 8 * b) - z) << 8 * b;
-        }
-    }
-    out[2 * i] = make_uint4(to[0], to[1], to[2], to[3]);
-    out[2 * i + 1] = make_uint4(to[4], to[5], to[6], to[7]);
-}
-
+#ifdef FP8
 // For each of four nibbles its entry in a table of eight positive bytes, or 0 where the nibble's upper bit is set.
 __device__ unsigned look_up(unsigned low, unsigned high, unsigned nibbles) {
     unsigned bytes;  // unlike __byte_perm, which drops the upper bits
@@ -363,4 +336,4 @@ extern "C" __global__ void add_ends(real* y, const float* bias, const float* shi
     for (int j = 0; j < 4 && has_shift; j++) v[j] = __fadd_rn(v[j], b[j]);
     store4(y + (long long)m * N + n, v);
 }
-#endif  // ORDERS
+#endif  // FP8
