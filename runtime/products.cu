@@ -4,7 +4,8 @@
 
 #if defined TILED || defined GROUPED  // cp.async and ldmatrix: sm_80 and later
 __device__ void copy16(unsigned to, const void* from, bool there) {  // zeros where there is nothing
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 // Lane 8 i + r names row r, 16 bytes, of matrix i; lane 4 g + t receives, of every matrix, word t of row g.
 __device__ void load_matrices(unsigned v[4], unsigned from) {
