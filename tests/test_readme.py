@@ -95,8 +95,11 @@ def parse_and_stop(self, args=None, namespace=None, parse_args=argparse.Argument
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
-def test_commands_parse(line, monkeypatch):
+def test_commands_parse(line, monkeypatch, tmp_path):
     """Every command of README, docs/ and results/ names a program that is there, with flags that it has."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "results"):  # where results of commands go
+        Path(folder).mkdir()
     for command in line.split(" && "):
         words = shlex.split(command, comments=True)
         if words[0] == "torchrun":
