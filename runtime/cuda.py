@@ -372,14 +372,19 @@ def rows(layer, x, state):
 
 
 def ways(layer, x) -> list[Way]:
-    """The products that serve a layer and rows x (M, d); the last one always does."""
+    """The products that serve a layer and rows x (M, d); the last one always does.
+
+    Unpacked weights become fp8 numbers, a byte each as before, once for all, where fp8 products serve them.
+    """
     (M, K), N, index = x.shape, len(layer.weight_scale), x.device.index
     found = []
     if layer.packed and x.is_cuda and K % 128 == 0 and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in TILES.items()
                   if (tile.TM <= 32 or tile.TM < 2 * M) and ready(index, x.dtype, name)]
-    if max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16 \
-            and x.is_cuda and fp8_is_exact(index):
+    if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
+            and x.is_cuda and fp8_is_exact(index)):
+        if not layer.packed:
+            layer.weight_packed = layer.weight_packed.to(torch.float8_e4m3fn)
         found.append(Way("fp8", "e4m3", _by_fp8))
     if layer.packed and few(x, N):
         found.append(Way("packed_product", "plain", _by_packed_product))
