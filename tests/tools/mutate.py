@@ -23,10 +23,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
-TESTS = {"starquant": ["test_equations", "test_equations_sgat", "test_equations_tac", "test_quantizer"],
-         "methods/plus": ["test_plus", "test_feedback"], "experiments/tables": ["test_tables", "test_evaluate"],
-         "methods/gptq": ["test_baselines"], "methods/flat": ["test_baselines"], "methods/quarot": ["test_baselines"],
-         "methods/awq": ["test_baselines"], "methods/dllmquant": ["test_baselines"], "methods/rtn": ["test_baselines"]}
+TESTS = dict.fromkeys(("methods/awq", "methods/dllmquant", "methods/flat", "methods/gptq", "methods/hadamard",
+                       "methods/quarot", "methods/rtn", "runtime/attention"), ["test_baselines"]) | {
+    "starquant": ["test_equations", "test_equations_sgat", "test_equations_tac", "test_quantizer"],
+    "methods/plus": ["test_plus", "test_feedback"], "methods/settings": ["test_calibrate"], "methods/tac": ["test_sgat"],
+    "methods/storage": ["test_preflight", "test_bench"], "checkpoint/published": ["test_twins"],
+    "checkpoint/loading": ["test_folder", "test_families", "test_model"], "tiny/metrics": ["test_evaluate"],
+    "experiments/tables": ["test_tables", "test_evaluate"], "calibration/streams": ["test_calibrate", "test_segments"]}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
