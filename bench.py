@@ -1,13 +1,14 @@
 """Speed and memory of the quantized model against the 16-bit one, on one machine, in one run (Table 4).
 
-    python bench.py                                       # the embedded model, CPU, under a minute
-    python bench.py --model llada-8b --random-weights     # true shapes, no download; one GPU
+    python bench.py                                                      # the embedded model, CPU, under a minute
+    python bench.py --model llada-8b --random-weights                    # true shapes, no download, minutes of a GPU
+    python bench.py --model llada-8b --random-weights --write FOLDER     # only writes a checkpoint of that shape
 
-Both models are in memory together, measured in turns (interleaved, so that clocks and neighbours hit them alike),
-warmed up and synchronized; every time is a median with its quartiles. Beside each stands its roofline: the least time
-the bytes and the operations of that work can take at the bandwidth and the matrix rate measured in this same run.
-What fails (memory that runs out, a peer that does not compile) is a result, not a crash, and `--out` is written after
-every point. Progress goes to standard error; the last line of output is JSON.
+All models are in memory together and are called in turns, so that clocks and neighbours hit them alike. They are warmed
+up and synchronized, and every time is a median with its quartiles. Beside it stands its roofline: the least time that
+the bytes and the operations of that work can take, at the bandwidth and matrix rate measured in this same run. What
+fails (memory that runs out, a peer that does not compile) is a result and not a crash. `--out` is written after every
+point. Progress goes to standard error; the last line of standard output is JSON.
 """
 
 import argparse
@@ -23,22 +24,26 @@ import torch.nn.functional as F
 import kernels
 from checkpoint.families import FUSED
 from checkpoint.folder import write_json
+from checkpoint.published import write_checkpoint
 from experiments.twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model
-from runtime import cuda
+from runtime import cuda, processes
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.processes import Parser, Refused, pick_device, synchronize
 
-# Table 4 (A40): tokens/s and GB of the 16-bit and of the quantized model
-PAPER = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
-         "dream-7b": (23.27, 39.33, 13.95, 4.44)}
-ROWS = (32, 128, 512, 1024, 4096)  # M of the per-linear table
+# Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
+TABLE_4 = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
+           "dream-7b": (23.27, 39.33, 13.95, 4.44)}
+# what is compared with the 16-bit model: the method, and how its 4-bit weights lie in memory
+QUANTIZED = {"starquant": ("starquant", "packed"), "starquant, int8": ("starquant", "int8"),
+             "starquant+": ("starquant+", "packed"), "starquant+, int8": ("starquant+", "int8")}
+TOKENS = (32, 128, 512, 1024, 4096)  # of the table of linears
 STEPS = 4  # denoising steps per measurement
-REPLAYS = 8  # of a graph per measurement
-QUANTIZED = {"packed": "starquant", "starquant+": "starquant+"}  # models of Table 4 and their methods
-POINTS = {"cuda": [(1, 128, 1), (1, 512, 1), (1, 1024, 4), (4, 1024, 4), (16, 512, 8)],
+REPLAYS = 4  # of a graph per measurement
+REPEATS = {"cuda": 7, "cpu": 5}
+POINTS = {"cuda": [(1, 32, 1), (1, 128, 1), (1, 512, 4), (4, 1024, 4)],
           "cpu": [(1, 64, 1), (1, 128, 4), (4, 128, 4)]}  # (batch, length, tokens per step and sequence)
 
 
@@ -49,7 +54,7 @@ def log(*text):
 
 
 def attempt(function, device) -> str | None:
-    """Run function() to its end; what went wrong, or None."""
+    """Run function() to its end. What went wrong, or None."""
     try:
         function()
         synchronize(device)
@@ -137,23 +142,6 @@ def roofline(top: dict, size: float, ops: float, kind: str) -> float:
     """Least seconds for `size` bytes and `ops` operations of this kind ("float" or "integer")."""
     return max(size / top["bytes_per_s"], ops / top[f"{kind}_ops_per_s"])
 
-
-def probe_int_mm(device) -> dict:
-    """Which M, K and N `torch._int_mm` takes and gets right, by the layout of its second operand."""
-    def good(layout, M=128, K=128, N=256):
-        a = torch.randint(-128, 128, (M, K), dtype=torch.int8, device=device)
-        w = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
-        b = w.t() if layout == "column-major" else w.t().contiguous()
-        try:
-            return torch.equal(torch._int_mm(a, b), kernels.float_mm(a, w))
-        except RuntimeError:
-            return False
-
-    rows = (1, 8, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 1000, 1024)
-    columns = (8, 16, 24, 32, 40, 64)
-    return {layout: {"M": [M for M in rows if good(layout, M=M)], "K": [K for K in columns if good(layout, K=K)],
-                     "N": [N for N in columns if good(layout, N=N)]} for layout in ("column-major", "row-major")}
-
 # ---- what is measured ----------------------------------------------------------------------------------------------
 
 
@@ -185,39 +173,51 @@ def peak_bytes(model, prompt, tokens: int) -> int:
     return torch.cuda.max_memory_allocated() - before + residents(model)
 
 
-def step_roofline(c, top, batch: int, length: int, quantized: bool, head_bits: int, element: int) -> float:
-    """Least seconds of one denoising step: linears, attention and head, each at its own roofline."""
-    M, kind = batch * length, "integer" if quantized else "float"
+def step_roofline(c, top, batch: int, length: int, weight_bytes: float, head_bits: int, element: int) -> float:
+    """Least seconds of one denoising step: linears, attention and head, each at its own roofline.
+
+    weight_bytes: of a weight of a linear; at most 1 means a quantized model. element: bytes of an activation.
+    """
+    tokens, quantized = batch * length, weight_bytes <= 1
     seconds = 0
-    for N, K in linear_shapes(c).values():
-        size = N * K * (0.5 if quantized else element) + M * (N + K) * element
-        seconds += c.n_layers * roofline(top, size, 2 * M * N * K, kind)
+    for C, d in linear_shapes(c).values():
+        size = C * d * weight_bytes + tokens * (C + d) * element
+        seconds += c.n_layers * roofline(top, size, 2 * tokens * C * d, "integer" if quantized else "float")
     # Q Kᵀ and A V
     heads = c.n_heads * c.head_dim
-    seconds += c.n_layers * roofline(top, 4 * M * heads * element, 4 * M * length * heads, "float")
+    seconds += c.n_layers * roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
     eight = quantized and head_bits < 16
-    size = c.vocab_size * c.d_model * (1 if eight else element) + M * (c.vocab_size + c.d_model) * element
-    return seconds + roofline(top, size, 2 * M * c.vocab_size * c.d_model, "integer" if eight else "float")
+    size = c.vocab_size * c.d_model * (1 if eight else element) + tokens * (c.vocab_size + c.d_model) * element
+    return seconds + roofline(top, size, 2 * tokens * c.vocab_size * c.d_model, "integer" if eight else "float")
 
 
-def linears(models: dict, top, rows, repeats: int) -> list[dict]:
-    """Seconds of each fused linear by M, over the weights of all blocks in turn, so that they come from memory."""
+def linears(models: dict, top, repeats: int) -> list[dict]:
+    """Seconds of each fused linear by tokens, over the weights of all blocks in turn, so that they come from memory."""
     model = next(iter(models.values()))
     device, dtype, out = model.device, model.norm.weight.dtype, []
-    for fused, (N, K) in linear_shapes(model.config).items():
-        for M in rows:
-            state = torch.arange(M, device=device) % 2 == 0
-            x = torch.randn(M, K, device=device).to(dtype)
+    for fused, (C, d) in linear_shapes(model.config).items():
+        for tokens in (n for n in TOKENS if device.type == "cuda" or n <= 512):
+            state = torch.arange(tokens, device=device) % 2 == 0
+            x = torch.randn(tokens, d, device=device).to(dtype)
             calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks]
                      for name, m in models.items()}
-            row = {"linear": fused, "M": M, "N": N, "K": K, **measure_each(calls, repeats, device)}
+            row = {"linear": fused, "M": tokens, "N": C, "K": d, **measure_each(calls, repeats, device)}
             for name in models:
                 weight = getattr(models[name].blocks[0], fused)
                 integer = isinstance(weight, QuantLinear)
-                size = (weight.weight_packed if integer else weight.weight).nbytes + M * (N + K) * x.element_size()
-                row[name]["roofline"] = roofline(top, size, 2 * M * N * K, "integer" if integer else "float")
+                size = (weight.weight_packed if integer else weight.weight).nbytes + tokens * (C + d) * x.element_size()
+                row[name]["roofline"] = roofline(top, size, 2 * tokens * C * d, "integer" if integer else "float")
             out.append(row)
     return out
+
+
+def codes(linear: QuantLinear, x, state):
+    """The first half of an integer linear: transform, gates, and integer codes of x (B, L, d)."""
+    if cuda.serves(linear, x):
+        return cuda.token_codes(cuda.rows(linear, x, state), state.reshape(-1), linear.d_m, linear.d_u, linear.abits,
+                                linear.clip, linear.feedback)
+    rows = linear.phi(x, state).reshape(-1, x.shape[-1])
+    return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
 
 @torch.no_grad()
@@ -227,26 +227,18 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     blocks, shapes = list(model.blocks[:4]), linear_shapes(c)
     ids = torch.full((batch, length), c.mask_id, device=device)
     ids[:, ::2] = 0
-    x, state, table, mask = model.prepare(ids)
-    inputs = {f: torch.randn(batch, length, K, device=device).to(dtype) for f, (_, K) in shapes.items()}
+    x, state, rope, mask = model.prepare(ids)
+    inputs = {f: torch.randn(batch, length, d, device=device).to(dtype) for f, (_, d) in shapes.items()}
     qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
     gate, up = torch.randn(2, batch, length, c.d_ffn, device=device).to(dtype)
-    hidden = model.norm(x)
-
-    def codes(linear, x):
-        if cuda.usable(x, linear.weight_packed.shape[0], linear.feedback):
-            return cuda.token_codes(linear.rows(x, state), state.reshape(-1), linear.d_m, linear.d_u,
-                                            linear.abits, linear.clip, linear.feedback)
-        rows = linear.phi(x, state).reshape(-1, x.shape[-1])
-        return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
-
+    asked = model.norm(x)[ids == c.mask_id]  # the head runs where a token may be committed
     calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
-             "attention": [partial(b.attention, qkv, table, mask) for b in blocks],
+             "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), F.silu(gate) * up) for b in blocks],
-             "head": [partial(model.logits, hidden)]}
+             "head": [partial(model.logits, asked)]}
     if isinstance(blocks[0].qkv, QuantLinear):
         calls["transforms, gates, codes"] = [
-            partial(_all, [partial(codes, getattr(b, f), inputs[f]) for f in FUSED]) for b in blocks]
+            partial(_all, [partial(codes, getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks]
     if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
@@ -271,29 +263,39 @@ def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
     return value if least is None else f"{value} ({least * scale:.{digits}f})"
 
 
+def table_4(result: dict) -> list[str]:
+    """Speed and memory of every quantized model at every point, below the paper's own row."""
+    memory, rows = result["memory"], []
+    if result["model"] in TABLE_4 and not result["blocks"]:
+        full, quantized, full_gb, quantized_gb = TABLE_4[result["model"]]
+        rows.append(("paper, A40", full, quantized, f"{quantized / full:.2f}", full_gb, quantized_gb,
+                     f"{full_gb / quantized_gb:.2f}"))
+    for p in result["denoising"]:
+        full = p["models"]["16-bit"]
+        for name in QUANTIZED:
+            quantized = p["models"][name]
+            failed = "failed" in full or "failed" in quantized
+            speed = "" if failed else f"{quantized['tokens_per_s'] / full['tokens_per_s']:.2f}"
+            full_bytes = full.get("peak_bytes", memory[name]["sixteen_bit"])
+            quantized_bytes = quantized.get("peak_bytes", memory[name]["total"])
+            rows.append((f"{name}, batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
+                         cell(full, 1, 2, "tokens_per_s"), cell(quantized, 1, 2, "tokens_per_s"), speed,
+                         f"{full_bytes / 1e9:.4g}", f"{quantized_bytes / 1e9:.4g}",
+                         f"{full_bytes / quantized_bytes:.2f}"))
+    return markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
+
+
 def tables(result: dict) -> str:
-    """Table 4 with the paper's row, then times beside their rooflines, then where a step goes; Markdown."""
-    points, memory, rows = result["denoising"], result["memory"], []
-    if result["model"] in PAPER and not result["blocks"]:
-        a, b, c, d = PAPER[result["model"]]
-        rows.append(("paper, A40", a, b, f"{b / a:.2f}", c, d, f"{c / d:.2f}"))
-    for p in points:
-        for name, method in QUANTIZED.items():
-            a, b = p["models"]["16-bit"], p["models"][name]
-            speed = "" if "failed" in a or "failed" in b else f"{b['tokens_per_s'] / a['tokens_per_s']:.2f}"
-            x, y = a.get("peak_bytes", memory[name]["sixteen_bit"]), b.get("peak_bytes", memory[name]["total"])
-            rows.append((f"{method}, batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
-                         cell(a, 1, 2, "tokens_per_s"), cell(b, 1, 2, "tokens_per_s"), speed, f"{x / 1e9:.4g}",
-                         f"{y / 1e9:.4g}", f"{x / y:.2f}"))
-    out = markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
+    """Table 4, then times beside their rooflines, then where a step goes; Markdown."""
+    out, points = table_4(result), result["denoising"]
     out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
-            f"GB: weights, computed (bf16 against packed), no activations. 16-bit runs in {result['dtype']} here."]
+            f"GB: weights, computed in bf16, no activations. 16-bit runs in {result['dtype']} here."]
     names = list(points[0]["models"])
     out += markdown(("ms per step (least possible)", *names),
                     [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
-    if result.get("packed_product"):
-        out += ["", "The fastest product, which is used, for M x K -> N: "
-                    f"{', '.join(result['packed_product'])}."]
+    if result.get("products"):
+        out += ["", "Products that were the fastest, by M x K -> N and residency of the weights: "
+                    + "; ".join(f"{shape}: {name}" for shape, name in result["products"].items()) + "."]
     names = result["linear_models"]
     out += markdown(("linear, M: µs (least possible)", *names),
                     [(f"{r['linear']} {r['K']} -> {r['N']}, {r['M']}", *(cell(r[n], 1e6, 0) for n in names))
@@ -306,11 +308,11 @@ def tables(result: dict) -> str:
     return "\n".join(out[1:])
 
 
-def run(args, keep=lambda result: None) -> dict:
+def measure_all(args, keep=lambda result: None) -> dict:
     """Measure everything; the result is what the JSON line holds. keep(result) is called when there is more of it."""
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    args.repeats = args.repeats or (20 if device.type == "cuda" else 5)
+    repeats, asked = args.repeats or REPEATS[device.type], args.points or POINTS[device.type]
     torch.manual_seed(args.seed)
     if args.random_weights:
         model = random_model(args.model, device, dtype, args.seed, args.blocks)
@@ -320,51 +322,49 @@ def run(args, keep=lambda result: None) -> dict:
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise Refused(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
-    log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}")
-    result = {"model": args.model, "random_weights": args.random_weights, "blocks": args.blocks,
-              "seed": args.seed, "dtype": str(dtype)[6:],
+    result = {"command": args.command, "model": args.model, "random_weights": args.random_weights,
+              "blocks": args.blocks, "seed": args.seed, "dtype": str(dtype)[6:],
               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
               "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
               "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
                                and cuda.ready(torch.cuda.current_device(), dtype, part)],
-              "ceilings": (top := ceilings(device, dtype, args.repeats))}
-    log("measured ceilings:", {k: f"{v:.3g}" for k, v in top.items()})
+              "ceilings": (top := ceilings(device, dtype, repeats))}
+    log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; measured", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
-    models = {"16-bit": model, "packed": packed, "int8": unpacked(packed), "starquant+": plus_twin(packed, args.seed)}
-    sizes = {name: memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits, method=method)
-             for name, method in QUANTIZED.items()}
+    plus = plus_twin(packed, args.seed)
+    models = {"16-bit": model, "starquant": packed, "starquant, int8": unpacked(packed), "starquant+": plus,
+              "starquant+, int8": unpacked(plus)}
+    sizes = {name: memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits, method=method, weights=weights)
+             for name, (method, weights) in QUANTIZED.items()}
     result["memory"] = {name: s | {"ratio": s["sixteen_bit"] / s["total"]} for name, s in sizes.items()}
     result["resident"] = {name: residents(m) for name, m in models.items()}
     all_models = models | (peers(model, log) if args.peers else {})
+    weight_bytes = {name: 0.5 if weights == "packed" else 1 for name, (_, weights) in QUANTIZED.items()}
     points = result["denoising"] = []
-    for batch, length, tokens in args.points or POINTS[device.type]:
+    for batch, length, tokens in asked:
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
-                 "models": denoising(all_models, (batch, length, tokens), args.repeats)}
-        for name in ("16-bit", *QUANTIZED):
-            entry["models"][name]["roofline"] = step_roofline(c, top, batch, length, name != "16-bit", args.head_bits,
-                                                              dtype.itemsize)
+                 "models": denoising(all_models, (batch, length, tokens), repeats)}
+        for name in models:
+            entry["models"][name]["roofline"] = step_roofline(
+                c, top, batch, length, weight_bytes.get(name, dtype.itemsize), args.head_bits, dtype.itemsize)
         points.append(entry)
         log(json.dumps(entry))
         keep(result)
-    rows = [m for m in ROWS if device.type == "cuda" or m <= 512]
-    result |= {"linear_models": list(models), "linears": linears(models, top, rows, args.repeats)}
+    result |= {"linear_models": list(models), "linears": linears(models, top, repeats)}
     keep(result)
-    batch, length, _ = (args.points or POINTS[device.type])[-1]
+    batch, length, _ = asked[-1]
     where = result["shares"] = {}
     for name, m in models.items():
         if "failed" not in points[-1]["models"][name]:
-            where[name] = shares(m, batch, length, args.repeats)
+            where[name] = shares(m, batch, length, repeats)
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
+    result["products"] = cuda.chosen()
     keep(result)
-    faster = [f"{shape}: {name}" for shape, name in cuda.chosen().items()]
-    result["packed_product"] = faster
-    # last, because what it tries on purpose may end a GPU's context
-    result["refused"] = sorted([str(d), *sizes] for d, *sizes in kernels._REFUSED)  # these ran through the fallback
-    return result | {"int_mm_accepts": probe_int_mm(device) if device.type == "cuda" else None}
+    return result
 
 
 def point(text: str) -> tuple[int, int, int]:
@@ -378,48 +378,54 @@ def point(text: str) -> tuple[int, int, int]:
     return batch, length, tokens
 
 
-def main(argv=None) -> int:
+def parse(argv=None):
     parser = Parser("bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder of a 16-bit model (default: tiny)")
     parser.add_argument("--random-weights", action="store_true", help="published shapes without a download")
     parser.add_argument("--blocks", type=int, help="of --random-weights, fewer than the published model has (all)")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the --random-weights as a checkpoint with "
+                        "outlier channels, to rehearse on, and measure nothing")
+    parser.add_argument("--gain", type=float, help="size of the outlier channels of --write (30)")
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
     parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="embedding and head (default: 8)")
     parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="embedding alone (default: head bits)")
-    parser.add_argument("--repeats", type=int, help="measurements of each time (default: 20 on a GPU, 5 on a CPU)")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                        help="also torch.compile and torchao, where they install (default: on a GPU)")
+    parser.add_argument("--repeats", type=int, help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False,
+                        help="also torch.compile and torchao, where they install; takes minutes more")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if args.repeats is not None and args.repeats < 1:
-            raise ValueError("--repeats must be at least 1.")
-        if args.blocks is not None and not args.random_weights:
-            raise ValueError("--blocks needs --random-weights.")
-        if args.embed_bits and args.head_bits == 16:
-            raise ValueError("--embed-bits needs --head-bits 8.")
-        if args.out and not args.out.parent.is_dir():
-            raise ValueError(f"{args.out.parent}, the folder of --out, does not exist.")
-        command = {"command": "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)}
-        with torch.no_grad():
-            result = command | run(args, lambda part: args.out and write_json(args.out, command | part))
-    except ValueError as error:
-        log(f"bench.py: {error}")
-        return 2
-    except torch.OutOfMemoryError:
-        log("bench.py: the models and the buffers of the benchmark do not fit on this device together.")
-        return 2
-    except KeyboardInterrupt:
-        log("\nbench.py: interrupted" + (f"; {args.out} holds what was measured." if args.out else "."))
-        return 130
+    args.command = "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    args.random_weights |= args.write is not None
+    wrong = {
+        "--blocks needs --random-weights": args.blocks is not None and not args.random_weights,
+        "--gain needs --write": args.gain is not None and not args.write,
+        "--write measures nothing and takes no --points, --repeats, --peers and --out":
+            args.write and (args.points or args.repeats or args.peers or args.out),
+        "--repeats must be at least 1": args.repeats is not None and args.repeats < 1,
+        "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
+        f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}
+    for sentence in (sentence for sentence, holds in wrong.items() if holds):
+        parser.error(sentence)
+    return args
+
+
+def run(args) -> dict:
+    if args.write:
+        size = write_checkpoint(args.model, args.write, args.blocks, args.gain or 30.0, args.seed)
+        return {"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.write)}
+    with torch.no_grad():
+        result = measure_all(args, lambda part: args.out and write_json(args.out, part))
     print(tables(result))
-    if args.out:
-        write_json(args.out, result)
-    print(json.dumps(result))
-    return 0
+    return result
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    return processes.run("bench.py", run, args, smaller="--blocks or --points",
+                         kept=f"{args.out} holds what was measured." if args.out else "")
 
 
 if __name__ == "__main__":

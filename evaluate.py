@@ -1,19 +1,20 @@
-"""Judge a 16-bit or quantized model, compare two, or watch one write: python evaluate.py [--model tiny] [--against M]
+"""Judge a 16-bit or quantized model, compare two, watch one write, or make the paper's tables and figures.
 
     python evaluate.py --model out/tiny-starquant+-w4a4 --against tiny     NELBO, tasks, paired differences, fidelity
-    python evaluate.py --table 2 --quick                                   one of the paper's tables, see tables.py
-    python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, step by step
+    python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, pass by pass
+    python evaluate.py --table 2 --quick                                   a table of the paper (experiments/tables.py)
+    python evaluate.py --figure 3                                          a figure (experiments/figures.py)
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval
 
-Without --prompt: NELBO per token, accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo
-likelihood) with 95 % bootstrap intervals; with --against also the KL divergence from the second model, the paired
-differences to it and how far the two denoising trajectories agree. Tables go to standard output, its last line is JSON;
-progress to standard error.
+Without --prompt, --table, --figure and --tasks a model is judged. It gets its NELBO per token and its accuracy on
+`math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood), with 95 % bootstrap intervals. With
+--against it also gets the KL divergence from the second model, the paired differences to it, and how far the two
+denoising trajectories agree. Tables go to standard output, whose last line is JSON; progress goes to standard error.
 """
 
-import json
+import argparse
 import sys
-from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -29,6 +30,21 @@ from tiny import metrics, tasks
 MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math": "math, accuracy",
             "code": "code, accuracy", "cloze": "cloze, accuracy", "tokens": "same final token",
             "positions": "committed at the same step", "divergence": "first difference, share of the steps"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+# the flags of each use of this command, and their defaults
+LOADED = {"model": "tiny", "device": "auto", "dtype": None, "weights": "packed", "out": None}
+USES = {
+    "judge": LOADED | {"against": None, "problems": 200, "seed": 0},
+    "prompt": LOADED | {"against": None, "gen_length": tasks.GEN_LENGTH, "steps": None, "threshold": None},
+    "tasks": LOADED | {"protocol": None, "mc_num": None, "gen_length": None, "steps": None, "limit": None,
+                       "cache": None, "batch_size": 32, "include": None, "confirm_run_unsafe_code": False},
+    "table": {"model": "tiny", "device": "auto", "out": tables.OUT, "seeds": None, "problems": None, "sequences": None,
+              "stress": 1.0, "nelbo": False, "quick": False, "fresh": False},
+    "figure": {"model": "tiny", "device": "auto", "out": Path("out/figures"), "stress": 1.0},
+    "figure from tables": {"out": Path("out/figures")}}
+FIGURES, FROM_TABLES = ("1", "3", "4", "5", "6", "hero"), ("6", "hero")
+
+# ---- judge ---------------------------------------------------------------------------------------------------------
 
 
 def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
@@ -49,8 +65,41 @@ def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] |
     return "\n".join(lines), numbers
 
 
-def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=None) -> dict[str, str]:
-    """Write every denoising step of each model to `out`, standard output by default; on a terminal in place."""
+def loaded(args) -> dict:
+    """The model, and the one it is compared with, by name."""
+    names = [args.model] + ([args.against] if args.against else [])
+    models = {name: load_model(name, args.device, DTYPES[args.dtype], args.weights) for name in names}
+    for name, model in models.items():
+        if model.tokenizer is None:
+            raise Refused(f"{name} has no tokenizer.json, which text needs.")
+    return models
+
+
+def judge(args) -> dict:
+    models = loaded(args)
+    other = models.get(args.against)
+    if other and other.config.vocab_size != models[args.model].config.vocab_size:
+        raise Refused(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
+    results = {name: metrics.scores(model, args.problems, args.seed, label=name,
+                                    reference=None if model is other else other) for name, model in models.items()}
+    record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
+    for name in reversed(models):
+        values, reference = dict(results[name][0]), None
+        if name == args.model and args.against:
+            reference, paths = results[args.against]
+            values |= metrics.agreement(results[name][1], paths)
+        text, record[name] = report(values, reference)
+        print(f"\n**{name}**" + (f" against {args.against}" if reference is not None else "") + f"\n\n{text}")
+    return record
+
+# ---- watch ---------------------------------------------------------------------------------------------------------
+
+
+def show_denoising(models: dict, prompt: str, steps: int | None, gen_length: int, threshold=None, out=None) -> dict:
+    """Write every pass of each model to `out`, standard output by default; on a terminal in place.
+
+    Returns what each model wrote, and in how many passes.
+    """
     tokenizer, out = next(iter(models.values())).tokenizer, sys.stdout if out is None else out
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     if ids.shape[1] == 0:
@@ -60,120 +109,135 @@ def show_denoising(models: dict, prompt: str, steps: int, gen_length: int, out=N
         tokens = [("░" if t == model.mask_id else tokenizer.decode([t], skip_special_tokens=True)) for t in row]
         return "".join(tokens).replace("\n", "⏎")
 
-    runs = [denoise(m, ids.to(m.device), steps, gen_length) for m in models.values()]
-    wide, live = max(map(len, models)), out.isatty()
-    for number, batch in enumerate(zip(*runs, strict=True)):
+    runs = [denoise(m, ids.to(m.device), steps, gen_length, threshold=threshold) for m in models.values()]
+    wide, live, latest = max(map(len, models)), out.isatty(), [None] * len(models)
+    for number, batch in enumerate(zip_longest(*runs)):
+        latest = [new or old for new, old in zip(batch, latest, strict=True)]  # a model may need fewer passes
         if live and number:
             out.write(f"\033[{len(models)}A")
-        for (name, model), step in zip(models.items(), batch, strict=True):
-            line = f"{name:>{wide}} {step.index + 1:>3}/{steps} {text(model, step.ids[0, ids.shape[1]:].tolist())}"
+        for (name, model), step in zip(models.items(), latest, strict=True):
+            count = f"{step.index + 1:>3}" + (f"/{steps}" if steps else "")
+            line = f"{name:>{wide}} {count} {text(model, step.ids[0, ids.shape[1]:].tolist())}"
             out.write(("\033[2K" if live else "") + line + "\n")
         out.flush()
-    return {name: tokenizer.decode(step.ids[0, ids.shape[1]:].tolist())
-            for name, step in zip(models, batch, strict=True)}
+    return {"text": {name: tokenizer.decode(step.ids[0, ids.shape[1]:].tolist())
+                     for name, step in zip(models, latest, strict=True)},
+            "passes": {name: step.index + 1 for name, step in zip(models, latest, strict=True)}}
 
 
-def parse(argv):
-    parser = Parser("evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="alias, hub id or folder, 16-bit or quantized (tiny)")
-    parser.add_argument("--against", help="a second model to compare with")
-    parser.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
-    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of a table (3)")
-    parser.add_argument("--stress", type=float, default=1.0, metavar="C", help="a table of the model with outlier "
-                        "channels of scale C (1: off)")
-    parser.add_argument("--nelbo", action="store_true", help="a table by its likelihoods (NELBO and KL) alone")
-    parser.add_argument("--quick", action="store_true", help="a table in minutes: one seed, one epoch, few examples, a "
-                        "sixth of the calibration segments")
-    parser.add_argument("--fresh", action="store_true", help="measure every cell of a table again, also finished ones")
-    parser.add_argument("--problems", type=int, default=200, help="problems per task (200)")
-    parser.add_argument("--sequences", type=int, help="sequences of each kind for a table's likelihoods (--problems)")
-    parser.add_argument("--prompt", help="write the denoising of an answer to this text instead")
-    parser.add_argument("--steps", type=int, help="denoising steps with --prompt or --tasks (--gen-length)")
-    parser.add_argument("--gen-length", type=int, help="tokens to write with --prompt (24) or --tasks (protocol)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+def prompt(args) -> dict:
+    if args.steps and args.threshold is not None:
+        raise Refused("--threshold decides itself how many passes there are; leave --steps out.")
+    steps = args.steps or (args.gen_length if args.threshold is None else None)
+    return {"prompt": args.prompt} | show_denoising(loaded(args), args.prompt + "\n", steps, args.gen_length,
+                                                    args.threshold)
+
+# ---- the paper -----------------------------------------------------------------------------------------------------
+
+
+def table(args) -> dict:
+    """Sizes are those of the published tables unless given; a table of likelihoods alone has sequences, no problems."""
+    nelbo = args.nelbo or args.quick
+    seeds, problems, sequences = (1, 16, 16) if args.quick else (tables.SEEDS, tables.PROBLEMS, tables.SEQUENCES)
+    sequences = args.sequences or args.problems or sequences
+    problems = sequences if nelbo else args.problems or problems
+    device = processes.start(pick_device(args.device))
+    run = tables.Run(args.model, args.stress, problems, nelbo, str(device), 20 if args.quick else 128, sequences)
+    return tables.make(args.table, run, args.seeds or seeds, args.quick, args.fresh, args.out)
+
+
+def figure(args) -> dict:
+    try:
+        from experiments import figures
+    except ImportError as error:
+        raise Refused(f"--figure needs matplotlib ({error.name} is missing): pip install matplotlib.") from None
+    return figures.make(args.figure, args.out, *([] if args.figure in FROM_TABLES else
+                                                 [args.model, args.stress, args.device]))
+
+
+def benchmarks(args) -> dict:
+    try:
+        from experiments import harness
+    except ImportError as error:
+        raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") from None
+    return harness.benchmarks(args, DTYPES[args.dtype])
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def natural(text: str) -> int:
+    """A number of things, of which there is at least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError("must be at least 0 and below 2^63")
+    return int(text)
+
+
+def parse(argv=None):
+    """The arguments; a flag that has no part in what is asked for is refused."""
+    parser = Parser("evaluate.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--prompt", help="write the denoising of an answer to this text")
+    use.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
+    use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
+    use.add_argument("--tasks", help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))
+    parser.add_argument("--model", help="alias, hub id or folder, 16-bit or quantized (tiny)")
+    parser.add_argument("--device", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--weights", choices=("packed", "int8"), default="packed", help="4-bit weights in memory two a "
-                        "byte (smallest) or one (fastest)")
-    parser.add_argument("--tasks", help="benchmarks by lm-evaluation-harness instead: " + ",".join(protocol.TASKS))
-    parser.add_argument("--protocol", choices=protocol.PROTOCOLS, help="settings of --tasks, by the model unless given")
-    parser.add_argument("--mc-num", type=int, help="masks per likelihood with --tasks, at most (protocol, mostly 128)")
-    parser.add_argument("--limit", type=int, help="documents per task of --tasks (all)")
-    parser.add_argument("--cache", type=Path, help="folder for finished answers of --tasks: run again to continue")
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences at once with --tasks (32)")
-    parser.add_argument("--include", type=Path, help="folder of further task YAMLs for --tasks")
-    parser.add_argument("--confirm-run-unsafe-code", action="store_true", help="let --tasks execute generated code")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    return parser.parse_args(argv)
+    parser.add_argument("--weights", choices=("packed", "int8"), help="4-bit weights in memory two a byte (smallest) "
+                        "or one (fastest)")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file; of a table or figure: its folder "
+                        "(out/tables, out/figures)")
+    parser.add_argument("--against", help="a second model to compare with, or to watch beside the first")
+    parser.add_argument("--seed", type=seed, help="of examples and masks (0)")
+    parser.add_argument("--problems", type=natural, help="problems per task (200; of a table 250)")
+    parser.add_argument("--gen-length", type=natural, help="tokens to write with --prompt (24) or --tasks (protocol)")
+    parser.add_argument("--steps", type=natural, help="denoising steps with --prompt or --tasks (--gen-length)")
+    parser.add_argument("--threshold", type=float, help="with --prompt: commit in each pass all that is so probable")
+    group = parser.add_argument_group("with --table and --figure")
+    group.add_argument("--stress", type=float, metavar="C", help="give the model outlier channels of scale C (1: off)")
+    group = parser.add_argument_group("with --table")
+    group.add_argument("--seeds", type=natural, help="calibration seeds (3)")
+    group.add_argument("--sequences", type=natural, help="sequences of each kind for likelihoods (--problems, or 100)")
+    group.add_argument("--nelbo", action="store_true", help="the likelihoods (NELBO and KL) alone")
+    group.add_argument("--quick", action="store_true", help="in minutes: one seed, one epoch, few examples, a sixth of "
+                       "the calibration segments, likelihoods alone")
+    group.add_argument("--fresh", action="store_true", help="measure every cell again, also finished ones")
+    group = parser.add_argument_group("with --tasks")
+    group.add_argument("--protocol", choices=protocol.PROTOCOLS, help="whose settings (the model's)")
+    group.add_argument("--mc-num", type=natural, help="masks per likelihood, at most (protocol, mostly 128)")
+    group.add_argument("--limit", type=natural, help="documents per task (all)")
+    group.add_argument("--cache", type=Path, help="folder for finished answers: run again to continue")
+    group.add_argument("--batch-size", type=natural, help="sequences at once (32)")
+    group.add_argument("--include", type=Path, help="folder of further task YAMLs")
+    group.add_argument("--confirm-run-unsafe-code", action="store_true", help="let tasks execute generated code")
+    given = vars(parser.parse_args(argv))
+    asked = next((name for name in ("prompt", "table", "figure", "tasks") if name in given), "judge")
+    use = "figure from tables" if given.get("figure") in FROM_TABLES else asked
+    for name in sorted(given.keys() - USES[use].keys() - {asked}):
+        where = "judging a model" if asked == "judge" else f"--{asked}" + f" {given[asked]}" * (asked == "figure")
+        parser.error(f"--{name.replace('_', '-')} has no part in {where}")
+    return argparse.Namespace(use=asked, **USES[use] | given)
 
 
 def run(args) -> dict:
-    given = {"problems": args.problems, "gen-length": args.gen_length, "steps": args.steps, "limit": args.limit,
-             "batch-size": args.batch_size, "mc-num": args.mc_num, "sequences": args.sequences}
-    for name in (name for name, value in given.items() if value is not None and value < 1):
-        raise Refused(f"--{name} must be at least 1.")
-    if args.out and (args.out.is_dir() or not next(p for p in args.out.absolute().parents if p.exists()).is_dir()):
-        raise Refused(f"--out {args.out} cannot be a file there.")
-    if args.table:
-        device = processes.start(pick_device(args.device))
-        run, seeds = tables.Run(args.model, args.stress, args.problems, args.nelbo, str(device),
-                                sequences=args.sequences), args.seeds
-        if args.quick:
-            run, seeds = replace(run, problems=16, nelbo=True, segments=20, sequences=None), 1
-        return tables.make(args.table, run, seeds, args.quick, args.fresh)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
-    if args.tasks:
-        try:
-            from experiments.harness import benchmarks
-        except ImportError as error:
-            raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") \
-                from None
-        return benchmarks(args, dtype)
-    names = [args.model] + ([args.against] if args.against else [])
-    models = {name: load_model(name, args.device, dtype, args.weights) for name in names}
-    for name, model in models.items():
-        if model.tokenizer is None:
-            raise Refused(f"{name} has no tokenizer.json, which text needs.")
-    if args.prompt is not None:
-        length = args.gen_length or tasks.GEN_LENGTH
-        written = show_denoising(models, args.prompt + "\n", args.steps or length, length)
-        return {"prompt": args.prompt, "text": written}
-    other = models.get(args.against)
-    if other and other.config.vocab_size != models[args.model].config.vocab_size:
-        raise Refused(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
-    results = {name: metrics.scores(model, args.problems, args.seed, label=name,
-                                    reference=None if model is other else other) for name, model in models.items()}
-    record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
-    for name in reversed(names):
-        values, reference = dict(results[name][0]), None
-        if name == args.model and args.against:
-            reference, paths = results[args.against]
-            values |= metrics.agreement(results[name][1], paths)
-        text, record[name] = report(values, reference)
-        print(f"\n**{name}**" + (f" against {args.against}" if reference is not None else "") + f"\n\n{text}")
+    file = args.out if args.use in ("judge", "prompt", "tasks") else None
+    if file and (file.is_dir() or not next(p for p in file.absolute().parents if p.exists()).is_dir()):
+        raise Refused(f"--out {file} cannot be a file there.")
+    record = {"judge": judge, "prompt": prompt, "table": table, "figure": figure, "tasks": benchmarks}[args.use](args)
+    if file and processes.rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
     return record
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
-    try:
-        record = run(args)
-    except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nevaluate.py: interrupted.", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError:
-        print("evaluate.py: out of GPU memory; lower --batch-size (or --problems).", file=sys.stderr)
-        return 2
-    if processes.rank():
-        return 0
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, record)
-    print(json.dumps(record))
-    return 0
+    return processes.run("evaluate.py", run, parse(argv), smaller="--batch-size or --problems")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,60 @@
-"""The paper's figures from activations measured on the embedded model: python figures.py [--only 3] [--stress 8]
+"""The paper's figures from activations measured on the embedded model: python evaluate.py --figure 3 [--stress 8]
 
-    1   masked against unmasked activations along the denoising steps (Fig. 1)
-    3   error of the hidden state along the denoising steps, with and without TAC (Fig. 3)
-    4   outliers of the attention output's input, block by block, at the first step (Fig. 4)
-    5   beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
-    6   beyond the paper: KL from 16 bit against bits for every method, from the tables in `results/`
+    1     masked against unmasked activations along the denoising steps (Fig. 1)
+    3     error of the hidden state along the denoising steps, with and without TAC (Fig. 3)
+    4     outliers of the attention output's input, block by block, at the first step (Fig. 4)
+    5     beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
+    6     beyond the paper: KL from 16 bit against bits for every method, from the published tables in `results/`
     hero  README's first picture: KL from 16 bit by method, plain and with outlier channels, from the same tables
 
-Each is written to `results/figures` as PNG and SVG, its numbers beside it as JSON.
+A figure is written as PNG and SVG, with its numbers beside it as JSON, to the folder of --out (`out/figures`).
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
 from matplotlib import ticker
 
-from calibrate import QuantConfig, masked_copies, quantize_model, run_block
+from calibrate import quantize_model
+from calibration.segments import masked_copies
+from calibration.streams import run_block
 from checkpoint.families import FUSED
-from experiments.tables import METHODS
+from experiments.tables import RESULTS, SETTINGS
+from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
-from runtime.processes import Parser, Refused
+from runtime.layers import QuantLinear
+from runtime.processes import Refused
 from runtime.sampling import denoise
 from starquant import state_gate, transform
 from tiny import tasks
 from tiny.stress import stress
 
 matplotlib.use("Agg")
-RESULTS = Path(__file__).parent.parent / "results"
-# Okabe and Ito's palette, told apart by colour-blind readers; every line has a marker of its own too
+# Okabe and Ito's palette, told apart by colour-blind readers
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#000000")
 DIM = "#707070"
+
+
+class Look(NamedTuple):
+    color: str
+    marker: str
+    linestyle: str = "-"
+
+
+# how a method looks in every figure; a broken line is a variant of the method that has the colour to itself
+LOOKS = {"RTN": Look(GREY, "x"), "GPTQ": Look(GREY, "v", "--"),
+         "AWQ": Look(PURPLE, "<"), "DLLMQuant+": Look(PURPLE, ">", "--"),
+         "QuaRot": Look(BLUE, "^"), "QuaRot*": Look(BLUE, "^", "--"), "DLLMQuant++": Look(SKY, "p"),
+         "FlatQuant": Look(ORANGE, "P"), "FreeAct": Look(ORANGE, "h", "--"),
+         "STaR-Quant": Look(RED, "s"), "STaR-Quant, P dense": Look(RED, "d", "--"),
+         "STaR-Quant without TAC": Look(RED, "o", ":"), "starquant+ (ours)": Look(GREEN, "D")}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "legend.frameon": False, "svg.hashsalt": "starquant", "figure.constrained_layout.use": True}
 PROMPT, WRITTEN, PASSAGES = 40, 24, 48  # tokens given, tokens written one a step, english passages
@@ -52,10 +71,10 @@ def denoising_states(model, prompts):
 @torch.no_grad()
 def inputs_of(model, ids, names=FUSED):
     """Inputs of the linears `names` of every block for token ids (n, L): a list of {name: (n, L, d)}."""
-    x, state, table, _ = model.prepare(ids)
+    x, state, rope, _ = model.prepare(ids)
     out = []
     for block in model.blocks:
-        x, seen = run_block(block, x, state, table, watch=names)
+        x, seen = run_block(block, x, state, rope, watch=names)
         out.append(seen)
     return out
 
@@ -90,12 +109,11 @@ def figure_1(model):
     axes[4].set(title="root mean square", xlabel="denoising step")
     axes[4].legend(fontsize=7)
     return figure, {"block": block, "linear": name, "rms": rms}
-VARIANTS = {"RTN": ({"method": "rtn", "kv_bits": 4, "softmax_bits": 4}, GREY, "x"),
-            "QuaRot": ({"method": "quarot", "kv_bits": 4, "softmax_bits": 4}, SKY, "v"),
-            "QuaRot*": ({"method": "quarot"}, BLUE, "^"),
-            "STaR-Quant without TAC": ({"tac": "none"}, ORANGE, "o"),
-            "STaR-Quant": ({}, RED, "s"),
-            "starquant+ (ours)": ({"method": "starquant+"}, GREEN, "D")}
+
+
+VARIANTS = {"RTN": {"method": "rtn", "kv_bits": 4, "softmax_bits": 4},
+            "QuaRot": {"method": "quarot", "kv_bits": 4, "softmax_bits": 4}, "QuaRot*": {"method": "quarot"},
+            "STaR-Quant without TAC": {"tac": "none"}, "STaR-Quant": {}, "starquant+ (ours)": {"method": "starquant+"}}
 
 
 @torch.no_grad()
@@ -109,22 +127,26 @@ def figure_3(model):
     def error(hidden, step):
         return float((hidden - exact[step]).square().sum() / exact[step].square().sum())
 
-    numbers, styles = {}, {}
-    for label, (setting, colour, marker) in VARIANTS.items():
+    numbers = {}
+    for label, setting in VARIANTS.items():
         quantized = quantize_model(model, tokens, QuantConfig(**setting, seed=SEED), region)
         own = denoising_states(quantized, prompts)
         numbers[label] = {"same": [error(quantized.hidden(ids), t) for t, ids in enumerate(reference)],
                           "own": [error(quantized.hidden(ids), t) for t, ids in enumerate(own)]}
-        styles[label] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2, "label": label}
+    return draw_3(numbers), numbers
+
+
+def draw_3(numbers):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for axis, kind, title in zip(axes, ("same", "own"), ("on the 16-bit model's states", "on its own states"),
                                  strict=True):
         for label, values in numbers.items():
-            axis.plot(range(1, WRITTEN + 1), values[kind], **styles[label])
+            axis.plot(range(1, WRITTEN + 1), values[kind], **LOOKS[label]._asdict(), markersize=3, linewidth=1.2,
+                      label=label)
         axis.set(title=title, xlabel="denoising step", yscale="log")
     axes[0].set_ylabel("relative MSE of the hidden state")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure, numbers
+    return figure
 
 
 def figure_4(model):
@@ -167,11 +189,10 @@ def figure_5(model):
                      **{k: getattr(m.blocks[i], name).P[0] for k, m in fitted.items()}}
             lost = 1 - state_gate(state, d, d_s, d_s)
             for k, P in bases.items():
-                P = type(P)(*(f.to(x) for f in P))
-                numbers[k].append(float(transform(x, P, lost).square().sum() / x.square().sum()))
+                numbers[k].append(float(transform(x, P.to(x), lost).square().sum() / x.square().sum()))
     figure, axis = plt.subplots(figsize=(8, 2.8))
     places = range(len(numbers["random"]))
-    for (label, shares), colour, marker in zip(numbers.items(), (GREY, ORANGE, BLUE, GREEN), "xosD", strict=True):
+    for (label, shares), colour, marker in zip(numbers.items(), (GREY, RED, SKY, BLACK), "xosD", strict=True):
         axis.plot(places, shares, color=colour, marker=marker, markersize=4, linewidth=1, label=label)
     axis.axhline(1 / 32, color=BLACK, linewidth=0.8, linestyle=":")
     axis.text(places[-1] + 0.2, 1 / 32, "1/32", va="center", fontsize=8)
@@ -182,38 +203,45 @@ def figure_5(model):
     return figure, numbers
 
 
-def figure_6(_):
-    """KL divergence from 16 bit against weight and activation bits, with intervals."""
+def published_rows(number: str, stress: str = "") -> list[dict]:
+    """Rows of a published table, of the one with tasks if there is one, else of the one of likelihoods."""
+    files = (RESULTS / f"table-{number}{stress}{kind}.json" for kind in ("", "-nelbo"))
+    file = next((f for f in files if f.exists()), None)
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file else []
+
+
+def figure_6():
+    """KL divergence from 16 bit against weight and activation bits, with intervals, from the published tables."""
     bits = ["W8A8", "W4A8", "W8A4", "W4A4", "W4A3", "W3A4", "W3A3", "W2A4"]
     points: dict[str, dict[str, list]] = {}
-    for table, suffix in (("5", "W8A8"), ("1", "W4A4"), ("low-bit", None)):
-        file = next((f for f in (RESULTS / f"table-{table}{kind}.json" for kind in ("", "-nelbo")) if f.exists()), None)
-        for row in json.loads(file.read_text())["rows"] if file else ():
-            method, _, width = row["setting"].rpartition(" ") if suffix is None else (row["setting"], "", suffix)
-            if "kl" in row and method in METHODS:
+    for number, only in (("5", "W8A8"), ("1", "W4A4"), ("low-bit", None)):
+        for row in published_rows(number):
+            method, _, width = row["setting"].rpartition(" ") if only is None else (row["setting"], "", only)
+            if "kl" in row and method in SETTINGS:
                 points.setdefault(method, {})[width] = row["kl"]
     if not points:
         raise Refused(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
     figure, axis = plt.subplots(figsize=(6, 3.2))
-    colours = (GREY, SKY, PURPLE, BLUE, BLACK, ORANGE, "#F0E442", RED, "#999933", GREEN, "#882255")
-    for (method, values), colour, marker in zip(points.items(), colours, "xv<^>pPhsDo", strict=False):
+    for method, values in points.items():
         # NaN where nothing was measured: a line joins neighbours only
         mean, low, high = zip(*(values.get(b, [float("nan")] * 3) for b in bits), strict=True)
-        axis.plot(mean, color=colour, marker=marker, markersize=4, linewidth=1.1, label=method)
-        axis.fill_between(range(len(bits)), low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(mean, **LOOKS[method]._asdict(), markersize=4, linewidth=1.1, label=method)
+        axis.fill_between(range(len(bits)), low, high, color=LOOKS[method].color, alpha=0.15, linewidth=0)
     axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
     axis.legend(fontsize=7, ncols=2)
     return figure, points
 
-def figure_hero(_):
-    """README's first picture: what W4A4 costs by method, plain and with outlier channels, from the files of Table 1."""
-    plain, stressed = ({row["setting"]: [1000 * v for v in row["kl"]] for row in json.loads(file.read_text())["rows"]
-                        if "kl" in row} for file in (RESULTS / "table-1.json", RESULTS / "table-1-stress4.json"))
+def figure_hero():
+    """README's first picture: what W4A4 costs by method, plain and with outlier channels, by the published Table 1."""
+    plain, stressed = ({row["setting"]: [1000 * v for v in row["kl"]] for row in published_rows("1", kind)
+                        if "kl" in row} for kind in ("", "-stress4"))
+    if not plain.keys() == stressed.keys() != set():
+        raise Refused(f"{RESULTS} holds no table-1 and table-1-stress4 of the same rows; run evaluate.py --table 1.")
     names = sorted(plain, key=lambda name: -plain[name][0])
     figure, axis = plt.subplots(figsize=(8, 3.9))
     dot = {"markersize": 7, "markeredgewidth": 1.4}
     for place, name in enumerate(names):
-        colour = GREEN if name.startswith("starquant+") else RED if name.startswith("STaR-Quant") else DIM
+        colour = LOOKS[name].color if name.startswith(("starquant+", "STaR-Quant")) else DIM
         points = [(*stressed[name], "white"), (*plain[name], colour)]  # mean, low, high, inside of the dot
         axis.plot([mean for mean, *_ in points], [place] * 2, color=colour, linewidth=3, alpha=0.3, zorder=1)
         for mean, low, high, inside in points:
@@ -226,7 +254,7 @@ def figure_hero(_):
              xlabel="KL divergence from the 16-bit model, 10⁻³ nats per token (log scale; further left is better)")
     for label in axis.get_yticklabels():
         if label.get_text().startswith(("starquant+", "STaR-Quant")):
-            label.set(color=GREEN if "+" in label.get_text() else RED, fontweight="bold")
+            label.set(color=LOOKS[label.get_text()].color, fontweight="bold")
     axis.xaxis.set_major_locator(ticker.FixedLocator([2, 5, 10, 20, 50, 100, 200, 500]))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(ticker.NullLocator())
@@ -243,44 +271,29 @@ def figure_hero(_):
     return figure, {"plain": plain, "stressed": stressed}
 
 
+
+
 FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "hero": figure_hero}
 
 
-def main(argv=None) -> int:
-    parser = Parser("figures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=FIGURES, help="one figure instead of all")
-    parser.add_argument("--model", default="tiny", help="tiny, or a folder of a 16-bit model of the embedded tasks")
-    parser.add_argument("--stress", type=float, default=1.0, metavar="C", help="outlier channels of scale C (1: off)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS / "figures")
-    args = parser.parse_args(argv)
-    written = []
-    try:
-        model = load_model(args.model, args.device, torch.float32)  # what is shown is the error of quantization alone
-        if model.tokenizer is None:
-            raise Refused(f"{args.model} has no tokenizer, which text needs.")
-        model = model if args.stress == 1 else stress(model, args.stress)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for number in [args.only] if args.only else FIGURES:
-            with plt.rc_context(STYLE):
-                figure, numbers = FIGURES[number](model)
-            stem = number if number == "hero" else f"figure-{number}"
-            stem += f"-stress{args.stress:g}" if args.stress != 1 else ""
-            figure.savefig(args.out / f"{stem}.png", dpi=160)
-            figure.savefig(args.out / f"{stem}.svg", metadata={"Date": None})
-            plt.close(figure)
-            (args.out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-            written.append(stem)
-            print(f"{args.out / stem}.png", file=sys.stderr)
-    except Refused as error:
-        print(f"figures.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfigures.py: interrupted.", file=sys.stderr)
-        return 130
-    print(json.dumps({"out": str(args.out), "figures": written}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def make(number: str, out: Path, model: str | None = None, c: float = 1.0, device: str = "auto") -> dict:
+    """Draw one figure into the folder `out`; those from activations need a 16-bit model, and c its outlier channels."""
+    given = []
+    if model is not None:
+        loaded = load_model(model, device, torch.float32)  # what is shown is the error of quantization alone
+        if loaded.tokenizer is None:
+            raise Refused(f"{model} has no tokenizer.json, which text needs.")
+        if any(isinstance(m, QuantLinear) for m in loaded.modules()):
+            raise Refused(f"{model} is quantized already; a figure takes the 16-bit model.")
+        given = [loaded if c == 1 else stress(loaded, c)]
+    out.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure, numbers = FIGURES[number](*given)
+    name = "" if model in (None, "tiny") else f"-{Path(model).name}"
+    stem = ("hero" if number == "hero" else f"figure-{number}") + name + (f"-stress{c:g}" if c != 1 else "")
+    figure.savefig(out / f"{stem}.png", dpi=160)
+    figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
+    plt.close(figure)
+    (out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"{out / stem}.png", file=sys.stderr)
+    return {"out": str(out), "figure": stem}

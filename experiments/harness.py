@@ -1,11 +1,11 @@
 """lm-evaluation-harness (lm-eval, https://github.com/EleutherAI/lm-evaluation-harness) with any model of this project.
 
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's tasks under the authors' settings
-    python harness.py --model starquant --model_args model=tiny --tasks …  the harness' own command with our model
+    python -m experiments.harness --model starquant --model_args model=tiny --tasks …   the harness' own command
 
-Likelihoods are Monte-Carlo estimates with classifier-free guidance, batched across requests and masks; texts are
+Likelihoods are Monte-Carlo estimates with classifier-free guidance, batched across requests and masks. Texts are
 generated in batches of similar length. Requests are cut into batches before they are shared among processes, and every
-random number belongs to a request or a batch, so neither the number of processes nor an interruption changes a result.
+random number belongs to a request or a batch. So neither the number of processes nor an interruption changes a result.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from runtime.likelihood import log_likelihoods, request_generator, suffix_greedy
 from runtime.processes import Refused, pick_device
 from runtime.sampling import END_OF_TURN, generate
 
-MAX_LENGTH = {"llada": 4096, "dream": 2048}  # tokens, as the authors evaluate; longer contexts lose their beginning
+MAX_LENGTH = {"llada": 4096, "dream": 2048}  # tokens, as the authors evaluate; longer prompts lose their beginning
 DREAM_BOS = "<|beginoftext|>"  # Dream's evaluation puts it before every context (add_bos_token=true)
 
 
@@ -49,11 +49,12 @@ class HarnessLM(LM):
     """A masked-diffusion model as the harness sees it.
 
     model: what `load_model` takes, or a loaded model, whose weights `identity` then tells apart in the cache.
-    mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size sequences go through the model at once, an
-    eighth of it when generating (all their logits are kept). gen_length None takes the task's max_gen_toks; steps and
-    block_length None are gen_length; `sampling` are further options of `generate`. check_greedy: also say whether
-    greedy denoising gives the answer (a pass per token; no task of the paper asks). chat: the prompts hold a chat
-    template. cache: a folder for finished answers. weights: "packed" or "int8", as they lie in memory.
+    mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size: sequences that go through the model at
+    once; an eighth of it when generating. gen_length: None takes the task's max_gen_toks. steps: None is gen_length, or
+    no number with a threshold. block_length: None is gen_length. sampling: further options of `generate`.
+    check_greedy: also say whether greedy denoising gives the answer, at a pass per token; no task of the paper asks.
+    chat: the prompts hold a chat template. cache: a folder for finished answers. weights: "packed" or "int8", as they
+    lie in memory. device: without a GPU the harness' own default, cuda:0, is auto.
     """
 
     def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, gen_length=None,
@@ -61,7 +62,9 @@ class HarnessLM(LM):
                  identity="", device="auto", dtype=None, weights="packed", max_batch_size=None, **sampling):
         super().__init__()
         if isinstance(model, str):
-            device = processes.start(pick_device(device or "auto"))
+            if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
+                device = "auto"
+            device = processes.start(pick_device(device))
             dtype = dtype and getattr(torch, dtype)
             identity, model = fingerprint(model), load_model(model, device, dtype, weights)
         self.model: DiffusionLM = model
@@ -114,6 +117,10 @@ class HarnessLM(LM):
         return self._answer("loglikelihood_rolling", requests, self.batch_size, self._rolling)
 
     def generate_until(self, requests):
+        longest = max((self.length_of(r.args[1]) for r in requests), default=0)
+        if longest >= self.max_length:
+            raise Refused(f"the task asks for {longest} new tokens, which leaves no room for a prompt in the context "
+                          f"of {self.max_length}; give a smaller --gen-length (gen_length of --model_args).")
         return self._answer("generate_until", requests, max(1, self.batch_size // 8), self._generate,
                             lambda args: self.length_of(args[1]))
 
@@ -142,8 +149,10 @@ class HarnessLM(LM):
 
     def _generate(self, batch):
         options, length = dict(self.sampling), self.length_of(batch[0][1])
-        options |= {"gen_length": length, "steps": options["steps"] or length}
-        prompts = [self.encode(context)[-(self.max_length - length):] for context, _ in batch]
+        steps = None if options.get("threshold") else length
+        options |= {"gen_length": length, "steps": options["steps"] or steps}
+        room = self.max_length - length  # at least 1, as generate_until has checked
+        prompts = [self.encode(context)[-room:] for context, _ in batch]
         longest, pad = max(map(len, prompts)), self.model.config.eos_id or 0
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], dtype=torch.long)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -295,8 +304,15 @@ def benchmarks(args, dtype) -> dict:
             "tasks": results}
 
 
-if __name__ == "__main__":
+def run(_=None) -> dict:
+    """The harness' own command on sys.argv."""
+    from lm_eval import __version__
     from lm_eval.__main__ import cli_evaluate
 
     with hugging_face_evaluate():
         cli_evaluate()
+    return {"lm_eval": __version__}
+
+
+if __name__ == "__main__":
+    sys.exit(processes.run("python -m experiments.harness", run, None, smaller="--batch_size"))

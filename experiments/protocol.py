@@ -1,11 +1,14 @@
 """How each model is evaluated on the paper's nine benchmarks, and what the paper reports (Tables 1 and 5).
 
-One row per model and task: the harness' task, shots, Monte-Carlo samples, guidance, generation lengths. Sources:
-[L] ML-GSAI/LLaDA, `EVAL.md` and `eval_llada_lm_eval.sh` (lm-evaluation-harness; the batch size there is mc_batch here);
-[O] the same repository's OpenCompass settings (steps = gen_length, chat template), run here through the harness' task;
-[D] DreamLM/Dream, `eval/eval_dream_mc.sh`, `eval_dream_gen.sh` and `eval_instruct/eval.sh`;
-[-] not published for this model: taken from LLaDA-8B-Base, so compare it with your own 16-bit run only.
-The paper says only that it follows LLaDA's setup; several of its 16-bit numbers are those published by [L], [O], [D].
+There is one row per model and task: the harness' task, shots, Monte-Carlo samples, guidance, generation lengths.
+
+Sources
+    [L] ML-GSAI/LLaDA, `EVAL.md` and `eval_llada_lm_eval.sh` (lm-evaluation-harness; its batch size is mc_batch here)
+    [O] the same repository's OpenCompass settings (steps = gen_length, chat template), run through the harness' task
+    [D] DreamLM/Dream, `eval/eval_dream_mc.sh`, `eval_dream_gen.sh` and `eval_instruct/eval.sh`
+    [-] not published for this model. The setting is LLaDA-8B-Base's, so compare it with your own 16-bit run only.
+
+The paper says only that it follows LLaDA's setup. Several of its 16-bit numbers are those published by [L], [O], [D].
 """
 
 import json
@@ -14,7 +17,7 @@ from pathlib import Path
 
 from checkpoint.families import ALIASES
 
-TASKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
+BENCHMARKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
          "gsm8k")
 
 
@@ -44,39 +47,39 @@ def _dream(n: int, temperature: float, top_p: float) -> dict:
 
 def _settings(source: str, *settings: Setting) -> dict[str, Setting]:
     return {s.task: replace(s, source=s.source or source) for s in settings}
-_LLADA = _settings(
+_LLADA_BASE = _settings(
     "L",
     Setting("truthfulqa_mc2", 0, cfg=2.0), Setting("arc_challenge", 0, cfg=0.5), Setting("hellaswag", 0, cfg=0.5),
     Setting("winogrande", 5), Setting("piqa", 0, cfg=0.5),
     # one-token answers: one mask is exact
     Setting("mmlu", 5, mc_num=1, mc_batch=1), Setting("ceval-valid", 5, mc_num=1, mc_batch=1),
     Setting("humaneval", 0, generation=_length(1024), runs_code=True), Setting("gsm8k", 5, generation=_length(1024)))
-_BORROWED = {t: replace(s, source="-") for t, s in _LLADA.items()}
+_BORROWED = {t: replace(s, source="-") for t, s in _LLADA_BASE.items()}
 _CODE = Setting("humaneval_instruct", 0, source="O", chat=True, runs_code=True)
 _MATH = Setting("gsm8k", 4, source="O", chat=True)
-_DREAM = _settings("D", *(Setting(t, s, mc_batch=32, source="-" if t in ("truthfulqa_mc2", "ceval-valid") else "D")
+_DREAM_BASE = _settings("D", *(Setting(t, s, mc_batch=32, source="-" if t in ("truthfulqa_mc2", "ceval-valid") else "D")
                           for t, s in (("truthfulqa_mc2", 0), ("arc_challenge", 0), ("hellaswag", 0), ("winogrande", 5),
                                        ("piqa", 0), ("mmlu", 5), ("ceval-valid", 5))))
 PROTOCOLS = {
-    "llada-8b": _LLADA,
+    "llada-8b": _LLADA_BASE,
     "llada-8b-instruct": _BORROWED | {
         "humaneval": replace(_CODE, generation=_length(512, logits_eos_inf=True)),
         "gsm8k": replace(_MATH, generation=_length(256, 8))},
     "llada-1.5": _BORROWED | {
         "humaneval": replace(_CODE, generation=_length(512, 32, confidence_eos_eot_inf=True)),
         "gsm8k": replace(_MATH, generation=_length(256, 16, confidence_eos_eot_inf=True))},
-    "dream-7b": _DREAM | {
+    "dream-7b": _DREAM_BASE | {
         "humaneval": Setting("humaneval", 0, generation=_dream(512, 0.2, 0.95), source="D", runs_code=True),
         "gsm8k": Setting("gsm8k_cot", 8, generation=_dream(256, 0.0, 0.95), source="D")},
-    "dream-7b-instruct": {t: replace(s, source="-") for t, s in _DREAM.items()} | {
+    "dream-7b-instruct": {t: replace(s, source="-") for t, s in _DREAM_BASE.items()} | {
         "humaneval": replace(_CODE, generation=_dream(768, 0.1, 0.9), source="D"),
         "gsm8k": Setting("gsm8k_cot", 0, generation=_dream(256, 0.1, 0.9), chat=True, source="D")},
 }
 # what the harness calls the results, the paper's measure ("accuracy") first
 METRICS = {"acc,none": "acc", "acc_norm,none": "acc_norm", "pass@1,create_test": "pass@1",
            "exact_match,strict-match": "exact match", "exact_match,flexible-extract": "exact match, flexible"}
-# Tables 1 (W4A4) and 5 (W8A8), in the order of TASKS, in percent
-PAPER = {
+# Tables 1 (W4A4) and 5 (W8A8), in the order of BENCHMARKS, in percent
+REPORTED = {
     "LLaDA-8B": {
         "FP": (47.49, 44.03, 54.06, 74.90, 74.65, 65.85, 69.54, 32.92, 67.48),
         "RTN W4A4": (40.45, 41.83, 45.40, 64.72, 67.95, 49.26, 57.95, 14.02, 16.56),
@@ -105,7 +108,7 @@ PAPER = {
         "STaR-Quant W4A4": (48.72, 59.76, 71.32, 72.98, 74.34, 69.37, 58.79, 47.43, 69.57),
         "STaR-Quant W8A8": (49.02, 60.28, 72.89, 73.50, 74.23, 70.11, 62.89, 51.76, 73.44)},
 }
-PAPER_MODEL = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+REPORTED_MODEL = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
 
 
 def source_name(name: str, folder: Path) -> str:
@@ -134,18 +137,19 @@ def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) 
 
 def table(protocol: str, results: dict[str, dict]) -> str:
     """Our numbers beside the paper's, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
-    paper = PAPER.get(PAPER_MODEL.get(protocol), {})
+    paper = REPORTED.get(REPORTED_MODEL.get(protocol), {})
     head = ["task", "measure", "here", *(f"paper: {row}" for row in paper)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for task, values in results.items():
         for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
             error = values.get(key.replace(",", "_stderr,"))
             here = f"{100 * values[key]:.2f}" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")
-            beside = [f"{row[TASKS.index(task)]:.2f}" if task in TASKS and i == 0 else "" for row in paper.values()]
+            known = task in BENCHMARKS and i == 0
+            beside = [f"{row[BENCHMARKS.index(task)]:.2f}" if known else "" for row in paper.values()]
             lines.append("| " + " | ".join([task, name, here, *beside]) + " |")
-    if set(TASKS) <= set(results):
-        mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in TASKS) / len(TASKS)
+    if set(BENCHMARKS) <= set(results):
+        mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in BENCHMARKS) / len(BENCHMARKS)
         beside = [f"{sum(row) / len(row):.2f}" for row in paper.values()]
         lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *beside]) + " |")
-    note = f"\n\nThe paper's columns are for {PAPER_MODEL[protocol]} (its Tables 1 and 5)." if paper else ""
+    note = f"\n\nThe paper's columns are for {REPORTED_MODEL[protocol]} (its Tables 1 and 5)." if paper else ""
     return "\n".join(lines) + note

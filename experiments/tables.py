@@ -2,8 +2,8 @@
 
 Cells
     A cell is one setting with one calibration seed, judged on held-out examples of that seed's own. `cells.jsonl` keeps
-    it under a key of all that determines it, except the code, whose commit stands beside it. So a long run resumes, tables
-    share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them.
+    it under a key of all that determines it, except the code, whose commit stands beside it. So a long run resumes,
+    tables share their cells, and `torchrun --nproc-per-node N evaluate.py --table 2` divides them.
 
 Files
     Tables and cells go to the folder of --out, `out/tables` unless given. The cells of the published tables are in
@@ -14,8 +14,8 @@ Statistics
     ± is half a 95 % bootstrap interval. For what is counted from 16 bit (KL, penalty, mean of the tasks) the bootstrap
     draws calibration seeds and, within each, its examples; for the accuracy on a task it draws from all its problems.
     Every row is compared with another one, example by example, in KL divergence from the 16-bit model, which is less
-    noisy than NELBO. Three seeds are few. So * marks a difference only if its interval is clear of 0 and all seeds agree
-    on its sign.
+    noisy than NELBO. Three seeds are few. So * marks a difference only if its interval is clear of 0 and all seeds
+    agree on its sign.
 
 Seeds
     Settings were chosen on calibration seeds and examples 0-9. Tables report seeds from 10 on.
@@ -53,7 +53,6 @@ RESULTS = Path(__file__).parent.parent / "results"  # published tables, figures 
 OUT = Path("out/tables")
 FIRST_SEED = 10
 SEEDS, PROBLEMS, SEQUENCES = 3, 250, 100  # of the published tables: seeds, problems per task, sequences per domain
-QUICK = {"problems": 16, "sequences": 16, "nelbo": True, "segments": 20}
 
 # ---- the rows ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ def digest(key: dict) -> str:
 
 
 def stored_cells(*files: Path) -> dict[str, dict]:
-    """Finished cells by digest, a later one in place of an earlier; a line that an interruption cut short is left out."""
+    """Finished cells by digest, the later of two; a line that an interruption cut short is left out."""
     cells = {}
     for line in (line for file in files if file.exists() for line in file.read_text().splitlines()):
         try:
@@ -307,7 +306,7 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
 
 
 def file_name(number: str, run: Run, seeds: int, quick: bool) -> str:
-    """table-N, then the model, its stress, the kind of table and its size, as far as they are not the published ones."""
+    """table-N, then model, stress, kind and size, each as far as it is not that of the published tables."""
     size = f"{seeds}x{run.problems}" + (f"x{run.sequences}" if run.sequences not in (None, run.problems) else "")
     published = {f"{SEEDS}x{SEQUENCES}" if run.nelbo else f"{SEEDS}x{PROBLEMS}x{SEQUENCES}"}
     parts = [f"table-{number}", "" if run.name == "tiny" else Path(run.name).name,

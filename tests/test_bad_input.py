@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 import bench
 import calibrate
 import evaluate
-from checkpoint import published
 from checkpoint.folder import INDEX
-from experiments import figures
 from tiny import stress
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -334,12 +332,13 @@ ARGUMENTS = [
     ("stress", ["--model", "MODEL", "--c", "-1", "--out", "OUT"], "stress -1 is not a positive number"),
     ("stress", ["--model", "MODEL", "--out", "theirs"], "theirs exists and is not this model stressed"),
     ("stress", ["--model", "MODEL"], "the following arguments are required: --out"),
-    ("twins", ["--model", "gpt-2", "--out", "OUT"], "shapes are known of"),
-    ("twins", ["--blocks", "0", "--out", "OUT"], "between 1 and 32"),
-    ("twins", ["--blocks", "1", "--out", "theirs"], "theirs is not empty"),
-    ("figures", ["--only", "2"], "argument --only: invalid choice: '2'"),
-    ("figures", ["--model", "nowhere"], "neither a folder"),
-    ("figures", ["--stress", "0", "--out", "OUT"], "stress 0 is not a positive number"),
+    ("bench", ["--model", "gpt-2", "--write", "OUT"], "shapes are known of"),
+    ("bench", ["--model", "llada-8b", "--blocks", "0", "--write", "OUT"], "between 1 and 32"),
+    ("bench", ["--model", "llada-8b", "--blocks", "1", "--write", "theirs"], "theirs is not empty"),
+    ("evaluate", ["--figure", "2"], "argument --figure: invalid choice: '2'"),
+    ("evaluate", ["--figure", "4", "--model", "nowhere"], "neither a folder"),
+    ("evaluate", ["--figure", "4", "--model", "QUANTIZED", "--out", "OUT"], "is quantized already"),
+    ("evaluate", ["--figure", "4", "--stress", "0", "--out", "OUT"], "stress 0 is not a positive number"),
     ("bench", ["--model", "QUANTIZED"], "is quantized already"),
     ("bench", ["--model", "nowhere"], "neither a folder"),
     ("bench", ["--points", "1x2"], "'1x2' is not BATCHxLENGTHxTOKENS"),
@@ -347,6 +346,9 @@ ARGUMENTS = [
     ("evaluate", ["--problems", "0"], "must be at least 1"),
     ("evaluate", ["--prompt", "x", "--steps", "0"], "must be at least 1"),
     ("evaluate", ["--table", "9"], "argument --table: invalid choice: '9'"),
+    ("evaluate", ["--table", "1", "--seeds", "0"], "argument --seeds: must be at least 1"),
+    ("evaluate", ["--table", "1", "--model", "QUANTIZED"], "is quantized already"),
+    ("evaluate", ["--seed", "18446744073709551616"], "argument --seed: must be at least 0 and below 2^63"),
     ("evaluate", ["--device", "abacus"], "not available"),
     ("evaluate", ["--out", "theirs"], "--out theirs cannot be a file there"),
     ("evaluate", ["--out", "file.txt/x.json"], "cannot be a file there"),
@@ -360,8 +362,7 @@ FILES = {"empty.txt": b"", "blank.txt": b" \n\t\n", "nul.txt": b"\0" * 99, "lati
 # ---- the test --------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main,
-            "twins": published.main, "figures": figures.main}
+COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main}
 
 
 def tree(folder: Path) -> dict:
@@ -378,7 +379,7 @@ def refused(command, arguments, words, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 2, err
     assert any(w in err for w in words.split("|")), err
-    assert err.startswith(f"{command}.py: "), err
+    assert err.startswith("python -m tiny.stress: " if command == "stress" else f"{command}.py: "), err
     assert err.endswith(".\n"), err
     assert err.count("\n") == 1, err
     assert out == ""

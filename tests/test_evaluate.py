@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,12 +126,24 @@ class TestBootstrap:
 class TestCommand:
     def test_prompt_shows_every_step(self, tiny):
         out = io.StringIO()
-        text = evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 6, 12, out)
+        written = evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 6, 12, out=out)
         lines = out.getvalue().splitlines()
         assert len(lines) == 12
         assert lines[0].count("░") == 10
         assert "░" not in lines[-1]
-        assert text["a"] == text["b"]
+        assert written["text"]["a"] == written["text"]["b"]
+        assert written["passes"] == {"a": 6, "b": 6}
+
+    def test_with_a_threshold_a_model_that_is_done_waits(self, tiny, small_folder):
+        out, random = io.StringIO(), load_model(small_folder, "cpu")
+        written = evaluate.show_denoising({"tiny": tiny, "random": random}, "Ann has 4 books.\n", None, 8, 0.5, out)
+        passes, lines = written["passes"], out.getvalue().splitlines()
+        assert passes["tiny"] < passes["random"] == 8
+        assert len(lines) == 2 * 8
+        assert lines[-2] == lines[2 * passes["tiny"] - 2]
+        ids = torch.tensor([tiny.tokenizer.encode("Ann has 4 books.\n").ids])
+        alone = generate(tiny, ids, None, 8, threshold=0.5)[0, -8:]
+        assert written["text"]["tiny"] == tiny.tokenizer.decode(alone.tolist())
 
     def test_prompt_on_the_command_line(self, capsys, tmp_path):
         out = tmp_path / "new" / "x.json"
@@ -148,19 +161,53 @@ class TestCommand:
                 return True
 
         out = Terminal()
-        evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 2, 4, out)
+        evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 2, 4, out=out)
         assert out.getvalue().count("\033[2A") == 1
         assert out.getvalue().count("\033[2K") == 4
 
     def test_a_table_is_asked_for_with_its_arguments(self, monkeypatch, capsys):
         asked = []
         monkeypatch.setattr(evaluate.tables, "make", lambda *a: asked.append(a) or {"rows": []})
-        assert evaluate.main(["--table", "2", "--problems", "9", "--seeds", "4", "--device", "cpu"]) == 0
-        assert evaluate.main(["--table", "2", "--quick", "--device", "cpu"]) == 0
-        assert evaluate.main(["--table", "2", "--fresh", "--device", "cpu"]) == 0
-        (name, run, seeds, quick, fresh), (_, short, once, _, _), (*_, again) = asked
-        assert (name, run.problems, seeds, quick, fresh, again) == ("2", 9, 4, False, False, True)
-        assert (run.segments, short.problems, short.nelbo, short.segments, once) == (128, 16, True, 20, 1)
+        for more in (["--problems", "9", "--seeds", "4"], ["--quick"], ["--quick", "--seeds", "2", "--problems", "3"],
+                     ["--fresh", "--out", "here"], ["--nelbo"]):
+            assert evaluate.main(["--table", "2", *more, "--device", "cpu"]) == 0
+        sizes = [(run.problems, run.sequences, run.segments, run.nelbo, seeds) for _, run, seeds, *_ in asked]
+        assert sizes == [(9, 9, 128, False, 4), (16, 16, 20, True, 1), (3, 3, 20, True, 2), (250, 100, 128, False, 3),
+                         (100, 100, 128, True, 3)]
+        assert [a[3:] for a in asked[:4]] == [(False, False, Path("out/tables")), (True, False, Path("out/tables")),
+                                              (True, False, Path("out/tables")), (False, True, Path("here"))]
+
+    @pytest.mark.parametrize(("arguments", "flag", "use"), [
+        (["--table", "1", "--dtype", "fp32"], "--dtype", "--table"),
+        (["--table", "1", "--weights", "int8"], "--weights", "--table"),
+        (["--table", "1", "--against", "tiny"], "--against", "--table"),
+        (["--table", "1", "--gen-length", "4"], "--gen-length", "--table"),
+        (["--table", "1", "--seed", "4"], "--seed", "--table"),
+        (["--tasks", "piqa", "--against", "tiny"], "--against", "--tasks"),
+        (["--tasks", "piqa", "--problems", "3"], "--problems", "--tasks"),
+        (["--prompt", "x", "--problems", "3"], "--problems", "--prompt"),
+        (["--figure", "4", "--seeds", "3"], "--seeds", "--figure 4"),
+        (["--figure", "6", "--model", "tiny"], "--model", "--figure 6"),
+        (["--stress", "4"], "--stress", "judging a model"), (["--limit", "4"], "--limit", "judging a model")])
+    def test_a_flag_that_has_no_part_is_refused_by_name(self, arguments, flag, use, capsys):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"evaluate.py: {flag} has no part in {use}; --help lists what there is.\n"
+
+    def test_uses_exclude_each_other(self, capsys):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--table", "1", "--prompt", "x"])
+        assert "not allowed with argument" in capsys.readouterr().err
+
+    def test_a_fault_of_the_program_is_no_refusal(self, monkeypatch):
+        """A ValueError from within torch, say, is not dressed up as the user's."""
+        def fault(*_, **__):
+            raise ValueError("internal")
+
+        monkeypatch.setattr(evaluate.metrics, "scores", fault)
+        with pytest.raises(ValueError, match=r"^internal$"):
+            evaluate.main(["--device", "cpu", "--problems", "1"])
 
     @pytest.mark.parametrize("given", [[], ["--weights", "int8"]])
     def test_weights_are_resident_as_asked(self, given, monkeypatch):
@@ -175,7 +222,7 @@ class TestCommand:
 
         monkeypatch.setattr(evaluate, "load_model", interrupt)
         assert evaluate.main(["--device", "cpu"]) == 130
-        assert capsys.readouterr().err == "\nevaluate.py: interrupted.\n"
+        assert capsys.readouterr().err == "evaluate.py: interrupted.\n"
 
     def test_report_and_json(self, capsys):
         assert evaluate.main(["--problems", "2", "--against", "tiny", "--device", "cpu"]) == 0

@@ -311,6 +311,24 @@ class TestRequests:
         assert together == alone
         assert all("=" in text and "####" not in text for text in together)
 
+    @pytest.mark.parametrize("length", [64, 100])
+    def test_more_new_tokens_than_the_context_are_refused(self, tiny, length, monkeypatch):
+        """And of a prompt that does not fit, the end is kept, down to its last token."""
+        asked = []
+        monkeypatch.setattr(harness, "generate", lambda m, ids, **_: asked.append(ids) or torch.cat((ids, ids), 1))
+        lm = harness.HarnessLM(tiny, max_length=64)
+        request = instances("generate_until", ("The whale and the ship", {"until": [], "max_gen_toks": length}))
+        with pytest.raises(Refused, match=f"asks for {length} new tokens, which leaves no room for a prompt"):
+            lm.generate_until(request)
+        assert not asked
+        lm.generate_until(instances("generate_until", ("The whale and the ship", {"until": [], "max_gen_toks": 63})))
+        assert asked[0].tolist() == [tiny.tokenizer.encode("The whale and the ship").ids[-1:]]
+
+    def test_a_threshold_needs_no_number_of_steps(self, tiny):
+        requests = instances("generate_until", (tiny_tasks.problems("math", "eval", 1, 3)[0].prompt, {"until": []}))
+        texts = [self.lm(tiny, gen_length=24, threshold=t).generate_until(requests) for t in (0.9, None)]
+        assert "=" in texts[0][0]
+
     def test_a_task_s_own_length_counts_when_no_other_is_given(self, tiny):
         lm = harness.HarnessLM(tiny)
         texts = lm.generate_until(instances("generate_until", ("The", {"until": [], "max_gen_toks": 2}),
@@ -353,3 +371,18 @@ class TestRequests:
         made = get_model("starquant").create_from_arg_string("model=tiny,mc_num=8,dtype=bfloat16", {"device": "cpu"})
         assert (made.likelihood["mc_num"], made.model.norm.weight.dtype) == (8, torch.bfloat16)
         assert made.tokenizer_name == self.lm(tiny).tokenizer_name
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_the_harness_default_device_is_auto_where_no_gpu_is(self):
+        made = get_model("starquant").create_from_arg_string("model=tiny", {"device": "cuda:0"})
+        assert made.model.device == torch.device("cpu")
+        with pytest.raises(Refused, match="device 'cuda:1' is not available"):
+            get_model("starquant").create_from_arg_string("model=tiny", {"device": "cuda:1"})
+
+    def test_the_harness_own_command(self, tasks, monkeypatch, capsys):
+        """As README gives it, on a machine without GPU."""
+        monkeypatch.setattr("sys.argv", ["lm-eval", "--model", "starquant", "--model_args", "model=tiny,mc_num=8",
+                                         "--tasks", "arc_challenge", "--include_path", str(tasks), "--limit", "2"])
+        result = harness.run()
+        assert result == {"lm_eval": lm_eval.__version__}
+        assert "arc_challenge" in capsys.readouterr().out

@@ -1,20 +1,27 @@
 """Tables: what a cell is, that it is measured once, and how rows are pooled and compared."""
 
 import json
+import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import evaluate
+from checkpoint.folder import write_json
 from experiments import tables
 from model import load_model
-from runtime.layers import QuantLinear
+from runtime.layers import Grid, QuantLinear, Weight
+from runtime.processes import Refused
 from tiny import metrics
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "CELLS", tmp_path / "cells.jsonl")
+    """A place for results, and one without published ones."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "published")
     return tmp_path
 
 
@@ -94,10 +101,11 @@ class TestRows:
         assert "(-2000.0 to -2000.0) * a |" in lines[3]
 
     def test_every_counterpart_comes_before_its_row(self):
-        for number, counterparts in tables.REFERENCE.items():
-            rows = list(tables.TABLES[number])
-            for row, other in counterparts.items():
-                assert 0 <= (-1 if other is None else rows.index(other)) + 1 <= rows.index(row)
+        for rows in tables.TABLES.values():
+            labels = [row.label for row in rows]
+            assert len(set(labels)) == len(labels)
+            for i, row in enumerate(rows):
+                assert row.against in (tables.ABOVE, None, *labels[:i])
 
     def test_markdown_has_a_cell_for_every_heading(self):
         ones = [1.0, 0.0]
@@ -114,12 +122,13 @@ class TestRows:
 class TestSettings:
     @pytest.mark.parametrize("number", tables.TABLES)
     def test_every_setting_is_valid_and_differs_from_the_others(self, number):
-        configs = [str(tables.config_of(s, 10)) + str(s.get("gates")) for s in tables.TABLES[number].values()]
+        settings = [row.setting for row in tables.TABLES[number]]
+        configs = [str(tables.config_of(s, 10)) + str(s.get("gates")) for s in settings]
         assert len(set(configs)) == len(configs) >= 2
 
     def test_gates_off_is_all_of_the_same_basis(self):
         codes = torch.ones(4, 8, dtype=torch.int8)
-        layer = QuantLinear(codes, torch.ones(4), [torch.eye(8)], 2, 2)
+        layer = QuantLinear(weight=Weight(codes, torch.ones(4)), grid=Grid(), P=[torch.eye(8)], d_m=2, d_u=2)
         model = torch.nn.Sequential(layer)
         x, state = torch.ones(3, 8), torch.tensor([True, False, True])
         assert float(layer(x, state).amax()) == pytest.approx(6)
@@ -129,12 +138,14 @@ class TestSettings:
 
 class TestCells:
     def test_a_cell_is_measured_once_and_a_cut_line_again(self, results, monkeypatch):
-        monkeypatch.setitem(tables.TABLES, "3", {"RTN": tables.RTN, "start": tables.UNTRAINED | tables.NO_TAC})
+        monkeypatch.setitem(tables.TABLES, "3", [tables.Row("RTN", tables.RTN),
+                                                 tables.Row("start", tables.UNTRAINED | tables.NO_TAC)])
         run = tables.Run("tiny", 1.0, 2, True, "cpu", segments=8)
-        first = tables.make("3", run, 1)
+        make = partial(tables.make, "3", run, 1, out=results)
+        first = make()
         assert [r["setting"] for r in first["rows"]] == ["16-bit", "RTN", "start"]
         assert first["rows"][1]["kl"][0] > 0
-        assert (results / "table-3-nelbo.md").read_text().startswith("| setting |")
+        assert (results / "table-3-nelbo-1x2.md").read_text().startswith("| setting |")
         lines = (results / "cells.jsonl").read_text().splitlines()
         assert len(lines) == 3
         # the same values as measured directly
@@ -142,13 +153,57 @@ class TestCells:
         assert json.loads(lines[0])["values"]["nelbo"] == [round(v, 5) for v in want.tolist()]
 
         monkeypatch.setattr(tables.Run, "measure", lambda *_: pytest.fail("measured again"))
-        assert tables.make("3", run, 1)["rows"] == first["rows"]
+        assert make()["rows"] == first["rows"]
         monkeypatch.setattr(tables.Run, "measure", lambda *_: {"nelbo": [1.0, 2.0], "kl": [0.25, 0.75]})
-        again = tables.make("3", run, 1, fresh=True)
+        again = make(fresh=True)
         assert again["rows"][1]["kl"][0] == 0.5
-        assert tables.make("3", run, 1)["rows"] == again["rows"]  # of two lines of one key the later counts
+        assert make()["rows"] == again["rows"]  # of two lines of one key the later counts
         (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
-        assert len(tables.stored_cells()) == 2
+        assert len(tables.stored_cells(results / "nowhere", results / "cells.jsonl")) == 2
+
+    def test_published_cells_are_read_and_never_written(self, monkeypatch, tmp_path, capsys):
+        """Every published table comes from its cells alone, with the names and rows it is published with."""
+        before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in tables.RESULTS.iterdir()}
+        monkeypatch.setattr(tables.Run, "measure", lambda *a: pytest.fail(f"{a[1:]} is not among the published cells"))
+        monkeypatch.chdir(tmp_path)
+        for file in tables.RESULTS.glob("table-*.json"):
+            published = json.loads(file.read_text())
+            words = published["command"].split()[2:]
+            assert evaluate.main([*words, "--device", "cpu"]) == 0
+            again = json.loads((tmp_path / "out" / "tables" / file.name).read_text())
+            assert {k: again[k] for k in published} == published
+            assert (tmp_path / "out" / "tables" / file.name).with_suffix(".md").exists()
+        assert before == {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in tables.RESULTS.iterdir()}
+        assert not (tmp_path / "out" / "tables" / "cells.jsonl").exists()
+
+    def test_file_names_tell_model_and_size(self):
+        name = tables.file_name
+        run = tables.Run("tiny", 1.0, tables.PROBLEMS, False, "cpu", sequences=tables.SEQUENCES)
+        assert name("1", run, tables.SEEDS, False) == "table-1"
+        assert name("1", replace(run, name="some/folder", c=4.0), 3, False) == "table-1-folder-stress4"
+        assert name("1", replace(run, problems=100, nelbo=True), 3, False) == "table-1-nelbo"
+        assert name("1", replace(run, problems=16, sequences=16, nelbo=True), 1, True) == "table-1-quick-1x16"
+        assert name("1", run, 2, False) == "table-1-2x250x100"
+
+    @pytest.mark.parametrize("spoil", ["tokenizer.json", "sharded"])
+    def test_models_that_a_table_refuses_or_takes(self, spoil, small_folder, tmp_path):
+        folder = shutil.copytree(small_folder, tmp_path / "model")
+        run = tables.Run(str(folder), 1.0, 2, True, "cpu")
+        if spoil == "tokenizer.json":
+            (folder / "tokenizer.json").unlink()
+            with pytest.raises(Refused, match=r"has no tokenizer\.json"):
+                tables.make("3", run, 1, out=tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            return
+        tensors, key = load_file(folder / "model.safetensors"), run.key({}, 1)
+        tables.weights_digest.cache_clear()
+        for i, name in enumerate(tensors):
+            save_file({name: tensors[name]}, folder / f"model-{i:05d}-of-{len(tensors) - 1:05d}.safetensors")
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {
+            name: f"model-{i:05d}-of-{len(tensors) - 1:05d}.safetensors" for i, name in enumerate(tensors)}})
+        (folder / "model.safetensors").unlink()
+        run.check()
+        assert run.key({}, 1)["weights"] != key["weights"]
 
     def test_sequences_and_problems_are_counted_apart(self):
         run = tables.Run("tiny", 1.0, 1, False, "cpu", segments=8, sequences=2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from arguments import fast
 
+import bench
 import calibrate
 from checkpoint import published
 from checkpoint.folder import Checkpoint
@@ -27,7 +28,8 @@ def name(request, monkeypatch):
 
 def test_written_checkpoint_calibrates_from_text(name, tmp_path, capsys):
     folder, text = tmp_path / "twin", tmp_path / "text.txt"
-    assert published.main(["--model", name, "--blocks", "2", "--gain", "40", "--out", str(folder)]) == 0
+    assert bench.main(["--model", name, "--random-weights", "--blocks", "2", "--gain", "40", "--write",
+                       str(folder)]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == sum(
         2 * torch.Size(s).numel() for s in Checkpoint(folder).shapes.values())
     model = load_model(folder, "cpu")
@@ -49,13 +51,13 @@ def test_written_checkpoint_calibrates_from_text(name, tmp_path, capsys):
     (["--model", "gpt-2"], "shapes are known of"), (["--blocks", "33"], "between 1 and 32"),
     (["--blocks", "0"], "between 1 and 32")])
 def test_refusals(arguments, words, tmp_path, capsys):
-    assert published.main([*arguments, "--out", str(tmp_path / "new")]) == 2
+    assert bench.main(["--model", "llada-8b", *arguments, "--write", str(tmp_path / "new")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
 def test_a_filled_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes").write_text("mine")
-    assert published.main(["--out", str(tmp_path)]) == 2
+    assert bench.main(["--model", "llada-8b", "--write", str(tmp_path)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
