@@ -29,8 +29,8 @@ def test_every_kind_is_there():
 def test_each_changes_one_place():
     for index in range(len(kinds(SOURCE))):
         line, _, changed = mutate.mutate(SOURCE, index)
-        different = [i for i, (a, b) in enumerate(zip(SOURCE.splitlines(), changed.splitlines(), strict=True), 1) if a != b]
-        assert different == [line]
+        pairs = enumerate(zip(SOURCE.splitlines(), changed.splitlines(), strict=True), 1)
+        assert [number for number, (before, after) in pairs if before != after] == [line]
 
 
 def test_every_module_has_tests():

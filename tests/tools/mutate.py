@@ -23,13 +23,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
-TESTS = dict.fromkeys(("methods/awq", "methods/dllmquant", "methods/flat", "methods/gptq", "methods/hadamard",
-                       "methods/quarot", "methods/rtn", "runtime/attention"), ["test_baselines"]) | {
-    "starquant": ["test_equations", "test_equations_sgat", "test_equations_tac", "test_quantizer"],
-    "methods/plus": ["test_plus", "test_feedback"], "methods/settings": ["test_calibrate"], "methods/tac": ["test_sgat"],
-    "methods/storage": ["test_preflight", "test_bench"], "checkpoint/published": ["test_twins"],
-    "checkpoint/loading": ["test_folder", "test_families", "test_model"], "tiny/metrics": ["test_evaluate"],
-    "experiments/tables": ["test_tables", "test_evaluate"], "calibration/streams": ["test_calibrate", "test_segments"]}
+TESTS = {f"methods/{name}": "baselines" for name in "awq dllmquant flat gptq hadamard quarot rtn".split()} | {
+    "starquant": "equations equations_sgat equations_tac quantizer", "runtime/attention": "baselines",
+    "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "tiny/metrics": "evaluate",
+    "methods/storage": "preflight bench", "checkpoint/loading": "folder families model", "checkpoint/published": "twins",
+    "experiments/tables": "tables evaluate", "calibration/streams": "calibrate segments"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -78,8 +76,8 @@ def mutate(source: str, index: int) -> tuple[int, str, str]:
 
 
 def tests_of(module: str) -> list[str]:
-    names = TESTS.get(module, [f"test_{Path(module).name}"])
-    return [str(f.relative_to(ROOT)) for name in names for f in sorted((ROOT / "tests").rglob(f"{name}.py"))]
+    names = TESTS.get(module, Path(module).name).split()
+    return [str(f.relative_to(ROOT)) for name in names for f in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
 
 
 def passes(folder: Path, tests: list[str], seconds: float) -> bool:
