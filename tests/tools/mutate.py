@@ -1,7 +1,6 @@
 """Can the tests fail? Small wrong changes to a module, each of which the module's own tests must notice.
 
     python tests/tools/mutate.py --module starquant --n 20 [--seed 0]
-    python tests/tools/mutate.py --module runtime/layers --tests tests/runtime/test_layers.py
 
 The changes are made in the syntax tree, so a rename or a new line does not break this script: a comparison is flipped,
 a number changed, an operator swapped, a condition negated, an argument dropped, a statement removed. --seed chooses n
@@ -23,11 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
-TESTS = {f"methods/{name}": "baselines" for name in "awq dllmquant flat gptq hadamard quarot rtn".split()} | {
+TESTS = {f"methods/{name}": "baselines" for name in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "runtime/attention": "baselines",
     "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "tiny/metrics": "evaluate",
-    "methods/storage": "preflight bench", "checkpoint/loading": "folder families model", "checkpoint/published": "twins",
-    "experiments/tables": "tables evaluate", "calibration/streams": "calibrate segments"}
+    "methods/storage": "preflight bench", "checkpoint/loading": "folder families model",
+    "checkpoint/published": "twins", "experiments/tables": "tables evaluate", "calibration/streams": "calibrate",
+    "calibration/segments": "segments calibrate"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
