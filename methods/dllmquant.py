@@ -33,15 +33,14 @@ class DLLMQuantRotated(DLLMQuant):
 
 
 def ia_aq(A, v, bits: int, grid=IA_AQ_GRID):
-    """Interaction-aware scale of V (DLLMQuant): static per channel, (scale, zero), both (K, 1, h).
+    """Interaction-aware quantizer of V (DLLMQuant), static per channel: v (B, K, L, h) -> scale, zero, both (K, 1, h).
 
-    s = α ŝ with the α of `grid` that minimizes ‖A (V̂ − V)‖_F², ŝ = (V_max − V_min)/(2^b − 1): errors count as the
-    softmax output A (B, H, L, L) spreads them. v (B, K, L, h). The loss is a sum over channels, so each has its own α;
-    under grouped queries the heads that share a V are summed.
+    Errors of V count as the softmax output A (B, H, L, L) spreads them. The loss is a sum over channels, so that each
+    channel has its own α of `grid`. Under grouped queries, the losses of the heads that share a V are summed.
     """
-    low, high = (f(v.amin((0, 2)) if f is torch.minimum else v.amax((0, 2)), v.new_zeros(()))
-                 for f in (torch.minimum, torch.maximum))
-    full = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    # s = α ŝ,  α minimizes ‖A (V̂ − V)‖_F²,  ŝ = (V_max − V_min) / (2^b − 1)
+    low, high = v.amin((0, 2)).clamp(max=0), v.amax((0, 2)).clamp(min=0)  # (K, h)
+    full = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # (K, 1, h)
     zero = torch.round(-low[:, None] / full)
     losses = []
     for alpha in grid:
@@ -53,10 +52,10 @@ def ia_aq(A, v, bits: int, grid=IA_AQ_GRID):
 
 
 def tmas_ratios(n: int, generator: torch.Generator):
-    """Temporal-mask adaptive sampling: n masking ratios, (n,), 30/20/20/30 % of them in the four quarters of (0, 1].
+    """Temporal-mask adaptive sampling: n masking ratios (n,), 30/20/20/30 % of them in the four quarters of (0, 1].
 
-    Exact shares (largest remainders first), stratified within a bucket, in random order. DLLMQuant takes its samples at
-    fixed steps of generation; here the forward process of the same ratio stands in for the step.
+    The shares are exact (largest remainders first), the ratios stratified within a quarter and in random order.
+    DLLMQuant takes its samples at fixed steps of generation; here the forward process stands in for the step.
     """
     exact = [n * share for share in TMAS_SHARES]
     counts = [int(e) for e in exact]
@@ -67,14 +66,15 @@ def tmas_ratios(n: int, generator: torch.Generator):
 
 
 def cgq_weights(state, confidence):
-    """Certainty-guided token weights w², w = (1 if masked else 0.7) + √confidence, (S, L): H = Σ w² x xᵀ."""
+    """Certainty-guided weights of tokens (S, L) from their states and the confidence of their predictions."""
+    # H = Σ_j w_j² x_j x_jᵀ,  w = (1 if masked else 0.7) + √confidence
     return (torch.where(state, 1.0, CGQ_UNMASKED) + confidence.sqrt()).square()
 
 
 def fit_dllmquant_awq(weight, bias, inputs, config, generator, progress):
-    """DLLMQuant+: AWQ's scales and clipping, judged and rounded (GPTQ) under the certainty-guided Hessian.
+    """DLLMQuant+: AWQ's scales and clipping, judged and rounded (by GPTQ) under the certainty-guided Hessian.
 
-    How CGQ, a Hessian for GPTQ, combines with AWQ is unpublished; this is the reading in which it takes part.
+    How this Hessian, which is made for GPTQ, combines with AWQ is unpublished. In this reading it takes part.
     """
     weights = cgq_weights(inputs.state, inputs.confidence)
     return fit_awq(weight, bias, inputs, config, generator, progress, weights, compensate=True)

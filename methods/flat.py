@@ -1,13 +1,13 @@
 """FlatQuant (arXiv 2410.09426) and FreeAct (arXiv 2603.01776): learned Kronecker transforms with learned clipping.
 
-Both train, per linear, ‖Y − Q_a(X P G_s) Q_w(P⁻¹Wᵀ)‖² (Eq. 15) over the transform and clipping factors:
+For every linear, both minimize ‖Y − Q_a(X P G_s) Q_w(P⁻¹Wᵀ)‖² (Eq. 15) over the transform and the clipping factors:
 
     FlatQuant   P = diag(δ)(P1 ⊗ P2), P_i = U diag(s) Vᵀ invertible; no gates
     FreeAct     P = diag(δ)(P1 ⊗ P2), P_i orthogonal; gates for two token types, d/32 dimensions each
 
-Without clipping and gates the orthogonal form is STaR-Quant's. FlatQuant's code minimizes a block's output error on
-16-bit inputs; here the loss is per linear behind the quantized prefix, as for STaR-Quant, so that methods differ in
-their transforms and not in their training.
+Without clipping and gates, the orthogonal form is STaR-Quant's. FlatQuant's code minimizes the output error of a block
+on 16-bit inputs. Here the loss is that of a linear behind the quantized blocks before it, as for STaR-Quant. So the
+methods differ in their transforms and not in their training.
 """
 
 import torch
@@ -29,7 +29,10 @@ from starquant import (
 
 
 class FlatParameters(nn.Module):
-    """Yields (P, clip_x (2,), clip_w (C, 2)): P a list of factors; clip factors sigmoid(p), p = 4 at the start."""
+    """What is trained; a call gives (P, clip_x (2,), clip_w (C, 2)), P a list of factors.
+
+    A clip factor is sigmoid(p), and p starts at 4.
+    """
 
     def __init__(self, start: Kronecker, channels: int, diagonal=None, orthogonal=False, clipping=True):
         super().__init__()

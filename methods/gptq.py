@@ -19,10 +19,11 @@ class GPTQ(Settings):
 
 
 def hessian(x, token_weights=None, rows: int = 8192):
-    """H = 2/N Σ_j w_j x_j x_jᵀ of rows x (N, d), (d, d) float64; token_weights (N,), 1 by default.
+    """Second moment of x (N, d) with token_weights (N,), 1 by default: (d, d) float64.
 
-    Products in x's precision, `rows` at a time, their sum in float64.
+    Products are taken in x's precision, `rows` tokens at a time, and summed in float64.
     """
+    # H = 2/N Σ_j w_j x_j x_jᵀ
     H = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     weights = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
     for part, w in zip(x.split(rows), weights.split(rows), strict=True):
@@ -37,16 +38,18 @@ def output_error(error, H):
 
 def damped(H, damping: float):
     """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (..., d, d)"""
-    H = H.clone()  # and no other matrix of its size: for an 8B model it is a gigabyte
+    H = H.clone()  # no other matrix of this size is made: for an 8B model it is a gigabyte
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     diagonal += damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H)
     return H
 
 
 def inverse_factor(H, damping: float):
-    """U (..., d, d), upper triangular, H⁻¹ = UᵀU of the damped H: row i holds the inverse Hessian of the columns ≥ i,
-    up to U_ii."""
-    # H = K Kᵀ, K upper triangular: the Cholesky factor of H backwards, backwards
+    """U (..., d, d), upper triangular, with H⁻¹ = UᵀU for the damped H (..., d, d).
+
+    Row i of U is, up to the factor U_ii, the first row of the inverse Hessian of the columns from i on.
+    """
+    # H = K Kᵀ, K upper triangular: reverse H, take its Cholesky factor, reverse that
     K = torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
     # U = K⁻¹, solved in the memory of the identity, column by column as LAPACK wants it
     U = torch.zeros_like(K, memory_format=torch.contiguous_format).mT
@@ -55,9 +58,11 @@ def inverse_factor(H, damping: float):
 
 
 def round_columns(weight, scale, bits: int):
-    """Symmetric codes ⌊w/s⌉ in [−2^(b−1), 2^(b−1) − 1], kept floating."""
+    """Symmetric codes ⌊w/s⌉ in [−2^(b−1), 2^(b−1) − 1], as floating-point numbers."""
     return (weight / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-SEARCHED = 2**20  # weights at a time: what is walked over 80 times stays in a CPU's cache
+
+
+SEARCHED = 2**20  # weights at a time, so that what is walked over 80 times stays in a CPU's cache
 SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's grid
 
 
@@ -85,9 +90,9 @@ def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
 def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 128):
     """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
 
-    scale (C, 1): fixed before the first column, max|w| / (2^(b−1) − 1) by default. Columns are taken in order, in
-    blocks of `block`: inside a block, which lies apart with a row for each of its columns, every column updates the
-    next ones at once, the columns behind it once per block.
+    scale (C, 1) is fixed before the first column; by default it is max|w| / (2^(b−1) − 1). Columns are taken in order.
+    A column corrects the rest of its block of `block` columns at once, and the columns behind the block are corrected
+    once per block. A block is copied with one row per column, so that the inner loop reads whole rows.
     """
     W, H = weight.to(torch.float64, copy=True), H.double()
     scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
@@ -109,10 +114,10 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
 
 
 def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weights=None, search=False, clip=None):
-    """GPTQ in the space of a transform P (none by default); token_weights (S, L) weigh the Hessian.
+    """GPTQ for one linear, in the space of a transform P (none by default); token_weights (S, L) weigh the Hessian.
 
-    search: the per-channel scale of least rounding error instead of max|w| (`mse` in GPTQ's code); clip: factor of
-    every token's range.
+    search: take the scale of least rounding error for each output channel (`mse` in GPTQ's code), not that of max|w|.
+    clip: factor by which every token's range is narrowed.
     """
     P = list(P)
     rows = None if token_weights is None else token_weights.flatten()

@@ -1,35 +1,33 @@
-"""starquant+, beyond the paper: a closed-form balanced transform in place of a trained one. No training.
+"""starquant+, our method beyond the paper: a transform in closed form instead of a trained one.
 
-A linear Y = X Wᵀ may be computed as (X P)(P⁻¹ Wᵀ) with any invertible P (Eq. 6). Per-token and per-channel quantizers
-leave errors that grow with ‖X P‖² ‖P⁻¹ Wᵀ‖². With Σ_x = L_x L_xᵀ, WᵀW = L_w L_wᵀ (Cholesky, damped), L_wᵀ L_x = U S Vᵀ,
+What is balanced
+    A linear Y = X Wᵀ may be computed as (X P)(P⁻¹ Wᵀ) with any invertible P (Eq. 6). The errors of per-token and
+    per-channel quantizers grow with ‖X P‖² ‖P⁻¹ Wᵀ‖². P is chosen such that this product is small.
 
-    T = S^−a Uᵀ L_wᵀ:   T Σ_x Tᵀ = S^(2−2a),   T^−ᵀ WᵀW T⁻¹ = S^2a,   P = Tᵀ H
+The transform
+    Let Σ_x = L_x L_xᵀ and WᵀW = L_w L_wᵀ (Cholesky factors of the damped second moments of inputs and weight), and let
+    L_wᵀ L_x = U S Vᵀ (singular value decomposition). All matrices are d x d, or b x b for each block. Then
 
-H a Hadamard rotation, which spreads S evenly over the channels. a = ½ gives both sides the same second moment and the
-product its least value. The result does not depend on the scales of the input channels: outlier channels made by a norm
-gain or by v_proj and up_proj cancel. Block by block, with a = ½, this is WUSH (arXiv 2512.00956). `kind`: "block"
-(diagonal blocks of 64, H across and inside of them), "dense" (d² multiplications a token: the most accurate, for small
-d), "kronecker" (T1 ⊗ T2, the cheapest).
+        T = S^−a Uᵀ L_wᵀ,   T Σ_x Tᵀ = S^(2−2a),   T^−ᵀ WᵀW T⁻¹ = S^2a,   P = Tᵀ H
 
-Both sides are then rounded against each other: the weights by GPTQ, which knows the activations, and, at run time, the
-activations by feedback, which knows the weights (`feedback.py`). The more uneven the one side is, the less is left of
-the other's error. So S, sorted in every block, is not spread between ranks: H mixes what has the same rank in all
-blocks, and then inside the blocks. `exponent` gives the uneven share to the side that has more bits. Blocks of 64, what
-mixes them and feedback cost 2.5 % of LLaDA-8B's linears and 3.9 % of Dream-7B's.
+    H is a Hadamard rotation. It spreads S evenly over the channels. With a = ½ both sides have the same second moment
+    and the product is least. The scales of the input channels drop out: outlier channels that a norm gain, v_proj or
+    up_proj makes are cancelled. Block by block and with a = ½, this is WUSH (arXiv 2512.00956).
+    `balance` names the form of P: "block" (diagonal blocks, H across and inside of them), "dense" (d² multiplications a
+    token, the most accurate) or "kronecker" (T1 ⊗ T2, the cheapest).
 
-Before it every token loses the mean of its state, whose exact output is added behind the integer product: masked tokens
-share most of what they carry (in the first layer all of it), and what is shared needs no bits. Behind it the scales of
-the weights are set such that every output channel keeps its size (`unit_gain`).
+Rounding
+    Weights are rounded by GPTQ, which knows the activations. Activations are rounded by feedback at run time, which
+    knows the weights: the channels of a block that are still open make up for the error of those already rounded. Both
+    leave less error, the more uneven the other side's spectrum is. So H first mixes singular values of equal rank from
+    different blocks and only then inside a block, and `exponent` gives the uneven share to the side with more bits.
 
-What each part is worth stands in results/table-2-nelbo.md; masked tokens counting double (`mask_weight`) made no
-difference there, and with outlier channels 0.1 of 2.4. Trials on development seeds, whose runs are not kept, spoke
-against correcting the weight for Q(X) or the 16-bit stream by least squares, a corrected output bias, weighing by
-confidence or by 1/t, second moments of the loss's gradients in place of WᵀW, a second stage of blocks across the first
-in place of the rotation, a rotation that makes all conditional variances equal (geometric mean decomposition: the range
-of tokens suffers), GPTQ in the order of the diagonal, coordinate descent on its codes, and TAC from statistics
-(`tac=ridge` is on request). They spoke for such a stage on top of the rotation, and, within the noise, for tokens
-weighted by gradients; neither is worth its cost. Larger blocks are better and cost more: the table has blocks of 16 and
-192, too.
+Centring and gain
+    Every token loses the mean of its state before the transform, and the exact output of that mean is added behind the
+    integer product. Masked tokens share most of what they carry, and what is shared needs no bits. After rounding, the
+    scales of the weights are set such that every output channel keeps its size (`unit_gain`).
+
+`docs/starquant-plus.md` says what each part is worth, what it costs, and what we tried and dropped.
 """
 
 from dataclasses import dataclass
@@ -64,17 +62,17 @@ class StarQuantPlus(Compensated):
 
 
 def _cholesky(moment, damping: float):
-    """Lower factor of a batch of second moments (..., n, n), damped by a share of the mean diagonal."""
+    """Lower Cholesky factor of second moments (..., n, n), damped by a share of the mean diagonal."""
     load = damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    # of a linear that is never used the moments are zero: small enough to change nothing else, its root no denormal
+    # the moments of a linear that is never used are zero; 1e-30 changes nothing else, and its root is no denormal
     return torch.linalg.cholesky(moment + load.clamp_min(1e-30) * eye)
 
 
 def aligned(moment_x, moment_w, damping: float = 1e-2):
     """S (..., n) and Uᵀ L_wᵀ (..., n, n) of the module's formula from Σ_x and WᵀW (..., n, n); float64."""
     L_x, L_w = _cholesky(moment_x.double(), damping), _cholesky(moment_w.double(), damping)
-    # L_wᵀ L_x = U S Vᵀ; of blocks on the CPU, since a GPU takes one at a time
+    # L_wᵀ L_x = U S Vᵀ; small blocks on the CPU, since a GPU decomposes them one at a time
     where = "cpu" if L_w.shape[-1] <= 128 else L_w.device
     U, S, _ = (t.to(L_w.device) for t in torch.linalg.svd((L_w.mT @ L_x).to(where)))
     return S, U.mT @ L_w.mT
@@ -86,31 +84,34 @@ def balance(S, R, a: float):
 
 
 def conditional_variance(spectrum):
-    """Mean variance of a channel given the channels before it, once a random rotation has mixed the given variances.
+    """What GPTQ leaves of a unit rounding error if channels of variances λ are mixed at random: spectrum λ -> scalar.
 
-    It is what GPTQ leaves of a unit rounding error, where rounding to nearest leaves mean(λ): between the geometric and
-    the arithmetic mean of the spectrum λ (any shape). The limit of many channels, from the derivative of the mean
-    log-determinant of a random minor; tests hold it against the Cholesky factors of randomly rotated spectra.
+    GPTQ corrects a channel by the channels that it rounds later. What stays is the variance of each channel given the
+    channels before it, on average. Rounding to nearest leaves mean(λ); GPTQ leaves a number between the geometric and
+    the arithmetic mean. The formula is the limit of many channels, from the derivative of the mean log-determinant of a
+    random minor. Tests compare it with the Cholesky factors of randomly rotated spectra.
 
-        ∫₀¹ x / ((1 − x) ω) dx,   x(ω) = mean(ω λ / (1 + ω λ))   the share of channels that come before
+        ∫₀¹ x / ((1 − x) ω) dx,   x(ω) = mean(ω λ / (1 + ω λ))
+
+    ω runs over the noise levels; x is the share of channels that are already rounded at the level ω.
     """
     spectrum = spectrum.flatten().double()
     spectrum = spectrum.clamp_min(1e-9 * spectrum.max())  # channels that are never used would stretch ω's range
     omega = torch.logspace(-8, 8, 200).to(spectrum)[:, None] / spectrum.log().mean().exp()
-    after = (1 / (1 + omega * spectrum)).mean(-1)
-    before = (omega * spectrum / (1 + omega * spectrum)).mean(-1)
-    return torch.trapezoid(before / (after * omega[:, 0]), before)
+    kept = (1 / (1 + omega * spectrum)).mean(-1)  # 1 − x
+    share = (omega * spectrum / (1 + omega * spectrum)).mean(-1)  # x
+    return torch.trapezoid(share / (kept * omega[:, 0]), share)
 
 
 def exponent(S, wbits: int, abits: int, feedback: bool = True) -> float:
     """The a of EXPONENTS with the least predicted error of both quantizers, for all singular values S (n, b).
 
-    A bit takes three quarters of a quantizer's noise away. What GPTQ leaves of the weights' error depends on all
-    channels, what feedback leaves of the activations' on a block, whose spectrum is the mean of all.
+    A bit removes three quarters of a quantizer's noise. What GPTQ leaves of the weights' error depends on all channels.
+    What feedback leaves of the activations' error depends on one block, whose spectrum is the mean over blocks.
 
         4^−abits mean(S^(2−2a)) conditional_variance(mean_n(S^2a)) + 4^−wbits conditional_variance(S^(2−2a)) mean(S^2a)
 
-    Without feedback mean(S^2a) takes the place of its conditional variance.
+    Without feedback, mean(S^2a) takes the place of its conditional variance.
     """
     predicted = []
     for a in EXPONENTS:
@@ -122,9 +123,9 @@ def exponent(S, wbits: int, abits: int, feedback: bool = True) -> float:
 
 def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weights=None, block: int = 64,
                    choose=lambda S: 0.5):
-    """Factors of P = Tᵀ H for inputs x (N, d), each weighing token_weights (N,), and weight (C, d); fp32.
+    """Factors of P = Tᵀ H for inputs x (N, d) with token_weights (N,), and weight (C, d); fp32.
 
-    choose: gives the exponent a for the singular values S (n, b).
+    choose(S): the exponent a for the singular values S (n, b).
     """
     d = x.shape[1]
     if kind == "kronecker":
@@ -161,10 +162,10 @@ def evenly(x, token_weights, rows: int = 4096):
 
 
 def best_clip(x, folded, bits: int, token_weights=None, feedback=None):
-    """Factor c of CLIPS: every token's range shrunk to c times itself costs least output error ‖(Q(x) − x) Wᵀ‖², (2,).
+    """The factor c of CLIPS, as (2,), with the least output error ‖(Q(x) − x) Wᵀ‖² if each token's range is c as wide.
 
-    x (N, d) transformed, folded (C, d), feedback as in `kernels.quantize_rows`. The largest value of many is far out;
-    clipping it refines the steps of all the others.
+    x (N, d) is transformed, folded is (C, d), feedback (d/b, b, b). The largest of many values lies far out; clipping
+    it makes the steps of all other values finer.
     """
     x, weights = evenly(x, token_weights, 1024)
     losses = []
@@ -175,28 +176,29 @@ def best_clip(x, folded, bits: int, token_weights=None, feedback=None):
 
 
 def unit_gain(y, y_hat, weights):
-    """γ (C,) that gives γ ŷ slope 1 on y in every output channel: y, ŷ (N, C), weights (N,).
+    """γ (C,) such that γ ŷ has slope 1 on y in every output channel: y, ŷ (N, C), weights (N,).
 
-    GPTQ, its scale search and clipping seek the least squared error and shrink: ŷ = α y + e with α < 1 (at W2A4 0.93,
-    at W4A4 0.997). What follows is the worse for it, presumably because noise averages out over tokens and channels and
-    a gain does not: at W2A4 γ takes the error of the first block's down_proj from 10 % to 3 % (`starquant.json` records
-    both). Kin to TAC (Eq. 18), which restores a covariance: here a number, folded into the weight's scale.
+    GPTQ, its scale search and clipping seek the least squared error, and so they shrink the output: ŷ = α y + e with
+    α = 0.93 at W2A4 and 0.997 at W4A4. Later layers suffer from it, presumably because noise averages out over tokens
+    and channels while a gain does not. At W2A4, γ lowers the error of the first block's down_proj from 10 % to 3 %.
+    TAC (Eq. 18) restores a covariance in a similar way; γ is one number a channel and vanishes in the weight's scale.
 
         γ_c = Σ_j w_j y_jc² / Σ_j w_j ŷ_jc y_jc
     """
     own, both = (einsum(weights, t, y, "n, n c, n c -> c") for t in (y, y_hat))
-    # of a channel that has lost more than half, or was never there, more gain would raise the noise alone
+    # where a channel has lost more than half of its size, or never had any, more gain would only raise the noise
     return torch.where(2 * both > own, own / both, 1.0)
 
 
 def state_means(x, masked):
-    """μ_u and μ_m, the mean of each token state: x (N, d), masked (N,) -> (2, d); 0 for a state that does not occur."""
+    """μ_u and μ_m, the mean of each token state: x (N, d), masked (N,) -> (2, d); 0 if a state does not occur."""
     return torch.stack([x[rows].sum(0) / rows.sum().clamp_min(1) for rows in (~masked, masked)])
 
 
 def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
-    """Centring, balance, GPTQ, feedback, clipping, unit gain; masked tokens weigh `mask_weight` times as much in all of
-    them but the first.
+    """Centring, balance, GPTQ, feedback, clipping and unit gain, in this order: (QuantLinear, record).
+
+    Masked tokens weigh `mask_weight` times as much as unmasked ones in all steps but centring.
 
         Y^s = Q_a((X^s − μ_s) P) Q_w(P⁻¹ Wᵀ) diag(γ) + μ_s Wᵀ
     """
@@ -208,7 +210,7 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     given, feedback = config.exponent >= 0, config.rounding == "feedback"
     P = balanced_basis(x, weight, config.balance, generator, token_weights, config.balance_block,
                        lambda S: config.exponent if given else exponent(S, config.wbits, config.abits, feedback))
-    # rounded before the weight is folded with it: half the bytes, and bf16 activations meet the very same numbers
+    # P is rounded to bf16 before the weight is folded with it, so that bf16 activations meet the very same numbers
     P = [factor.to(torch.bfloat16).to(weight) for factor in P]
     P = in_order(P, weight) if feedback else P
     x, folded = apply_basis(x, P), fold_weight(weight, P)
@@ -235,24 +237,25 @@ def diagonal_blocks(matrix, size: int):
 
 
 def block_moments(weight, size: int):
-    """The diagonal blocks of WᵀW for a weight (C, d), (d / size, size, size) float64, without the rest of it."""
+    """The diagonal blocks of WᵀW, and nothing else of it: weight (C, d) -> (d / size, size, size) float64."""
     blocks = rearrange(weight, "c (n b) -> n c b", b=size).double()
     return blocks.mT @ blocks
 
 
 def feedback_matrix(weight, size: int, damping: float = 0.01):
-    """V (d / size, size, size), zero on and below the diagonal, for the weight (C, d) as it will be used; bf16."""
+    """V (d / size, size, size) in bf16, zero on and below the diagonal, for the rounded weight (C, d)."""
     U = inverse_factor(block_moments(weight, size), damping)
     # V_ij = U_ij / U_ii
     return (U / U.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).to(torch.bfloat16)
 
 
 def rounding_order(moment):
-    """Order of the channels of a second moment (b, b) in which feedback leaves little, as indices (b,).
+    """Order of the channels of a second moment M (b, b) in which feedback leaves little error, as indices (b,).
 
-    From the last channel, which nothing follows, to the first: each time the one of least variance given those behind
-    it. The product of these variances is det M in any order, and so their sum is least when they are even. They fall on
-    the way to the first channel, so the small ones are taken while much is left (sorted Cholesky).
+    Pick the last channel first. No later channel can repair its error, so it should have the smallest variance. Then
+    pick the channel with the smallest variance given those already picked, and so on to the front (a Cholesky
+    decomposition with the smallest pivot). The product of these variances is det M in any order, so their sum is least
+    when they are even. They shrink with every channel that is picked; taking the smallest first keeps them even.
     """
     M, order = moment.clone(), []
     left = torch.ones(len(M), dtype=torch.bool, device=M.device)
@@ -260,6 +263,6 @@ def rounding_order(moment):
         i = int(torch.where(left, M.diagonal(), torch.inf).argmin())
         order.append(i)
         left[i] = False
-        # what channel i explains of the others
+        # the variance of the others, less what channel i explains
         M = M - torch.outer(M[:, i], M[i]) / M[i, i]
     return torch.tensor(order[::-1], device=M.device)

@@ -16,10 +16,10 @@ class QuaRot(GPTQ):
 
 
 def quarot_basis(inputs: Inputs, generator):
-    """Norm gain taken out, then a randomized Hadamard rotation.
+    """The factors of P: the norm's gain is taken out, then a randomized Hadamard rotation.
 
-    QuaRot folds the gain of a norm into the linears behind it, so that what is rotated and quantized is gain-free; here
-    it is a diagonal factor 1/gain, which a deployment folds into the norm.
+    QuaRot folds the gain of a norm into the linears behind it, so that it rotates and quantizes activations without the
+    gain. Here a diagonal factor 1/gain does this, which a deployment can fold into the norm.
     """
     H = rotation(inputs.x.shape[-1], generator).to(inputs.x)
     if inputs.gain is None:
@@ -29,16 +29,15 @@ def quarot_basis(inputs: Inputs, generator):
 
 
 def quarot_clip(bits: int) -> float | None:
-    """Clipping of activations of so many bits: 0.9, as QuaRot's authors set it for 4; None above, where it costs more
-    than it brings."""
+    """Clipping factor of activations: 0.9 up to 4 bits, as QuaRot's authors set it; above, clipping would cost more."""
     return 0.9 if bits <= 4 else None
 
 
 def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=None):
-    """QuaRot (arXiv 2404.00456): Hadamard rotation, GPTQ weights with the scale search its authors recommend, and their
-    clipping of activations.
+    """QuaRot for one linear: rotation, GPTQ with the scale search that its authors recommend, clipped activations.
 
-    One rotation per input instead of one for the whole residual stream; activations asymmetric, not symmetric.
+    Two things differ from its code. There is a rotation for each input, not one for the whole residual stream, and
+    activations are quantized asymmetrically.
     """
     P = quarot_basis(inputs, generator)
     return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True,

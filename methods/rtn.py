@@ -1,4 +1,9 @@
-"""Round to nearest, the smallest method, and what every method is fitted on."""
+"""Round to nearest, the smallest method; what every method is fitted on; and embedding and head in integers.
+
+Every method quantizes every linear of every block for one runtime (`runtime/layers.py`): weights per output channel,
+symmetric unless a method has the setting `weights`, and activations asymmetric per token. Where a method's own code
+does otherwise, its docstring says so.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,16 +12,17 @@ import torch
 
 from methods.settings import Settings, choice
 from runtime.layers import QuantEmbedding, QuantLinear
+from runtime.processes import Refused
 
 
 class Inputs(NamedTuple):
-    """What a linear is fitted on: S calibration segments of L tokens."""
+    """What a linear with weight (C, d) is fitted on: S calibration segments of L tokens."""
 
-    x: torch.Tensor  # (S, L, d) inputs behind the quantized prefix
+    x: torch.Tensor  # (S, L, d) inputs, behind the quantized blocks and linears before it
     y: torch.Tensor  # (S, L, C) outputs of the 16-bit model
     state: torch.Tensor  # (S, L) bool, True = masked
     confidence: torch.Tensor | None = None  # (S, L) largest probability of the 16-bit model's prediction
-    gain: torch.Tensor | None = None  # (d,) gain of the norm that x comes out of, None for `out` and `down`
+    gain: torch.Tensor | None = None  # (d,) gain of the norm that makes x; None for `out` and `down`
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,13 @@ def fit_rtn(weight, bias, inputs, config, generator, progress):
 
 
 def quantize_outer(model, head_bits: int = 8, embed_bits: int | None = None):
-    """Embedding and head in integers, in place: rows of embed_bits (4 or 8, default head_bits) with a scale each.
+    """Embedding and head in integers, in place. Each row has a scale; an embedding row has embed_bits, or head_bits.
 
-    The head runs on integers like every other linear, its input in head_bits. A tied pair stays one tensor.
+    The head runs on integers like every other linear, with its input in head_bits. A tied pair stays one tensor.
     """
     tied, head = model.config.tied, model.head.weight
+    if tied and embed_bits:
+        raise Refused("embed_bits is for models with a head of their own; this model's head is its embedding.")
     model.embed = QuantEmbedding.fold(model.embed.weight, head_bits if tied else embed_bits or head_bits)
     model.head = QuantLinear.fold(head, abits=head_bits, wbits=head_bits)
     if tied:

@@ -1,13 +1,15 @@
 """Appendix B: how SGAT's basis P is initialized, kept orthogonal and trained; closed-form subspace allocation.
 
-Paper-literal: a random Gaussian matrix, orthogonalized (`initial_basis`), trained by AdamW on Eq. 15 with lr 1e-3,
-batch 4, 15 epochs, the model frozen (`fit_sgat`). P stays orthogonal because it is the start matrix times a Cayley
-image. `kind="dense"` is one d x d matrix; `kind="kronecker"` is P1 ⊗ P2 (FlatQuant's sizes), what deploys.
-`allocate_subspaces` starts instead from the directions that the other state does not use.
+As in the paper, P starts as a random Gaussian matrix, orthogonalized (`initial_basis`), and is trained by AdamW on
+Eq. 15 with learning rate 1e-3, batch 4 and 15 epochs while the model is frozen (`fit_sgat`). P stays orthogonal because
+it is the start times the Cayley image of a skew-symmetric matrix. `kind="dense"` is one d x d matrix;
+`kind="kronecker"` is P1 ⊗ P2 (with FlatQuant's sizes), which is what deploys. Beyond the paper, `allocate_subspaces`
+starts from the directions that the other state does not use.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from einops import einsum, rearrange
@@ -107,75 +109,75 @@ class OrthogonalBasis(nn.Module):
 # ---- closed-form allocation ----------------------------------------------------------------------------------------
 
 
-def _least(moment, n: int):
-    """Orthonormal eigenvectors of a symmetric matrix: (those of the n smallest eigenvalues, the others)."""
-    _, Q = torch.linalg.eigh(moment)
-    return Q[:, :n], Q[:, n:]
-
-
 def least_energy(moments, counts, n: int, generator: torch.Generator):
-    """Orthogonal (n, n): its last counts[0] columns have least energy under moments[0], those before them under
-    moments[1] within what is left, and so on; the remainder is rotated at random, which spreads outliers."""
+    """Orthogonal (n, n) whose last columns carry little energy under given second moments (n, n).
+
+    The last counts[0] columns have the least energy under moments[0]. The counts[1] columns before them have the least
+    energy under moments[1] within what is left, and so on. What remains is rotated at random, which spreads outliers.
+    """
     rest, columns = torch.eye(n, dtype=torch.float64), []
     for moment, count in zip(moments, counts, strict=True):
         if count == rest.shape[1]:  # nothing to choose from
             break
         rest = rest.to(moment)
-        least, others = _least(rest.mT @ moment @ rest, count)
-        columns.insert(0, rest @ least)
-        rest = rest @ others
+        _, Q = torch.linalg.eigh(rest.mT @ moment @ rest)  # eigenvectors, those of the smallest eigenvalues first
+        columns.insert(0, rest @ Q[:, :count])
+        rest = rest @ Q[:, count:]
     return torch.cat((rest @ random_orthogonal(rest.shape[1], generator).to(rest), *columns), 1)
 
 
 def allocate(moment_m, moment_u, d_m: int, d_u: int, generator: torch.Generator):
     """P = [U_sh, U_m, U_u] in closed form from the states' second moments (d, d).
 
-    U_u: the d_u directions with least masked energy (masked tokens lose little when they are gated off); U_m: within
-    the rest, the d_m directions with least unmasked energy; U_sh: what remains.
+    U_u are the d_u directions with the least masked energy, since masked tokens lose what lies in them. U_m are, within
+    the rest, the d_m directions with the least unmasked energy. U_sh is what remains.
     """
     return least_energy((moment_m, moment_u), (d_u, d_m), len(moment_m), generator)
 
 
 def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
-    """Closed-form start from calibration inputs x (N, d) and their states (N,); float64.
+    """Closed-form start of P from calibration inputs x (N, d) and their states (N,); float64.
 
-    Kronecker: coordinate (i, j) of the (n1, n2) layout is column i of P1 times column j of P2. The rows that hold gated
-    coordinates go to the columns of P1 with least energy of the states they lose, last row first; then, within those
-    rows, the columns of P2 likewise.
+    In the Kronecker form, coordinate (i, j) of the (n1, n2) layout is column i of P1 times column j of P2. Some rows i
+    hold coordinates that a state loses to its gate. These rows get the columns of P1 in which the states that lose them
+    have the least energy, the last row first. Then the same is done for the columns of P2, within these rows.
     """
-    x = x.double()
+    d, x = x.shape[1], x.double()
     if kind == "dense":
         moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
         return allocate(*moments, d_m, d_u, generator)
     if d_m + d_u == 0:
-        return initial_basis(x.shape[1], kind, generator)
-    n1, n2 = kronecker_sizes(x.shape[1])
+        return initial_basis(d, kind, generator)
+    n1, n2 = kronecker_sizes(d)
+    gate_m, gate_u = subspace_gates(d, d_m, d_u)
+    lost = {"masked": (gate_m == 0).view(n1, n2), "unmasked": (gate_u == 0).view(n1, n2)}
     X = rearrange(x, "n (i j) -> n i j", i=n1)
-    Xs = [X[s] for s in (state, ~state)]
-    # loses[s, i, j] = 1 where state s (masked, unmasked) is gated off
-    loses = torch.stack([1 - gate for gate in subspace_gates(n1 * n2, d_m, d_u, dtype=x.dtype)]).view(2, n1, n2).to(x)
-    gated = loses.sum((0, 2)).nonzero()[:, 0].flip(0)  # rows, from the last
-    # E[X Xᵀ] of each state: energy of each direction of P1
-    rows = torch.stack([einsum(S, S, "n i k, n j k -> i j") / max(len(S), 1) for S in Xs])
-    P1 = least_energy([einsum(loses[:, i].sum(1), rows, "s, s i j -> i j") for i in gated], [1] * len(gated), n1,
-                      generator)
-    # E[x xᵀ] of each state within each gated row: energy of each direction of P2
-    inner = [einsum(S, P1[:, gated], "n i j, i r -> n r j") for S in Xs]
-    columns = torch.stack([einsum(S, S, "n r j, n r k -> r j k") / max(len(S), 1) for S in inner])
-    patterns, counts = loses[:, gated].flip(2).unique_consecutive(dim=2, return_counts=True)
-    used = patterns.sum((0, 1)) > 0
-    moments = einsum(patterns[:, :, used], columns, "s r g, s r j k -> g j k")
-    return Kronecker(P1, least_energy(moments, counts[used].tolist(), n2, generator))
+    tokens = {"masked": X[state], "unmasked": X[~state]}
+    rows = [i for i in reversed(range(n1)) if any(lost[s][i].any() for s in lost)]
+    # energy of each state in the directions of P1: E[X Xᵀ]
+    energy = {s: einsum(T, T, "n i k, n j k -> i j") / max(len(T), 1) for s, T in tokens.items()}
+    moments = [sum(int(lost[s][i].sum()) * energy[s] for s in lost) for i in rows]
+    P1 = least_energy(moments, [1] * len(rows), n1, generator)
+    # energy of each state within each of these rows, in the directions of P2: E[xᵀ x], x = P1_iᵀ X
+    inner = {(s, i): einsum(T, P1[:, i], "n i j, i -> n j") for s, T in tokens.items() for i in rows}
+    energy = {key: x.mT @ x / max(len(x), 1) for key, x in inner.items()}
+    moments, counts = [], []
+    # neighbouring columns j that the same states lose in the same rows share a moment, the last columns first
+    for losing, columns in groupby(reversed(range(n2)), lambda j: [key for key in energy if lost[key[0]][key[1], j]]):
+        if losing:
+            moments.append(sum(energy[key] for key in losing))
+            counts.append(len(list(columns)))
+    return Kronecker(P1, least_energy(moments, counts, n2, generator))
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
 def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,
              schedule="constant", bias=None, symmetric=True, generator=None, progress=lambda loss: None):
-    """App. B: train P on Eq. 15 and return (P with the least held-out loss, record of the losses).
+    """App. B: train P on Eq. 15; returns P with the least held-out loss, and a record of the losses.
 
-    x (S, L, d) inputs and y (S, L, C) full-precision outputs of S calibration segments, state (S, L), weight (C, d),
-    start: the initial basis. Losses are relative: divided by the mean squared norm of y.
+    x (S, L, d): inputs of S calibration segments, y (S, L, C): their full-precision outputs, state (S, L), weight
+    (C, d), start: the initial basis. Losses are divided by the mean squared norm of y.
     """
     norm = float(y.square().sum(-1).mean()) or 1.0
 
@@ -188,12 +190,12 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
 @torch.enable_grad()  # whatever the caller's mode is
 def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, batch=4, schedule="constant",
              generator=None, progress=lambda loss: None):
-    """AdamW on `loss_of(rows, parameters())` over batches of segments; (best value of parameters(), record).
+    """AdamW on `loss_of(rows, parameters())` over batches of segments; returns its best value and a record.
 
-    `rows` are segment numbers, the loss is a mean over them. One eighth of the segments is held out, at least one;
-    with a single segment it is judged on itself. A held-out loss that is not finite ends the training; the best
-    iterate, at worst the start, is kept in every case, and `diverged` says that the last is worse than the start.
-    Parameters named `clip...` learn 10 times as fast (FlatQuant).
+    `rows` are numbers of segments, and the loss is a mean over them. One eighth of the segments is held out, at least
+    one; a single segment is both trained and judged on. A held-out loss that is not finite ends the training. The best
+    iterate is kept in every case, at worst the start; `diverged` in the record says that the last iterate is worse than
+    the start. Parameters named `clip...` learn 10 times as fast (FlatQuant).
     """
     held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
     train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
@@ -245,6 +247,6 @@ def fit_starquant(weight, bias, inputs: Inputs, config, generator, progress):
         start = initial_basis(d, config.transform, generator)
     else:
         start = allocate_subspaces(x.flatten(0, 1), state.flatten(), d_s, d_s, config.transform, generator)
-    P, record = fit_sgat(x, y, state, weight, start.to(x), d_s, d_s, config.abits, config.wbits, config.lr, config.epochs,
-                         config.batch, config.schedule, bias, config.symmetric, generator, progress)
+    P, record = fit_sgat(x, y, state, weight, start.to(x), d_s, d_s, config.abits, config.wbits, config.lr,
+                         config.epochs, config.batch, config.schedule, bias, config.symmetric, generator, progress)
     return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias, config.symmetric), record

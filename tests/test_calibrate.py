@@ -1,6 +1,7 @@
 """The command end to end on a small random model: files, resume, refusals, and the same result as the function."""
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import torch
 from arguments import fast, quick
 
 import calibrate
+import methods
 from calibrate import QuantConfig, masked_copies, quantize_model, run_block
 from calibration import preflight, segments, streams
 from checkpoint import folder as folder_module
-from checkpoint.families import FUSED
+from checkpoint.families import FUSED, read_config
 from checkpoint.folder import INDEX, Checkpoint, sha256
 from methods import rtn
-from model import load_model
+from model import DiffusionLM, load_model
 from runtime.layers import TAC, QuantLinear
+from runtime.processes import Refused
 from starquant import state_gate
 from tiny import tasks
 
@@ -113,14 +116,101 @@ class TestResult:
         assert error[4] < error[3]
 
 
+class TestSettings:
+    """Settings belong to methods: what a run records, takes and shows is the method's own."""
+
+    def test_the_command_and_the_function_default_to_the_paper_s_method(self):
+        assert calibrate.config_from(calibrate.parse([])) == QuantConfig() == QuantConfig("starquant")
+
+    @pytest.mark.parametrize(("method", "foreign"), [
+        ("starquant+", ("transform", "allocation", "epochs", "state_fraction", "smoothing", "weights")),
+        ("rtn", ("transform", "epochs", "tac", "balance", "tac_samples")),
+        ("starquant", ("balance", "exponent", "gain"))])
+    def test_artefacts_name_only_what_the_method_uses(self, method, foreign, small_folder, tmp_path, capsys):
+        assert command(small_folder, tmp_path / "q", "--method", method) == 0
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        written = json.loads((tmp_path / "q" / "starquant.json").read_text())["run"]["config"]
+        assert not set(foreign) & (said.keys() | written.keys())
+        assert written.keys() == methods.settings_of(method).keys()
+        assert written.items() <= said.items()
+        assert QuantConfig(**written) == calibrate.config_from(calibrate.parse(fast("--method", method)))
+
+    def test_another_method_s_setting_is_refused_and_an_unknown_one_is_an_error(self):
+        with pytest.raises(Refused, match=r"^transform is for starquant, not for rtn\.$"):
+            QuantConfig("rtn", transform="dense")
+        with pytest.raises(TypeError, match="colour"):
+            QuantConfig("rtn", colour="red")
+
+    def test_help_lists_settings_with_their_methods(self, capsys):
+        with pytest.raises(SystemExit):
+            calibrate.parse(["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        heading = {name: "" for method in methods.METHODS for name in methods.settings_of(method)}
+        above = ""
+        for line in lines[lines.index("settings of --set NAME=VALUE, by the methods that have them:") + 1 :]:
+            above = line.strip() if not line.startswith("    ") else above
+            heading[line.split("=")[0].strip()] = above
+        assert heading["transform"] == "starquant"
+        assert heading["epochs"] == "starquant, flatquant, freeact"
+        assert heading["kv_bits"] == "every method"
+
+    def test_a_tied_model_has_no_bits_of_its_own_for_the_embedding(self, small_folder, tmp_path, capsys):
+        raw = json.loads((small_folder / "config.json").read_text()) | {"weight_tying": True}
+        model = DiffusionLM(read_config(raw))
+        model.save(tmp_path / "m", torch.bfloat16)
+        for name in ("tokenizer.json", "training.json"):
+            shutil.copy(small_folder / name, tmp_path / "m")
+        bits = ("--set", "head_bits=8", "--set", "embed_bits=4")
+        assert command(tmp_path / "m", tmp_path / "q", "--method", "rtn", *bits) == 2
+        assert "embed_bits is for models with a head of their own" in capsys.readouterr().err
+        assert not (tmp_path / "q").exists()
+        with pytest.raises(Refused, match="embed_bits is for models with a head of their own"):
+            quantize_model(model, ids().clamp(max=900), QuantConfig("rtn", head_bits=8, embed_bits=4))
+
+    def test_problems_of_a_model_without_tasks_are_refused(self, small_folder, tmp_path, capsys):
+        shutil.copytree(small_folder, tmp_path / "m")
+        (tmp_path / "m" / "training.json").unlink()
+        (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
+        rest = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "q")]
+        assert calibrate.main([*rest, "--problems", "3"]) == 2
+        assert "is no model of the embedded tasks" in capsys.readouterr().err
+
+    def test_the_plan_of_a_stressed_run_is_what_is_written(self, small_folder, tmp_path, capsys):
+        """The stressed model is written in fp32, so that what stays in 16 bit is twice as large as in the source."""
+        arguments = (small_folder, tmp_path / "q", "--method", "rtn", "--stress", "4")
+        assert command(*arguments, "--dry-run") == 0
+        plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+        assert command(*arguments) == 0
+        size = json.loads((tmp_path / "q" / INDEX).read_text())["metadata"]["total_size"]
+        assert size == sum(plan["blocks"]) + plan["outer"]
+        written = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+        assert 0.9 * plan["disk"] < written + 4 * preflight.HEADER
+        assert written <= plan["disk"]
+
+
 class TestStreams:
+    def test_a_block_runs_no_further_than_the_input_that_is_wanted(self, small_folder):
+        """Nine passes through a block were five: 16 bit, four inputs that end at their linear, TAC's two, quantized."""
+        model, calls = load_model(small_folder, "cpu"), dict.fromkeys(FUSED, 0)
+        noisy = ids(8, 24).clamp(max=900)
+        x, state, rope, _ = model.prepare(noisy)
+        for name in FUSED:
+            getattr(model.blocks[0], name).register_forward_pre_hook(
+                lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        inputs = {name: streams.input_of(name, model.blocks[0], x, state, rope) for name in FUSED}
+        assert list(calls.values()) == [4, 3, 2, 1]
+        output, kept = run_block(model.blocks[0], x, state, rope, watch=FUSED)
+        assert all(torch.equal(inputs[name], kept[name]) for name in FUSED)
+        *_, y_fp = calibrate.quantize_block(model.blocks[0], x, x, state, rope, QuantConfig("rtn"), 0)
+        assert torch.equal(y_fp, output)
+
     def test_watch_returns_what_reaches_a_linear(self, small_folder):
         model = load_model(small_folder, "cpu")
-        x, state, table, _ = model.prepare(ids(5))
+        x, state, rope, _ = model.prepare(ids(5))
         with torch.no_grad():
-            whole, seen = run_block(model.blocks[0], x, state, table, rows=2, watch=("qkv", "down"))
+            whole, seen = run_block(model.blocks[0], x, state, rope, rows=2, watch=("qkv", "down"))
             assert torch.allclose(seen["qkv"], model.blocks[0].attn_norm(x))
-            assert torch.allclose(whole, model.blocks[0](x, state, table), atol=1e-5)
+            assert torch.allclose(whole, model.blocks[0](x, state, rope), atol=1e-5)
         assert seen["down"].shape == (5, 24, 96)
 
     def test_masks_cover_the_trajectory_and_stay_in_the_region(self):
@@ -136,7 +226,7 @@ class TestStreams:
     def test_gates_follow_the_token_state_inside_the_model(self, quantized_folder):
         layer = load_model(quantized_folder, "cpu").blocks[0].qkv
         x, state = torch.randn(1, 2, 64), torch.tensor([[True, False]])
-        kept = layer.transformed(x, state) != 0
+        kept = layer.phi(x, state) != 0
         assert torch.equal(kept, state_gate(state, 64, 2, 2).bool())
 
 

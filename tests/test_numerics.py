@@ -55,10 +55,10 @@ class TestNamed:
     @pytest.mark.parametrize(("bad", "count"), [(math.nan, 2 * 64), (math.inf, 2), (-math.inf, 2)])
     def test_an_input_of_a_linear(self, bad, count, small_folder):
         full = load_model(small_folder, "cpu")
-        x, state, table, _ = full.prepare(torch.randint(1000, (3, 8)))
+        x, state, rope, _ = full.prepare(torch.randint(1000, (3, 8)))
         x[0, 0, 0] = x[2, 1, 3] = bad
         with pytest.raises(Refused, match=rf"^block 7: the input of qkv holds {count} NaN or Inf of 1536 "):
-            quantize_block(full.blocks[0], x, x, state, table, QuantConfig(method="rtn"), 7)
+            quantize_block(full.blocks[0], x, x, state, rope, QuantConfig(method="rtn"), 7)
 
 
 # ---- handled ---------------------------------------------------------------------------------------------------------
@@ -121,19 +121,19 @@ class TestEveryMethod:
     def test_the_largest_bf16_number_is_finite_or_named(self, method, case, small_folder):
         full = load_model(small_folder, "cpu")
         noisy = torch.where(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) < 0.5, 1023, 5)
-        x, state, table, _ = full.prepare(noisy)
+        x, state, rope, _ = full.prepare(noisy)
         x = x.clone()
         if case == "one huge weight":
             full.blocks[0].down.weight.data[3, 3] = BF16_MAX
         else:
             x[0, 0, 0] = BF16_MAX
         try:
-            block, record, _ = quantize_block(full.blocks[0], x, x, state, table, quick(method), 0,
+            block, record, _ = quantize_block(full.blocks[0], x, x, state, rope, quick(method), 0,
                                            confidence=torch.full(state.shape, 0.5))
         except Refused as error:
             sentence = str(error)
         else:
-            assert torch.isfinite(block(x, state, table)).all()
+            assert torch.isfinite(block(x, state, rope)).all()
             assert all(math.isfinite(r["error"]) for r in record["linears"].values())
             return
         assert sentence.startswith("block 0: ")
