@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
-TESTS = {f"methods/{name}": "baselines" for name in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
+TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "runtime/attention": "baselines",
     "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "tiny/metrics": "evaluate",
     "methods/storage": "preflight bench", "checkpoint/loading": "folder families model",
