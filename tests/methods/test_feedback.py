@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from references import fake_quantized
 
 import kernels
+from methods.flat import clip_range
 from methods.gptq import damped, inverse_factor
 from methods.plus import diagonal_blocks, feedback_matrix, rounding_order
-from runtime.layers import QuantLinear
-from starquant import clip_range, fake_quantize, quant_params
+from runtime.layers import Grid, QuantLinear, Weight
+from starquant import fake_quantize, quant_params
 
 
 def correlated(n, d, seed=0, decay=3.0):
@@ -175,8 +177,9 @@ class TestLayer:
         weight, x = correlated(12, 16).float(), torch.randn(3, 5, 16)
         clip = torch.tensor([0.9, 0.9]) if clipped else None
         plain = QuantLinear.fold(weight)
-        layer = QuantLinear(plain.codes(), plain.weight_scale, clip=clip, feedback=feedback_matrix(plain.weight(), 8))
-        torch.testing.assert_close(layer(x), layer.reference(x), rtol=1e-5, atol=1e-5)
+        layer = QuantLinear(weight=Weight(plain.codes(), plain.weight_scale),
+                            grid=Grid(clip=clip, feedback=feedback_matrix(plain.weight(), 8)))
+        torch.testing.assert_close(layer(x), fake_quantized(layer, x), rtol=1e-5, atol=1e-5)
         assert not torch.equal(layer(x), plain(x))
         tensors = layer.state_dict()
         assert tensors["feedback"].dtype == torch.bfloat16
