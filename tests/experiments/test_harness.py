@@ -216,10 +216,10 @@ class TestRealHarness:
         assert "no task 'piqua'" in capsys.readouterr().err
 
     def test_missing_data_is_named_before_the_model_is_loaded(self, tasks, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(evaluate, "load_model", None)
+        monkeypatch.setattr(harness, "load_model", None)
         text = (tasks / "winogrande.yaml").read_text().replace("task: winogrande", "task: lost")
         (tmp_path / "lost.yaml").write_text(text.replace("winogrande.jsonl", "nowhere.jsonl"))
-        assert evaluate(tmp_path, "lost") == 2
+        assert command(tmp_path, "lost") == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert "cannot load task 'lost'" in message
         assert "nowhere.jsonl" in message
@@ -378,11 +378,3 @@ class TestRequests:
         assert made.model.device == torch.device("cpu")
         with pytest.raises(Refused, match="device 'cuda:1' is not available"):
             get_model("starquant").create_from_arg_string("model=tiny", {"device": "cuda:1"})
-
-    def test_the_harness_own_command(self, tasks, monkeypatch, capsys):
-        """As README gives it, on a machine without GPU."""
-        monkeypatch.setattr("sys.argv", ["lm-eval", "--model", "starquant", "--model_args", "model=tiny,mc_num=8",
-                                         "--tasks", "arc_challenge", "--include_path", str(tasks), "--limit", "2"])
-        result = harness.run()
-        assert result == {"lm_eval": lm_eval.__version__}
-        assert "arc_challenge" in capsys.readouterr().out
