@@ -28,7 +28,7 @@ from checkpoint.published import write_checkpoint
 from experiments.twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model
-from runtime import cuda, processes
+from runtime import cpu, cuda, processes
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.processes import Parser, Refused, pick_device, synchronize
@@ -217,7 +217,7 @@ def codes(linear: QuantLinear, x, state):
         return cuda.token_codes(cuda.rows(linear, x, state), state.reshape(-1), linear.d_m, linear.d_u, linear.abits,
                                 linear.clip, linear.feedback)
     rows = linear.phi(x, state).reshape(-1, x.shape[-1])
-    return kernels.token_codes(rows, linear.abits, linear.clip, linear.feedback)
+    return cpu.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
 
 @torch.no_grad()

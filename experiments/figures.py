@@ -190,17 +190,21 @@ def figure_5(model):
             lost = 1 - state_gate(state, d, d_s, d_s)
             for k, P in bases.items():
                 numbers[k].append(float(transform(x, P.to(x), lost).square().sum() / x.square().sum()))
+    return draw_5(numbers), numbers
+
+
+def draw_5(numbers):
     figure, axis = plt.subplots(figsize=(8, 2.8))
     places = range(len(numbers["random"]))
     for (label, shares), colour, marker in zip(numbers.items(), (GREY, RED, SKY, BLACK), "xosD", strict=True):
         axis.plot(places, shares, color=colour, marker=marker, markersize=4, linewidth=1, label=label)
     axis.axhline(1 / 32, color=BLACK, linewidth=0.8, linestyle=":")
     axis.text(places[-1] + 0.2, 1 / 32, "1/32", va="center", fontsize=8)
-    axis.set(ylabel="energy gated away", yscale="log",
-             xticks=list(places), xticklabels=[f"{n}" for _ in model.blocks for n in FUSED])
+    axis.set(ylabel="energy gated away", yscale="log", xticks=list(places),
+             xticklabels=FUSED * (len(places) // len(FUSED)))
     axis.tick_params(axis="x", rotation=90, labelsize=7)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return figure, numbers
+    return figure
 
 
 def published_rows(number: str, stress: str = "") -> list[dict]:

@@ -1,7 +1,8 @@
-"""softmax(Q Kᵀ / √h) V with K, V and the softmax output quantized, and IA-AQ, DLLMQuant's scale for V.
+"""softmax(Q Kᵀ / √h) V with K, V and the softmax output quantized.
 
-In 16 bit by default everywhere: the paper leaves the bits of this product open (its Fig. 3 compares against a QuaRot*
-that keeps it unquantized). Fake quantization: what is studied here is the error, not the speed.
+The paper leaves the bits of this product open. Its Fig. 3 compares against a QuaRot* that keeps it in 16 bit, and so do
+all methods here by default; `--set kv_bits=4` and `--set softmax_bits=4` ask for less. The quantization is simulated,
+since its error is what is studied here, not its speed.
 """
 
 import torch
@@ -11,7 +12,10 @@ from starquant import dequantize, fake_quantize, quantize
 
 
 def softmax_scores(q, k, mask=None):
-    """A = softmax(Q Kᵀ / √h), (B, H, L, L); rows that may see nothing are zero. q (B, H, L, h), k (B, K, L, h)."""
+    """A = softmax(Q Kᵀ / √h): q (B, H, L, h), k (B, K, L, h) -> (B, H, L, L); a row that may see nothing is zero.
+
+    mask: bool, True where a query (row) may see a key (column), or None.
+    """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
     if mask is not None:
@@ -20,14 +24,15 @@ def softmax_scores(q, k, mask=None):
 
 
 class QuantAttention(nn.Module):
-    """Eq. 16 between quantizers: K per token and head, V likewise or with a static scale per channel, softmax per row.
+    """Eq. 16 between quantizers.
 
-    `rotation` (h, h) orthogonal is applied to q, k (it cancels in Q Kᵀ) and to v (it is undone behind the product), as
-    QuaRot does with a Hadamard matrix. Bits of 16 leave an operand as it is.
+    K has a scale per token and head, V the same or a static scale per channel, the softmax output one per row. Bits of
+    16 leave an operand as it is. `rotation` (h, h), orthogonal, is applied to q, k and v, as QuaRot does with a
+    Hadamard matrix. It cancels in Q Kᵀ, and behind the product it is taken off again.
     """
 
     def __init__(self, bits, rotation=None, value_scale=None, value_zero=None):
-        """bits (2,): of K and V, and of the softmax output; value_scale, value_zero (K, 1, h) static, from `ia_aq`."""
+        """bits (2,): of K and V, and of the softmax output. value_scale, value_zero (K, 1, h): static, from `ia_aq`."""
         super().__init__()
         bits = torch.as_tensor(bits, dtype=torch.int32)
         self.kv_bits, self.softmax_bits = bits.tolist()  # read once: inside a CUDA graph nothing can be

@@ -18,6 +18,7 @@ from checkpoint.folder import Checkpoint, read_json, resolve
 from checkpoint.loading import part_rows
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
+from runtime.layers import rebuilt
 from runtime.processes import Parser, Refused
 from tiny import tasks
 
@@ -42,8 +43,7 @@ def stress(model: DiffusionLM, c: float, noisy=None) -> DiffusionLM:
         tokens, region = tasks.calibration_set(model.tokenizer, 64, 64, 0)
         g = torch.Generator().manual_seed(0)
         noisy = sampling.mask_tokens(tokens, region, sampling.stratified_ratios(len(tokens), g), model.mask_id, g)
-    out, chosen = copy.copy(model), {}
-    out._modules = {**model._modules, "blocks": copy.deepcopy(model.blocks)}
+    out, chosen = rebuilt(model, blocks=copy.deepcopy(model.blocks)), {}
 
     def watch(i, name):
         def hook(_, args):
