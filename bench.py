@@ -148,10 +148,9 @@ def roofline(top: dict, size: float, ops: float, kind: str) -> float:
 def denoising(models: dict, point, repeats: int) -> dict:
     """Tokens/s of `generate` for one (batch, length, tokens per step); with peak bytes on a GPU."""
     batch, length, tokens = point
-    any_model = next(iter(models.values()))
-    device, c = any_model.device, any_model.config
+    device, mask_id = models["16-bit"].device, models["16-bit"].mask_id
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, c.mask_id, (batch, length - STEPS * tokens), generator=generator).to(device)
+    prompt = torch.randint(0, mask_id, (batch, length - STEPS * tokens), generator=generator).to(device)
     runs = {name: partial(generate, GraphedModel(m), prompt, steps=STEPS, gen_length=STEPS * tokens, cuda_graph=False)
             for name, m in models.items()}
     seconds, out = measure(runs, repeats, device), {}
@@ -193,9 +192,8 @@ def step_roofline(c, top, batch: int, length: int, weight_bytes: float, head_bit
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
     """Seconds of each fused linear by tokens, over the weights of all blocks in turn, so that they come from memory."""
-    model = next(iter(models.values()))
-    device, dtype, out = model.device, model.norm.weight.dtype, []
-    for fused, (C, d) in linear_shapes(model.config).items():
+    device, dtype, out = models["16-bit"].device, models["16-bit"].norm.weight.dtype, []
+    for fused, (C, d) in linear_shapes(models["16-bit"].config).items():
         for tokens in (n for n in TOKENS if device.type == "cuda" or n <= 512):
             state = torch.arange(tokens, device=device) % 2 == 0
             x = torch.randn(tokens, d, device=device).to(dtype)
@@ -402,8 +400,7 @@ def parse(argv=None):
     wrong = {
         "--blocks needs --random-weights": args.blocks is not None and not args.random_weights,
         "--gain needs --write": args.gain is not None and not args.write,
-        "--write measures nothing and takes no --points, --repeats, --peers and --out":
-            args.write and (args.points or args.repeats or args.peers or args.out),
+        "--write measures nothing": args.write and (args.points or args.repeats or args.peers or args.out),
         "--repeats must be at least 1": args.repeats is not None and args.repeats < 1,
         "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
         f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}

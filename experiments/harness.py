@@ -16,7 +16,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -220,25 +219,16 @@ class HarnessLM(LM):
 # ---- running tasks ---------------------------------------------------------------------------------------------------
 
 
-class LibraryFinder:
-    """Finds `evaluate` everywhere but in this project's folder."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name == "evaluate":
-            here = Path(__file__).parent.parent.resolve()
-            return PathFinder.find_spec(name, [p for p in sys.path if Path(p or ".").resolve() != here])
-
-
 @contextmanager
 def hugging_face_evaluate():
     """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
-    ours = sys.modules.pop("evaluate", None)
-    sys.meta_path.insert(0, LibraryFinder)
+    ours, here = sys.modules.pop("evaluate", None), Path(__file__).parents[1].resolve()
+    hidden = [p for p in sys.path if Path(p or ".").resolve() == here]
+    sys.path[:] = [p for p in sys.path if p not in hidden]
     try:
         yield
     finally:
-        sys.meta_path.remove(LibraryFinder)
+        sys.path[:0] = hidden
         sys.modules.pop("evaluate", None)
         if ours is not None:
             sys.modules["evaluate"] = ours
