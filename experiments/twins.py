@@ -17,8 +17,8 @@ from methods.hadamard import spread
 from methods.rtn import quantize_outer
 from methods.sgat import initial_basis
 from model import DiffusionLM, Linear, RMSNorm
-from runtime.layers import TAC, QuantLinear
-from starquant import tac_block_size
+from runtime.layers import TAC, Centre, Grid, QuantLinear, Weight, rebuilt
+from starquant import Across, Blocks, Dense, tac_block_size
 
 
 def random_model(name: str, device, dtype, seed: int, blocks: int | None = None) -> DiffusionLM:
@@ -44,23 +44,19 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
     Transforms are random rotations and corrections close to the identity: fitting them changes accuracy, not speed.
     """
     c, generator = model.config, torch.Generator().manual_seed(seed)
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)  # what is not replaced is shared
-    twin.blocks = nn.ModuleList()
+    blocks = nn.ModuleList()
     g = tac_block_size(c.n_heads * c.head_dim)
     for block in model.blocks:
-        new = copy.copy(block)
-        new._modules = dict(block._modules)
+        new = {}
         for fused in FUSED:
             linear = getattr(block, fused)
             d = linear.weight.shape[1]
-            P = initial_basis(d, "kronecker", generator)
-            P = type(P)(*(p.to(linear.weight.device, torch.float32) for p in P))
-            setattr(new, fused, QuantLinear.fold(linear.weight, [P], d // 32, d // 32, bias=linear.bias))
-        blocks = c.n_heads * c.head_dim // g
-        M = torch.eye(g) + 0.01 * torch.randn(blocks, g, g, generator=generator)
-        new.tac = TAC(M, torch.zeros(blocks, g)).to(model.device)
-        twin.blocks.append(new)
+            P = initial_basis(d, "kronecker", generator).to(linear.weight.new_empty(0, dtype=torch.float32))
+            new[fused] = QuantLinear.fold(linear.weight, [P], d // 32, d // 32, bias=linear.bias)
+        B = c.n_heads * c.head_dim // g
+        M = torch.eye(g) + 0.01 * torch.randn(B, g, g, generator=generator)
+        blocks.append(rebuilt(block, **new, tac=TAC(M, torch.zeros(B, g)).to(model.device)))
+    twin = rebuilt(model, blocks=blocks)
     return quantize_outer(twin, head_bits, embed_bits) if head_bits < 16 else twin
 
 
@@ -68,28 +64,24 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
 def plus_twin(twin: DiffusionLM, seed: int = 0) -> DiffusionLM:
     """The integers of a `quantized_twin` as `starquant+` deploys them: centring, blocks of 64 and a rotation across
     them, clipping, feedback; no gates, no TAC. The packed weights are shared."""
-    generator, out = torch.Generator().manual_seed(seed), copy.copy(twin)
-    out._modules = dict(twin._modules)
-    out.blocks = nn.ModuleList()
+    generator, blocks = torch.Generator().manual_seed(seed), nn.ModuleList()
     for block in twin.blocks:
-        new = copy.copy(block)
-        new._modules = dict(block._modules) | {"tac": nn.Identity()}
-        for fused in FUSED:
-            setattr(new, fused, _plus(getattr(block, fused), generator))
-        out.blocks.append(new)
-    return out
+        linears = {fused: _plus(getattr(block, fused), generator) for fused in FUSED}
+        blocks.append(rebuilt(block, **linears, tac=nn.Identity()))
+    return rebuilt(twin, blocks=blocks)
 
 
 def _plus(linear: QuantLinear, generator) -> QuantLinear:
     (C, d), b = (len(linear.weight_scale), linear.in_features), tac_block_size(linear.in_features, 64)
     device = linear.weight_packed.device
     blocks = torch.linalg.qr(torch.randn(d // b, b, b, generator=generator))[0]
-    P = [blocks, spread(d // b, generator)] if b < d else [blocks[0]]
+    P = [Blocks(blocks), Across(spread(d // b, generator))] if b < d else [Dense(blocks[0])]
+    P = [factor.to(torch.zeros((), device=device, dtype=torch.bfloat16)) for factor in P]
     V = (0.1 * torch.randn(d // b, b, b, generator=generator)).triu(1)
     means, shifts = torch.randn(2, d, generator=generator), torch.randn(2, C, generator=generator)
-    new = QuantLinear(linear.codes(), linear.weight_scale, [p.to(device, torch.bfloat16) for p in P], bias=linear.bias,
-                      clip=torch.full((2,), 0.9, device=device), centre=(means.to(device), shifts.to(device)),
-                      feedback=V.to(device))
+    new = QuantLinear(weight=Weight(linear.codes(), linear.weight_scale), bias=linear.bias, P=P,
+                      grid=Grid(clip=torch.full((2,), 0.9, device=device), feedback=V.to(device)),
+                      centre=Centre(means.to(device), shifts.to(device)))
     new.weight_packed, new.packed = linear.weight_packed, linear.packed
     return new
 
@@ -109,14 +101,8 @@ def residents(model) -> int:
 
 def unpacked(model) -> DiffusionLM:
     """The quantized model with its block weights resident as int8."""
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)
-    twin.blocks = nn.ModuleList()
-    for block in model.blocks:
-        new = copy.copy(block)
-        new._modules = {k: _unpacked(m) for k, m in block._modules.items()}
-        twin.blocks.append(new)
-    return twin
+    blocks = [rebuilt(block, **{name: _unpacked(m) for name, m in block.named_children()}) for block in model.blocks]
+    return rebuilt(model, blocks=nn.ModuleList(blocks))
 
 
 def _unpacked(module):

@@ -1,5 +1,27 @@
-"""What runs: the folded integer linear (Eq. 13), the integer embedding and TAC (Eq. 17) as modules, one runtime for all
-methods. Each has its readable counterpart in `starquant.py`; tests compare them."""
+"""The modules of a quantized model: the integer linear (Eq. 13), the integer embedding and TAC (Eq. 17).
+
+What runs when an INT4 linear runs
+----------------------------------
+`QuantLinear.forward(x, state)` takes activations x (..., d) and the token states (...) and returns (..., C):
+
+1. Transform. `phi` computes Φ_s(x) = x P G_s (Eq. 11): P is a product of factors (`starquant.Factor`), and the gate G_s
+   zeroes the channels that belong to the other token state. Where the layer has a `mean`, a token first loses the mean
+   of its state.
+2. Quantize. Every token gets its own scale and zero point (Eq. 4) and becomes integers of `abits` bits (Eq. 2). `clip`
+   narrows the token's range before that, and `feedback` rounds the channels against each other (`methods/plus.py`).
+3. Multiply. The integers meet the packed weight, which all tokens share, and the sums are exact int32
+   (`kernels.int_linear` has the formulas).
+4. Finish. The sums are scaled back to real numbers; `finish` adds the bias and the output of the mean of step 1.
+
+Two implementations do these steps: `runtime.cuda.linear` on a GPU that passes its self-checks and `runtime.cpu.linear`
+everywhere else. Both give the integers of the readable `kernels.int_linear`.
+
+Every quantization method of this project is a way to choose the tensors of a `QuantLinear` (`methods/`). Their names
+are the names of the tensors in a checkpoint.
+"""
+
+import copy
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -7,166 +29,199 @@ from torch import nn
 import kernels
 from runtime import cuda
 from starquant import (
+    Across,
+    Blocks,
+    Dense,
+    Diagonal,
     Kronecker,
     apply_basis,
-    clip_range,
-    fake_quantize,
+    factors,
     fold_weight,
-    in_dtype,
-    linear,
     quant_params,
     quantize,
-    state_gate,
+    subspace_gates,
     tac_apply,
 )
 
 
+class Weight(NamedTuple):
+    """An integer weight: codes (C, d) int8, centred, or packed two a byte, (C, ⌈d/2⌉) uint8, with `width` d; scale
+    (C,); zero (C,) int32, centred, or None for symmetric weights."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    bits: int = 4
+    width: int | None = None
+
+
+class Grid(NamedTuple):
+    """How activations are rounded: their bits; clip (2,), factors by which a token's least and largest value shrink;
+    feedback (d/b, b, b), the matrices of rounding by feedback."""
+
+    bits: int = 4
+    clip: torch.Tensor | None = None
+    feedback: torch.Tensor | None = None
+
+
+class Centre(NamedTuple):
+    """The mean of each token state, (2, d), and its exact output μ Wᵀ, (2, C): row 0 unmasked, row 1 masked tokens."""
+
+    mean: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
 class QuantLinear(nn.Module):
-    """Eq. 13 on integers: gate by token state, transform, per-token codes, one shared packed weight.
+    """Eq. 13 on integers, for every method; the module's docstring says what runs."""
 
-    Every method of this project is a way to fit one: `P` is a list of factors (see `apply_basis`), empty for none;
-    d_m = d_u = 0 means no gates; `clip` narrows every token's range (`clip_range`); `centre` takes the mean of a
-    token's state off before P and adds that mean's output μ_s Wᵀ behind the integers, exactly; `feedback` rounds
-    activations by feedback (`feedback.py`). Weight codes of at most 4 bits are stored two a byte, wider ones as int8.
-    """
+    def __init__(self, *, weight: Weight, grid: Grid, P=(), d_m: int = 0, d_u: int = 0, bias=None,
+                 centre: Centre | None = None):
+        """P: a list of factors, () for none; d_m, d_u: channels of the gated subspaces (Eq. 9), 0 for no gates; bias
+        (C,). A weight of at most 4 bits is stored packed. Factors in bf16 stay so, others are stored in fp32.
 
-    def __init__(self, codes, scale, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, zero=None, clip=None,
-                 centre=(None, None), feedback=None, in_features=None):
-        """codes (C, d) int8 centred, or packed, (C, ⌈d/2⌉) uint8 with in_features d; scale (C,) fp32, bias (C,), zero
-        (C,) int32 centred or None (symmetric), clip (2,) or None, centre (μ (2, d), μ Wᵀ (2, C)), row 0 of unmasked,
-        row 1 of masked tokens, feedback (d/b, b, b).
-
-        Factors of P in bf16 stay so, others are kept in fp32.
+        ValueError if packed codes do not hold `weight.width` channels.
         """
         super().__init__()
-        self.in_features, self.d_m, self.d_u = in_features or codes.shape[1], d_m, d_u
-        self.abits, self.wbits = abits, wbits
+        self.in_features, self.d_m, self.d_u = weight.width or weight.codes.shape[1], d_m, d_u
+        self.abits, self.wbits, self.packed = grid.bits, weight.bits, weight.bits <= 4
+        codes = weight.codes
         if codes.dtype == torch.uint8 and codes.shape[1] != (self.in_features + 1) // 2:
             raise ValueError(f"Rows of {codes.shape[1]} packed bytes do not hold {self.in_features} codes.")
-        self.packed, self._bases = wbits <= 4, {}
-        to_pack = self.packed and codes.dtype == torch.int8
-        self.register_buffer("weight_packed", kernels.pack_int4(codes) if to_pack else codes)
-        self.register_buffer("weight_scale", scale.float())
-        self.register_buffer("weight_zero", zero)
-        self.register_buffer("bias", None if bias is None else bias.float())
-        for name, tensor in (("clip", clip), ("mean", centre[0]), ("shift", centre[1])):
+        self.register_buffer("weight_packed", kernels.pack_int4(codes) if self.packed and codes.dtype == torch.int8
+                             else codes)
+        self.register_buffer("weight_scale", weight.scale.float())
+        self.register_buffer("weight_zero", weight.zero)
+        for name, tensor in {"bias": bias, "clip": grid.clip, **(centre or Centre())._asdict()}.items():
             self.register_buffer(name, None if tensor is None else tensor.float())
-        self.register_buffer("feedback", None if feedback is None else feedback.to(torch.bfloat16).contiguous())
+        self.register_buffer("feedback", None if grid.feedback is None else grid.feedback.bfloat16().contiguous())
         self.register_buffer("weight_sum", kernels.row_sums(codes, self.in_features), persistent=False)
-        self.kinds = []  # "kronecker" or "matrix", one per factor
+        P = factors(list(P))
+        self.kinds = [type(factor) for factor in P]
         for i, factor in enumerate(P):
-            parts = factor._asdict() if isinstance(factor, Kronecker) else {"": factor}
-            self.kinds.append("kronecker" if isinstance(factor, Kronecker) else "matrix")
-            for name, tensor in parts.items():
+            for name, tensor in zip(factor_names(i, type(factor)), factor, strict=True):
                 tensor = tensor.detach() if tensor.dtype == torch.bfloat16 else tensor.detach().float()
-                self.register_buffer(f"transform_{i}{name}", tensor.contiguous())
+                self.register_buffer(name, tensor.contiguous())
+        self._converted = {}  # by dtype and device: what `basis` and `gates` return
 
     @classmethod
     def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, symmetric=True):
-        """Fold P into weight (C, d) and round to nearest per output channel (Eqs. 4 and 12)."""
+        """Fold P into weight (C, d) (Eq. 12) and round it to nearest per output channel (Eqs. 2 and 4)."""
         folded = fold_weight(weight.float(), list(P)) if P else weight.float()
-        codes, scale, zero = quantize_weight(folded, wbits, symmetric)
-        return cls(codes, scale, P, d_m, d_u, abits, wbits, bias, zero)
+        return cls(weight=quantize_weight(folded, wbits, symmetric), grid=Grid(abits), P=P, d_m=d_m, d_u=d_u, bias=bias)
 
     @classmethod
     def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
         """Rebuild from a state dict; its packed weight is taken as it is."""
-        P = []
-        for i in range(len(tensors)):
-            if f"transform_{i}P1" in tensors:
-                P.append(Kronecker(tensors[f"transform_{i}P1"], tensors[f"transform_{i}P2"]))
-            elif f"transform_{i}" in tensors:
-                P.append(tensors[f"transform_{i}"])
-        return cls(tensors["weight_packed"], tensors["weight_scale"], P, d_m, d_u, abits, wbits, tensors.get("bias"),
-                   tensors.get("weight_zero"), tensors.get("clip"), (tensors.get("mean"), tensors.get("shift")),
-                   tensors.get("feedback"), in_features)
+        P, get = [], tensors.get
+        while (stored := stored_factor(tensors, len(P), in_features)) is not None:
+            P.append(stored)
+        weight = Weight(tensors["weight_packed"], tensors["weight_scale"], get("weight_zero"), wbits, in_features)
+        return cls(weight=weight, grid=Grid(abits, get("clip"), get("feedback")), P=P, d_m=d_m, d_u=d_u,
+                   bias=get("bias"), centre=Centre(get("mean"), get("shift")))
 
-    def _stored(self) -> list:
-        return [Kronecker(getattr(self, f"transform_{i}P1"), getattr(self, f"transform_{i}P2"))
-                if kind == "kronecker" else getattr(self, f"transform_{i}") for i, kind in enumerate(self.kinds)]
+    # ---- what runs ----
+
+    def forward(self, x, state=None):
+        """x (..., d), state (...) -> (..., C) in x's dtype. `state` may be None where no gate or mean depends on it."""
+        C, flat = self.weight_packed.shape[0], None if state is None else state.flatten().contiguous()
+        if cuda.serves(self, x):
+            return cuda.linear(self, x, state)
+        states = () if flat is None else (flat,)
+        rows = kernels.by_rows(self.phi, x.reshape(-1, self.in_features), *states)
+        weight = self.weight_packed if self.packed else self.codes()
+        y = kernels.int_linear(rows, weight, self.weight_scale, self.weight_sum, self.abits, self.wbits,
+                               self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat, x.dtype)
+        return y.reshape(*x.shape[:-1], C)
+
+    def phi(self, x, state=None):
+        """Φ_s(x) of Eq. 11 for every token, (..., d) fp32; tokens lose the mean of their state first."""
+        x = x.float()
+        x = x if self.mean is None else x - self.mean[state.long()]
+        x = apply_basis(x, self.basis(x))
+        # Φ_s(X) = X P G_s
+        return x * torch.where(state[..., None], *self.gates(x)) if self.d_m or self.d_u else x
+
+    def finish(self, y, state=None):
+        """y (..., C) + bias + μ_s Wᵀ, the output of the mean that `phi` took off."""
+        y = y if self.bias is None else y + self.bias
+        return y if self.shift is None else y + self.shift[state.long()]
+
+    # ---- its parts, as tensors ----
 
     @property
     def P(self) -> list:
-        """The factors, fp32."""
-        return in_dtype(self._stored(), torch.float32)
+        """The factors of P, fp32."""
+        return [factor.to(torch.float32) for factor in self._stored()]
+
+    def basis(self, x) -> list:
+        """The factors of P in the dtype and on the device of x."""
+        return self._once("P", x, lambda: [factor.to(x) for factor in self._stored()])
+
+    def gates(self, x):
+        """The diagonals of G_m and G_u (Eq. 9), (d,) each, in the dtype and on the device of x."""
+        return self._once("G", x, lambda: subspace_gates(self.in_features, self.d_m, self.d_u, x.device, x.dtype))
 
     def codes(self):
         """Weight codes (C, d) int8."""
-        return kernels.unpack_int4(self.weight_packed, self.in_features) if self.packed else self.weight_packed
-
-    def unpack_weights(self):
-        """Keep int8 codes instead of packed ones: twice the memory, no unpacking per call. Saving packs them again."""
-        self.weight_packed, self.packed = self.codes().contiguous(), False
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.wbits <= 4 and not self.packed:
-            destination[prefix + "weight_packed"] = kernels.pack_int4(self.weight_packed)
+        # unpacked ones are int8, or fp8 numbers where `runtime.cuda` multiplies those
+        return (kernels.unpack_int4(self.weight_packed, self.in_features) if self.packed
+                else self.weight_packed.to(torch.int8))
 
     def weight(self):
         """W̃ dequantized, (C, d) fp32."""
         zero = 0 if self.weight_zero is None else self.weight_zero[:, None]
         return self.weight_scale[:, None] * (self.codes() - zero).float()
 
-    def basis(self, x) -> list:
-        """P in x's dtype and on its device, converted once."""
-        key = x.dtype, x.device
-        if key not in self._bases:
-            self._bases[key] = in_dtype(self._stored(), x)  # beside the others: a recorded CUDA graph may read those
-        return self._bases[key]
+    def unpack_weights(self):
+        """Keep int8 codes instead of packed ones: twice the memory, no unpacking per call. Saving packs them again."""
+        self.weight_packed, self.packed = self.codes().contiguous(), False
+        return self
 
-    def centred(self, x, state):
-        """x − μ_s of every token's state s."""
-        # in fp32: what `shifted` adds is the output of this mean, not of one rounded to bf16
-        return x if self.mean is None else (x - self.mean[state.long()]).to(x.dtype)
+    def _stored(self) -> list:
+        return [kind(*(getattr(self, name) for name in factor_names(i, kind))) for i, kind in enumerate(self.kinds)]
 
-    def shifted(self, y, state):
-        """y + μ_s Wᵀ of every token's state s: what `centred` took off."""
-        return y if self.shift is None else y + self.shift[state.long()]
+    def _once(self, what: str, x, convert):
+        """convert(), kept for the dtype and device of x. Earlier results stay: a recorded CUDA graph may read them."""
+        key = what, x.dtype, x.device
+        if key not in self._converted:
+            self._converted[key] = convert()
+        return self._converted[key]
 
-    def transformed(self, x, state):
-        """Φ_s(x) of Eq. 11 for every token, centred first where `centre` was given; fp32."""
-        P = self.P
+    # ---- what nn.Module calls when the tensors change ----
 
-        def rows(x, state=None):
-            x = apply_basis(self.centred(x.float(), state), P)
-            return x * state_gate(state, self.in_features, self.d_m, self.d_u) if self.d_m or self.d_u else x
+    def _apply(self, *args, **kwargs):
+        self._converted.clear()
+        return super()._apply(*args, **kwargs)
 
-        states = () if state is None else (state.flatten(),)
-        return kernels.by_rows(rows, x.reshape(-1, self.in_features), *states).reshape(x.shape)
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._converted.clear()
+        self.weight_sum = kernels.row_sums(self.weight_packed if self.packed else self.codes(), self.in_features)
 
-    def rows(self, x, state):
-        """x centred and transformed in its own dtype, (M, d), for the CUDA kernels, which gate and quantize."""
-        x = x if self.mean is None else cuda.centre(x, self.mean, state)
-        return apply_basis(x, self.basis(x)).reshape(-1, self.in_features)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wbits <= 4 and not self.packed:
+            destination[prefix + "weight_packed"] = kernels.pack_int4(self.codes())
 
-    def forward(self, x, state=None):
-        """x (..., d), state (...) -> (..., C) in x's dtype, through integer accumulators.
+    def __getstate__(self):
+        """A copy or a pickle converts for itself."""
+        return self.__dict__ | {"_converted": {}}
 
-        The CUDA kernels take x P in x's own dtype (bf16: tensor cores); elsewhere the transform is fp32.
-        """
-        C, flat = self.weight_packed.shape[0], None if state is None else state.flatten().contiguous()
-        if cuda.usable(x, C, self.feedback):
-            y = cuda.int_linear(self.rows(x, state), flat, self.d_m, self.d_u, self.weight_packed,
-                                        self.weight_scale, self.weight_sum, self.abits, self.packed, self.bias,
-                                        self.weight_zero, self.clip, self.feedback, self.shift)
-        else:
-            rows = self.transformed(x, state).reshape(-1, self.in_features)
-            y = kernels.int_linear(rows, self.weight_packed, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                                   self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat,
-                                   x.dtype)
-        return y.reshape(*x.shape[:-1], C)
 
-    def reference(self, x, state=None):
-        """The same through fake quantization; equal to `forward` up to fp32 rounding (tested)."""
-        rows = self.transformed(x, state)
-        if self.feedback is None:
-            rows = fake_quantize(rows if self.clip is None else clip_range(rows, self.clip), self.abits)
-        else:
-            rows = kernels.fake_quantize_rows(rows, self.abits, self.clip, self.feedback)
-        y = linear(rows, self.weight())
-        return self.shifted(y if self.bias is None else y + self.bias, state).to(x.dtype)
+def factor_names(i: int, kind) -> list[str]:
+    """Names of the stored tensors of factor i: transform_0, or transform_0P1 and transform_0P2."""
+    return [f"transform_{i}{field if len(kind._fields) > 1 else ''}" for field in kind._fields]
+
+
+def stored_factor(tensors: dict, i: int, d: int):
+    """Factor i of P among the tensors of a QuantLinear of width d, or None. A file does not name kinds; shapes do."""
+    if f"transform_{i}P1" in tensors:
+        return Kronecker(*(tensors[name] for name in factor_names(i, Kronecker)))
+    if f"transform_{i}" not in tensors:
+        return None
+    tensor = tensors[f"transform_{i}"]
+    kind = {1: Diagonal, 2: Dense if len(tensor) == d else Across, 3: Blocks}[tensor.ndim]
+    return kind(tensor)
 
 
 class QuantEmbedding(nn.Module):
@@ -182,7 +237,7 @@ class QuantEmbedding(nn.Module):
     @classmethod
     def fold(cls, weight, bits: int):
         """Round an embedding (V, D) to nearest."""
-        codes, scale, _ = quantize_weight(weight, bits)
+        codes, scale = quantize_weight(weight, bits)[:2]
         return cls(kernels.pack_int4(codes) if bits <= 4 else codes, scale, weight.shape[1], bits, weight.dtype)
 
     def forward(self, ids):
@@ -193,23 +248,22 @@ class QuantEmbedding(nn.Module):
         return (self.weight_scale[ids][..., None] * rows).to(self.dtype)
 
 
-def quantize_weight(weight, bits: int, symmetric: bool = True):
-    """Round-to-nearest codes (C, d) int8 and scales (C,) fp32 of each row of weight, in pieces; for asymmetric rows
-    their zero points (C,) int32, else None. Codes and zero points are centred, less 2^(b−1)."""
+def quantize_weight(weight, bits: int, symmetric: bool = True) -> Weight:
+    """weight (C, d) rounded to nearest, each row on its own grid (Eqs. 2 and 4), in pieces that fit into the caches."""
     codes, scales, zeros, half = [], [], [], 2 ** (bits - 1)
     for part in weight.split(4096):
         scale, zero_point = quant_params(part.float(), bits, symmetric)
         codes.append((quantize(part.float(), scale, zero_point, bits) - half).to(torch.int8))
         scales.append(scale[:, 0])
         zeros.append((zero_point[:, 0] - half).to(torch.int32))
-    return torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros)
+    return Weight(torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros), bits)
 
 
 class TAC(nn.Module):
-    """Eq. 17 as a layer between softmax·V and the attention output projection.
+    """Eq. 17 as a layer between softmax·V and the attention output projection: M (B, g, g), bias (B, g).
 
-    `tac_value` could do the same before softmax·V. Z and V are equally large, so it costs the same pass over the same
-    bytes; after softmax·V it also serves grouped queries (Dream), where heads share a V but not a correction.
+    The same correction could be applied to V, because the rows of the softmax sum to one. After softmax·V it costs no
+    more, and it also serves grouped queries (Dream), where heads share a V but not a correction.
     """
 
     def __init__(self, M, bias):
@@ -221,3 +275,10 @@ class TAC(nn.Module):
         if self.M.shape[-1] == cuda.TAC_BLOCK and cuda.usable(z, z.shape[-1]):
             return cuda.tac(z, self.M, self.bias)
         return tac_apply(z.float(), self.M, self.bias).to(z.dtype)
+
+
+def rebuilt(module: nn.Module, **children) -> nn.Module:
+    """A shallow copy of a module with some children replaced; every other part is shared, nothing is copied."""
+    new = copy.copy(module)
+    new._modules = {**module._modules, **children}
+    return new

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from starquant import Kronecker
+from kernels import fake_quantize_rows
+from methods.flat import clip_range
+from starquant import Across, Blocks, Dense, Diagonal, Kronecker, fake_quantize, linear
 
 seeds = st.integers(0, 2**32 - 1)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -41,13 +43,16 @@ def basis(kind, seed=0):
         return P, P
     if kind == "invertible":
         P = invertible(12, seed)
-        return P, P
+        return Dense(P), P
     if kind == "diagonal":
-        P = randn(12, seed=seed).abs() + 0.5
-        return P, torch.diag(P)
+        d = randn(12, seed=seed).abs() + 0.5
+        return Diagonal(d), torch.diag(d)
     if kind == "block":
-        P = torch.stack([invertible(4, seed), orthogonal(4, seed + 2), invertible(4, seed + 3)])
-        return P, block_matrix(P.numpy())
+        B = torch.stack([invertible(4, seed), orthogonal(4, seed + 2), invertible(4, seed + 3)])
+        return Blocks(B), block_matrix(B.numpy())
+    if kind == "across":
+        A = invertible(3, seed)
+        return Across(A), torch.from_numpy(np.kron(A.numpy(), np.eye(4)))
     if kind in ("kronecker", "invertible kronecker"):
         make = orthogonal if kind == "kronecker" else invertible
         P = Kronecker(make(3, seed), make(4, seed + 5))
@@ -56,7 +61,7 @@ def basis(kind, seed=0):
     return [first[0], second[0]], first[1] @ second[1]
 
 
-KINDS = ("dense", "invertible", "diagonal", "block", "kronecker", "invertible kronecker", "list")
+KINDS = ("dense", "invertible", "diagonal", "block", "across", "kronecker", "invertible kronecker", "list")
 ORTHOGONAL = ("dense", "kronecker")
 
 
@@ -85,6 +90,17 @@ def loop_quantize_symmetric(w, bits):
     return torch.from_numpy(out)
 
 
+def fake_quantized(layer, x, state=None):
+    """What a `QuantLinear` computes, through fake quantization in fp32: its integers put back on their grid, rounded to
+    x's dtype."""
+    phi = layer.phi(x, state)
+    if layer.feedback is not None:
+        phi = fake_quantize_rows(phi, layer.abits, layer.clip, layer.feedback)
+    else:
+        phi = fake_quantize(phi if layer.clip is None else clip_range(phi, layer.clip), layer.abits)
+    return layer.finish(linear(phi, layer.weight()), state).to(x.dtype)
+
+
 def loop_linear(x, w):
     """Σ_k x_ik w_ck, one number at a time."""
     rows = [[math.fsum(float(a) * float(b) for a, b in zip(i, c, strict=True)) for c in w] for i in x]
@@ -99,3 +115,8 @@ def loop_sgat(x, state, P, weight, d_m, d_u, abits, wbits):
     folded = loop_quantize_symmetric((inv(P) @ weight.T).T, wbits)
     return torch.cat([loop_linear(loop_quantize(row[None] @ P @ gates[bool(s)], abits), folded)
                       for row, s in zip(x, state, strict=True)])
+
+
+def diagonal_blocks(matrix, size: int):
+    """(d, d) -> (d / size, size, size)."""
+    return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])

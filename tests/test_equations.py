@@ -23,6 +23,7 @@ from references import (
 )
 
 import starquant
+from starquant import Dense, Diagonal
 
 
 class TestEq1:
@@ -139,20 +140,51 @@ class TestEq6:
     @pytest.mark.parametrize("kind", KINDS)
     def test_inverse_transpose(self, kind):
         P, dense = basis(kind, seed=3)
-        got = starquant.apply_basis(torch.eye(12, dtype=torch.float64), starquant.inverse_transpose(P))
+        inverse = [factor.inverse_transpose() for factor in starquant.factors(P)]
+        got = starquant.apply_basis(torch.eye(12, dtype=torch.float64), inverse)
         torch.testing.assert_close(got, inv(dense).T, **TOLERANCE)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_is_orthogonal(self, kind):
-        assert starquant.is_orthogonal(basis(kind)[0]) == (kind in ORTHOGONAL)
+        assert all(f.is_orthogonal() for f in starquant.factors(basis(kind)[0])) == (kind in ORTHOGONAL)
 
     def test_is_orthogonal_bounds(self):
         nearly = torch.eye(4, dtype=torch.float64)
         nearly[0, 1] = 1e-6
-        assert not starquant.is_orthogonal(nearly)
-        assert starquant.is_orthogonal(nearly.float())
-        assert starquant.is_orthogonal(torch.tensor([1.0, -1.0]))
-        assert not starquant.is_orthogonal([orthogonal(4), torch.tensor([1.0, 2.0, 1.0, 1.0])])
+        assert not Dense(nearly).is_orthogonal()
+        assert Dense(nearly.float()).is_orthogonal()
+        assert Diagonal(torch.tensor([1.0, -1.0])).is_orthogonal()
+        assert not Diagonal(torch.tensor([1.0, 2.0, 1.0, 1.0])).is_orthogonal()
+
+    def test_a_list_is_folded_with_its_inverse_unless_all_of_it_is_orthogonal(self):
+        P = [Dense(orthogonal(4)), Diagonal(torch.tensor([1.0, 2.0, 1.0, 1.0]))]
+        W = randn(3, 4)
+        want = starquant.apply_basis(W, [P[0].inverse_transpose(), P[1].inverse_transpose()])
+        assert torch.equal(starquant.fold_weight(W, P), want)
+        assert torch.equal(starquant.fold_weight(W, P[:1]), W @ orthogonal(4))
+
+    @pytest.mark.parametrize("width", [11, 24, 6, 36])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_factor_of_another_width_is_refused(self, kind, width):
+        """A dense P of 12 used to pass for P ⊗ I where the width is 24."""
+        P, _ = basis(kind)
+        if kind == "across" and width % 3 == 0:  # as many blocks of another size
+            assert starquant.apply_basis(randn(2, width), P).shape == (2, width)
+            return
+        with pytest.raises(ValueError, match=f"does not fit a width of {width}"):
+            starquant.apply_basis(randn(2, width), P)
+
+    @pytest.mark.parametrize("P", [torch.ones(12), torch.ones(3, 4, 4), torch.ones(12, 24), torch.ones(3, 3)])
+    def test_a_tensor_that_is_no_square_matrix_of_the_width_is_refused(self, P):
+        with pytest.raises(ValueError, match="Dense"):
+            starquant.apply_basis(randn(2, 12).float(), P)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_factors_in_another_dtype(self, kind):
+        for factor in starquant.factors(basis(kind)[0]):
+            for got in (factor.to(torch.float32), factor.to(torch.zeros(1))):
+                assert type(got) is type(factor)
+                assert all(torch.equal(a, b.float()) for a, b in zip(got, factor, strict=True))
 
     def test_kronecker_dense(self):
         P, dense = basis("kronecker")

@@ -11,7 +11,8 @@ from references import TOLERANCE, orthogonal, randn, seeds
 
 import starquant
 from checkpoint.families import ModelConfig
-from model import Block, rope, rope_table
+from methods.tac import tac_ridge
+from model import Block, rope_table, rotate
 from runtime import layers
 
 
@@ -38,7 +39,7 @@ class TestEq16:
                 group = head * kv_heads // 4  # consecutive heads share a key-value head
                 at = [head * 8, 32 + group * 8, 32 + kv_heads * 8 + group * 8]
                 q, k, v = (qkv[b, :, i : i + 8] for i in at)
-                q, k = rope(q, *table), rope(k, *table)
+                q, k = rotate(q, *table), rotate(k, *table)
                 torch.testing.assert_close(fused[b, :, head * 8 : head * 8 + 8], starquant.attention_value(q, k, v),
                                            rtol=1e-9, atol=1e-9)
 
@@ -63,28 +64,6 @@ class TestEq17:
         layer = layers.TAC(M, bias)
         assert layer(z.bfloat16()).dtype == torch.bfloat16
         torch.testing.assert_close(layer(z.float()).double(), starquant.tac_apply(z, M, bias), rtol=1e-5, atol=1e-5)
-
-
-class TestInValues:
-    """TAC on the value path, where blocks lie within heads."""
-
-    @given(st.integers(0, 2**16), st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 6))
-    def test_passes_through_attention(self, seed, g, heads, length):
-        """A (V Mᵀ + 1 dᵀ) = (A V) Mᵀ + 1 dᵀ, with blocks inside the heads."""
-        r = torch.Generator().manual_seed(seed)
-        q, k, v = torch.randn(3, 2, heads, length, 8, generator=r, dtype=torch.float64)
-        M = torch.randn(heads * 8 // g, g, g, generator=r, dtype=torch.float64)
-        d = torch.randn(heads * 8 // g, g, generator=r, dtype=torch.float64)
-        after = starquant.tac_apply(starquant.attention_value(q, k, v).transpose(1, 2).flatten(-2), M, d)
-        before = starquant.attention_value(q, k, starquant.tac_value(v, M, d)).transpose(1, 2).flatten(-2)
-        assert torch.allclose(after, before, rtol=1e-12, atol=1e-12)
-
-    def test_blocks_that_cross_heads_are_named(self):
-        with pytest.raises(ValueError, match="do not lie within"):
-            starquant.tac_value(torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16), torch.randn(1, 16))
-        # grouped queries: fewer value heads than corrections
-        with pytest.raises(ValueError, match="do not lie within"):
-            starquant.tac_value(torch.randn(1, 1, 3, 8), torch.randn(2, 8, 8), torch.randn(2, 8))
 
 
 def paired(C, n=300, seed=0):
@@ -276,7 +255,7 @@ class TestRidge:
     def test_equals_numpys_least_squares_per_block(self):
         z_fp, z_q = paired(12)
         z_fp = z_fp + torch.roll(z_q, 1, 1) @ orthogonal(12)  # correlated, by a map that is not symmetric
-        M, bias = starquant.tac_ridge(z_fp, z_q, 4, damping=0.0)
+        M, bias = tac_ridge(z_fp, z_q, 4, damping=0.0)
         for b in range(3):
             fp, q = (z[:, 4 * b : 4 * b + 4].numpy() for z in (z_fp, z_q))
             want, *_ = np.linalg.lstsq(np.c_[q, np.ones(len(q))], fp, rcond=None)
@@ -286,7 +265,7 @@ class TestRidge:
     def test_damping_is_that_of_appendix_c(self):
         """As many more rows √(N λ) I without a target: ridge regression as plain least squares."""
         z_fp, z_q = paired(4)
-        M, _ = starquant.tac_ridge(z_fp, z_q, 4, damping=0.3)
+        M, _ = tac_ridge(z_fp, z_q, 4, damping=0.3)
         fp, q = (z.numpy() - z.numpy().mean(0) for z in (z_fp, z_q))
         lam = 0.3 * np.trace(np.cov(q.T, bias=True)) / 4
         want, *_ = np.linalg.lstsq(np.r_[q, np.sqrt(len(q) * lam) * np.eye(4)], np.r_[fp, np.zeros((4, 4))], rcond=None)

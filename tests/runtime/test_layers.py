@@ -1,15 +1,19 @@
 """The layers that run equal their readable references."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from references import fake_quantized
 from test_kernels import integers, randn
 
 import kernels
 import starquant
-from runtime.layers import QuantLinear
-from starquant import Kronecker
+from runtime.layers import Centre, Grid, QuantLinear, Weight, rebuilt
+from starquant import Across, Blocks, Diagonal, Kronecker
 
 pytestmark = pytest.mark.usefixtures("strict_int_mm")
 
@@ -19,11 +23,12 @@ def orthogonal(n, seed=0):
 
 
 def factors(kind):
-    diagonal = randn(24, seed=5).abs() + 0.5
+    diagonal = Diagonal(randn(24, seed=5).abs() + 0.5)
     kronecker = Kronecker(orthogonal(4, 1), orthogonal(6, 2))
-    blocks = torch.stack([orthogonal(8, s) * torch.linspace(0.5, 2, 8) for s in range(3)])
+    blocks = Blocks(torch.stack([orthogonal(8, s) * torch.linspace(0.5, 2, 8) for s in range(3)]))
     return {"none": [], "diagonal": [diagonal], "dense": [orthogonal(24)], "kronecker": [kronecker],
-            "block-diagonal": [blocks], "two": [diagonal, kronecker], "across blocks": [blocks, orthogonal(3)]}[kind]
+            "block-diagonal": [blocks], "two": [diagonal, kronecker],
+            "across blocks": [blocks, Across(orthogonal(3))]}[kind]
 
 
 KINDS = ("none", "diagonal", "dense", "kronecker", "block-diagonal", "two", "across blocks")
@@ -43,8 +48,8 @@ class TestQuantLinear:
         assert (layer.weight_zero is None) == symmetric
         y = layer(x, state)
         assert y.shape == (2, 5, 7)
-        torch.testing.assert_close(y, layer.reference(x, state), rtol=1e-5, atol=1e-5)
-        P = factors(kind) or torch.ones(24)
+        torch.testing.assert_close(y, fake_quantized(layer, x, state), rtol=1e-5, atol=1e-5)
+        P = factors(kind) or Diagonal(torch.ones(24))
         want = starquant.sgat_linear(x, state, P, weight, *gates, bits, bits, bias, symmetric)
         torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
@@ -63,21 +68,13 @@ class TestQuantLinear:
         assert torch.equal(mixed[[1, 4, 5]], unmasked[[1, 4, 5]])
         assert not torch.allclose(masked, unmasked, atol=1e-2)
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_tokens_by_pieces(self, kind, monkeypatch):
-        layer, x = QuantLinear.fold(randn(7, 24), factors(kind), 2, 3), randn(3, 5, 24, seed=1)
-        state = torch.arange(15).reshape(3, 5) % 3 == 0
-        whole = layer.transformed(x, state)
-        monkeypatch.setattr(kernels, "PIECE", 4 * 24)
-        torch.testing.assert_close(layer.transformed(x, state), whole)
-
     def test_asymmetric_weights(self):
         codes, zero = integers(-8, 7, 7, 24), integers(-8, 7, 7, dtype=np.int32)
         scale = randn(7).abs() + 0.1
-        layer = QuantLinear(codes, scale, factors("kronecker"), 1, 1, zero=zero)
+        layer = QuantLinear(weight=Weight(codes, scale, zero), grid=Grid(), P=factors("kronecker"), d_m=1, d_u=1)
         x, state = randn(5, 24), torch.tensor([1, 0, 1, 0, 0]).bool()
         torch.testing.assert_close(layer.weight(), scale[:, None] * (codes.float() - zero[:, None]))
-        torch.testing.assert_close(layer(x, state), layer.reference(x, state), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(x, state), fake_quantized(layer, x, state), rtol=1e-5, atol=1e-5)
 
     def test_both_backends_give_the_same_bits(self, monkeypatch):
         layer, x = QuantLinear.fold(randn(7, 24), factors("kronecker"), 1, 1), randn(5, 24, seed=1)
@@ -91,7 +88,7 @@ class TestQuantLinear:
     def test_output_dtype_is_the_inputs(self, dtype):
         layer = QuantLinear.fold(randn(7, 24), factors("dense"), bias=randn(7, seed=2))
         x = randn(5, 24, seed=1).to(dtype)
-        assert layer(x).dtype == layer.reference(x).dtype == dtype
+        assert layer(x).dtype == fake_quantized(layer, x).dtype == dtype
         assert torch.equal(layer(x), layer(x.float()).to(dtype))
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -117,12 +114,12 @@ class TestQuantLinear:
         layer = QuantLinear.fold(randn(7, 25))
         packed = layer.weight_packed.clone()
         packed[:, -1] |= 0x70  # nobody's code
-        again = QuantLinear(packed, layer.weight_scale, in_features=25)
+        again = QuantLinear(weight=Weight(packed, layer.weight_scale, width=25), grid=Grid())
         assert torch.equal(again.weight_sum, layer.weight_sum)
         assert torch.equal(again(randn(5, 25)), layer(randn(5, 25)))
         for width in (None, 24, 27):
             with pytest.raises(ValueError, match="13 packed bytes do not hold"):
-                QuantLinear(packed, layer.weight_scale, in_features=width)
+                QuantLinear(weight=Weight(packed, layer.weight_scale, width=width), grid=Grid())
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("wbits", "asymmetric", "with_bias"),
@@ -130,8 +127,9 @@ class TestQuantLinear:
     def test_rebuilt_from_its_tensors_bit_by_bit(self, kind, wbits, asymmetric, with_bias):
         half = 2 ** (wbits - 1)
         zero = integers(-half, half - 1, 7, dtype=np.int32) if asymmetric else None
-        layer = QuantLinear(integers(-half, half - 1, 7, 24), randn(7).abs(), factors(kind), 2, 3, 4, wbits,
-                            randn(7, seed=3) if with_bias else None, zero)
+        weight = Weight(integers(-half, half - 1, 7, 24), randn(7).abs(), zero, wbits)
+        layer = QuantLinear(weight=weight, grid=Grid(), P=factors(kind), d_m=2, d_u=3,
+                            bias=randn(7, seed=3) if with_bias else None)
         tensors = {k: v.clone() for k, v in layer.state_dict().items()}
         assert "weight_sum" not in tensors
         again = QuantLinear.from_tensors(tensors, 24, 2, 3, 4, wbits)
@@ -142,3 +140,71 @@ class TestQuantLinear:
         assert again.weight_packed.data_ptr() == tensors["weight_packed"].data_ptr()
         x, state = randn(5, 24), torch.tensor([1, 0, 1, 0, 0]).bool()
         assert torch.equal(again(x, state), layer(x, state))
+
+
+class TestPhi:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_is_eq11_of_centred_tokens(self, kind):
+        mean, state = randn(2, 24, seed=3), torch.arange(15).reshape(3, 5) % 3 == 0
+        layer = QuantLinear(weight=Weight(integers(-8, 7, 7, 24), torch.ones(7)), grid=Grid(), P=factors(kind), d_m=2,
+                            d_u=3, centre=Centre(mean, randn(2, 7)))
+        x = randn(3, 5, 24, seed=1)
+        want = starquant.transform(x - mean[state.long()], factors(kind), starquant.state_gate(state, 24, 2, 3))
+        assert torch.equal(layer.phi(x, state), want)
+        assert layer.phi(x.bfloat16(), state).dtype == torch.float32
+
+    def test_finish_adds_the_bias_and_what_centring_took_off(self):
+        bias, shift, y, state = randn(7), randn(2, 7, seed=1), randn(5, 7, seed=2), torch.tensor([1, 0, 0, 1, 0]).bool()
+        weight = Weight(integers(-8, 7, 7, 24), torch.ones(7))
+        layer = QuantLinear(weight=weight, grid=Grid(), bias=bias, centre=Centre(randn(2, 24), shift))
+        assert torch.equal(layer.finish(y, state), torch.stack([row + bias + shift[int(s)] for row, s in
+                                                                zip(y, state, strict=True)]))
+        assert QuantLinear(weight=weight, grid=Grid()).finish(y) is y
+
+
+class TestConvertedTensors:
+    """P in another dtype is made once, and never outlives the tensors it was made of."""
+
+    x, state = randn(5, 24, seed=1), torch.tensor([1, 0, 1, 0, 0]).bool()
+
+    def layer(self, seed=0):
+        layer = QuantLinear.fold(randn(7, 24, seed=seed), factors("two"), 2, 3)
+        return layer, layer(self.x, self.state)
+
+    def test_are_made_once(self, monkeypatch):
+        layer, y = self.layer()
+        monkeypatch.setattr(starquant.Factor, "to", None)
+        monkeypatch.setattr("runtime.layers.subspace_gates", None)
+        assert torch.equal(layer(self.x, self.state), y)
+
+    def test_follow_the_module_to_another_dtype(self):
+        layer, y = self.layer()
+        layer.to(torch.bfloat16)
+        fresh = QuantLinear.from_tensors(layer.state_dict(), 24, 2, 3, 4, 4)
+        assert torch.equal(layer(self.x, self.state), fresh(self.x, self.state))
+        assert not torch.equal(layer(self.x, self.state), y)
+
+    def test_follow_the_tensors_that_are_loaded(self):
+        (layer, _), (other, _) = self.layer(), self.layer(seed=9)
+        other_tensors = {k: v * 2 if k.startswith("transform") else v for k, v in other.state_dict().items()}
+        layer.load_state_dict(other_tensors)
+        fresh = QuantLinear.from_tensors(other_tensors, 24, 2, 3, 4, 4)
+        assert torch.equal(layer(self.x, self.state), fresh(self.x, self.state))
+        assert torch.equal(layer.weight_sum, other.weight_sum)
+
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+    def test_are_not_copied(self, duplicate):
+        layer, y = self.layer()
+        again = duplicate(layer)
+        assert not again._converted
+        assert torch.equal(again(self.x, self.state), y)
+        assert list(again.state_dict()) == list(layer.state_dict())
+
+
+def test_rebuilt_shares_what_it_does_not_replace():
+    old = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    other = torch.nn.Identity()
+    new = rebuilt(old, **{"1": other})
+    assert new[0] is old[0]
+    assert new[1] is other
+    assert old[1] is not other
