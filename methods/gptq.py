@@ -18,17 +18,22 @@ class GPTQ(Settings):
     second_order = True
 
 
-def hessian(x, token_weights=None, rows: int = 8192):
+def hessian(x, token_weights=None, rows: int = 8192, block: int | None = None):
     """Second moment of x (N, d) with token_weights (N,), 1 by default: (d, d) float64.
 
-    Products are taken in x's precision, `rows` tokens at a time, and summed in float64.
+    Products are taken in x's precision, `rows` tokens at a time, and summed in float64. With `block`, only the diagonal
+    blocks of that size are computed: (d / block, block, block).
     """
     # H = 2/N Σ_j w_j x_j x_jᵀ
-    H = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    weights = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
+    N, d = x.shape
+    H = x.new_zeros((d // block, block, block) if block else (d, d), dtype=torch.float64)
+    weights = x.new_ones(N) if token_weights is None else token_weights.to(x.dtype)
     for part, w in zip(x.split(rows), weights.split(rows), strict=True):
-        H += (w[:, None] * part).mT @ part
-    return H.mul_(2 / len(x))
+        weighted = w[:, None] * part
+        if block:
+            part, weighted = (t.view(-1, d // block, block).movedim(1, 0) for t in (part, weighted))  # (d/b, n, b)
+        H += weighted.mT @ part
+    return H.mul_(2 / N)
 
 
 def output_error(error, H):

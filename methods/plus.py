@@ -141,7 +141,7 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
         return [Kronecker((balance(S1, R1, a).mT @ H1).to(x), (balance(S2, R2, a).mT @ H2).to(x))]
     # the largest block that divides d; dense is one block
     size = d if kind == "dense" else tac_block_size(d, block)
-    S, R = aligned(diagonal_blocks(hessian(x, token_weights), size), block_moments(weight, size))
+    S, R = aligned(hessian(x, token_weights, block=size), block_moments(weight, size))
     T = balance(S, R, choose(S))
     # blockdiag(Tᵀ) (H1 ⊗ H2) = blockdiag(Tᵀ H2) (H1 ⊗ I): spreading inside a block costs nothing on top of T
     P = T.mT @ spread(size, generator).to(x.device)
@@ -230,10 +230,15 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     return fitted, record
 
 
-def diagonal_blocks(matrix, size: int):
-    """(d, d) -> (d / size, size, size)."""
-    blocks = rearrange(matrix, "(n i) (m j) -> n m i j", i=size, j=size)
-    return blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+def stored_starquant_plus(config, d: int, behind_norm: bool) -> dict:
+    b = d if config.balance == "dense" else tac_block_size(d, config.balance_block)  # channels per block of P
+    factors = [Dense((d, d))] if b == d else [Blocks((d // b, b, b)), Across((d // b, d // b))]
+    if config.balance == "kronecker":
+        factors = [Kronecker(*((n, n) for n in hadamard_sizes(d)))]
+    # the blocks of feedback are as wide as those of the first factor, or as its P2
+    feedback = factors[0][-1][-1] if config.rounding == "feedback" else 0
+    return {"factors": factors, "factor_dtype": "BF16", "clip": True, "centred": config.centre != "none",
+            "feedback": feedback}
 
 
 def block_moments(weight, size: int):

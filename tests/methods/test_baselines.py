@@ -21,6 +21,7 @@ from methods.sgat import initial_basis
 from model import DiffusionLM
 from runtime.attention import QuantAttention, softmax_scores
 from runtime.layers import QuantLinear
+from runtime.processes import Refused
 from starquant import Diagonal, Kronecker, apply_basis, attention_value, fake_quantize, fold_weight, quant_params
 from tiny.train import CONFIG
 
@@ -97,6 +98,8 @@ class TestHadamard:
 
     def test_what_does_not_follow_is_named(self):
         assert not exists(92)
+        with pytest.raises(Refused, match="width 92 is not a product of two Hadamard orders"):
+            hadamard_sizes(92)
         with pytest.raises(ValueError, match="92"):
             hadamard(92)
 

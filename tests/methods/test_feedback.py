@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from references import fake_quantized
+from references import diagonal_blocks, fake_quantized
 
 import kernels
 from methods.flat import clip_range
-from methods.gptq import damped, inverse_factor
-from methods.plus import diagonal_blocks, feedback_matrix, rounding_order
+from methods.gptq import damped, hessian, inverse_factor
+from methods.plus import feedback_matrix, rounding_order
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import fake_quantize, quant_params
 
@@ -31,10 +31,12 @@ def error(x, x_hat, weight):
     return ((x_hat - x).double() @ weight.double().mT).square().sum(-1)
 
 
-def test_diagonal_blocks():
-    A = torch.arange(36.0).view(6, 6)
-    assert torch.equal(diagonal_blocks(A, 2), torch.stack([A[i : i + 2, i : i + 2] for i in (0, 2, 4)]))
-    assert torch.equal(diagonal_blocks(A, 6)[0], A)
+def test_moments_of_blocks_are_the_diagonal_blocks_of_the_whole_moment():
+    x, weights = correlated(50, 12).float(), torch.rand(50)
+    whole = hessian(x, weights, rows=16)
+    for size in (2, 3, 12):
+        torch.testing.assert_close(hessian(x, weights, rows=16, block=size), diagonal_blocks(whole, size), rtol=1e-5,
+                                   atol=1e-5)
 
 
 class TestMatrix:

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
-from references import fake_quantized
+from references import diagonal_blocks, fake_quantized
 
 from calibrate import quantize_model
 from checkpoint.families import linear_shapes, read_config
@@ -24,7 +24,6 @@ from methods.plus import (
     balanced_basis,
     best_clip,
     conditional_variance,
-    diagonal_blocks,
     evenly,
     exponent,
     feedback_matrix,
@@ -34,7 +33,7 @@ from methods.plus import (
     unit_gain,
 )
 from methods.rtn import Inputs
-from methods.storage import factor_shapes
+from methods.storage import stored_linear
 from model import load_model
 from starquant import apply_basis, fake_quantize, fold_weight
 from tiny import metrics, tasks
@@ -190,12 +189,12 @@ class TestBasis:
         shapes, config = linear_shapes(read_config(SHAPES[model])).values(), QuantConfig(method="starquant+")
         ours = 0
         for _, d in shapes:
-            (_, b, _), across = factor_shapes(config, d, False)
+            ((_, b, _),), (across,) = stored_linear(config, 1, d, False).factors
             ours += d * (b + across[0] + (b - 1) / 2)
         assert 100 * ours / sum(rows * d for rows, d in shapes) == pytest.approx(percent, abs=0.05)
         # these are the factors, and across blocks there is a Hadamard matrix for each of these widths
         P = balanced_basis(torch.randn(8, 128), torch.randn(4, 128), "block", generator())
-        assert [tuple(p[-1].shape) for p in P] == factor_shapes(config, 128, False)
+        assert [tuple(p[-1].shape) for p in P] == [p[-1] for p in stored_linear(config, 1, 128, False).factors]
         assert all(hadamard.exists(d // config.balance_block) for _, d in shapes)
 
     @pytest.mark.parametrize("kind", KINDS)
