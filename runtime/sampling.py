@@ -272,7 +272,7 @@ def dream_choices(draft: Draft, predict, shares, algorithm, options: DreamOption
         if algorithm == "origin":
             chance = torch.rand(int(masked.sum()), device=masked.device, generator=generator)
             chosen = torch.zeros_like(masked).masked_scatter(masked, chance < share)
-            yield draft.predictions(chosen, predict)[0], chosen
+            yield draft.predictions(chosen, predict)[0] if chosen.any() else draft.ids, chosen
             continue
         x0, confidence = draft.predictions(masked, predict)
         count = int(masked.sum() / len(masked) * share)
