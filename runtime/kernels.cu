@@ -1,5 +1,5 @@
-// The kernels of cuda_kernels.py, which says what they are for and puts the numbers and names defined outside (REAL,
-// THREADS, TAC_BLOCK, FEEDBACK_BLOCK, WARPS; LINEAR, FEEDBACK, PACKED) before this text. Plain CUDA C++ without headers.
+// The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, TAC_BLOCK,
+// FEEDBACK_BLOCK and WARPS, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers.
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
@@ -16,13 +16,37 @@ __device__ void load4(const bf16* x, float v[4]) {
     v[0] = __uint_as_float(u.x << 16); v[1] = __uint_as_float(u.x & 0xffff0000u);
     v[2] = __uint_as_float(u.y << 16); v[3] = __uint_as_float(u.y & 0xffff0000u);
 }
+__device__ void load8(const float* x, float* v) { load4(x, v); load4(x + 4, v + 4); }
+__device__ void load8(const bf16* x, float* v) {
+    uint4 u = *(const uint4*)x;
+    unsigned in[4] = {u.x, u.y, u.z, u.w};
+    for (int j = 0; j < 4; j++) {
+        v[2 * j] = __uint_as_float(in[j] << 16);
+        v[2 * j + 1] = __uint_as_float(in[j] & 0xffff0000u);
+    }
+}
 __device__ unsigned round_bf16(float y) {  // to nearest, ties to even; NaN stays NaN
     unsigned u = __float_as_uint(y);
     return y != y ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 }
+__device__ unsigned pair_bf16(float low, float high) {
+#if __CUDA_ARCH__ >= 800  // the same rounding in one instruction
+    unsigned u;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
+    return u;
+#else
+    return round_bf16(low) | round_bf16(high) << 16;
+#endif
+}
+__device__ float rounded(float v, const float*) { return v; }  // to the type that is pointed to
+__device__ float rounded(float v, const bf16*) { return __uint_as_float(pair_bf16(v, 0) << 16); }
 __device__ void store4(float* y, const float v[4]) { *(float4*)y = make_float4(v[0], v[1], v[2], v[3]); }
 __device__ void store4(bf16* y, const float v[4]) {
-    *(uint2*)y = make_uint2(round_bf16(v[0]) | round_bf16(v[1]) << 16, round_bf16(v[2]) | round_bf16(v[3]) << 16);
+    *(uint2*)y = make_uint2(pair_bf16(v[0], v[1]), pair_bf16(v[2], v[3]));
+}
+__device__ void store8(float* y, const float* v) { store4(y, v); store4(y + 4, v + 4); }
+__device__ void store8(bf16* y, const float* v) {
+    *(uint4*)y = make_uint4(pair_bf16(v[0], v[1]), pair_bf16(v[2], v[3]), pair_bf16(v[4], v[5]), pair_bf16(v[6], v[7]));
 }
 __device__ void store1(float* y, float v) { *y = v; }
 __device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
@@ -50,31 +74,185 @@ __device__ void finish4(int sum[4], int m, int n, const float* scale, const int*
     store4(y + (long long)m * N + n, v);
 }
 
-// An integer up to 16 in size as e4m3, exactly: sign, 4 bits of exponent biased by 7, 3 of fraction.
-__device__ unsigned e4m3(int v) {
-    unsigned u = __float_as_uint((float)v);
-    int magnitude = (int)(u >> 20 & 0x7ffu) - (120 << 3);
-    return (u >> 24 & 0x80u) | (magnitude > 0 ? magnitude : 0);
+// Two integers up to 16 in size as e4m3, exactly.
+__device__ unsigned pair_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    unsigned short u;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(u) : "f"(high), "f"(low));
+    return u;
+#else  // sign, 4 bits of exponent biased by 7, 3 of fraction
+    unsigned out = 0;
+    for (int j = 0; j < 2; j++) {
+        unsigned u = __float_as_uint(j ? high : low);
+        int magnitude = (int)(u >> 20 & 0x7ffu) - (120 << 3);
+        out |= ((u >> 24 & 0x80u) | (magnitude > 0 ? magnitude : 0)) << 8 * j;
+    }
+    return out;
+#endif
 }
-// Codes X_c of channels k to k + 3 of a row, k a multiple of 4, as a product takes them: order 0, bytes as they come;
-// 1, in every 32 channels the even ones before the odd ones; 2, X_c - z_c as e4m3.
-__device__ void store_codes(signed char* row, int k, const int c[4], int z, int order) {
+const float ROUND = 12582912.0f;  // 1.5 * 2^23: v + ROUND is rounded to an integer, ties to even, which its lowest bits hold
+__device__ unsigned bytes4(float a, float b, float c, float d) {  // integers as signed bytes, a lowest
+    return __byte_perm(__byte_perm(__float_as_uint(a + ROUND), __float_as_uint(b + ROUND), 0x0040),
+                       __byte_perm(__float_as_uint(c + ROUND), __float_as_uint(d + ROUND), 0x0040), 0x5410);
+}
+// Codes of channels k to k + 15 of a row, k a multiple of 16, as a product takes them; r = X_c - z_c. Order 0, X_c as they
+// come; 1, in every 32 channels the even ones before the odd ones; 2, r as e4m3.
+__device__ void store_codes(signed char* row, int k, const float* r, float z, int order) {
+    unsigned even[2], odd[2], out[4];
+    for (int j = 0; j < 2; j++) {
+        const float* v = r + 8 * j;
+        if (order == 2) {
+            out[2 * j] = pair_e4m3(v[0], v[1]) | pair_e4m3(v[2], v[3]) << 16;
+            out[2 * j + 1] = pair_e4m3(v[4], v[5]) | pair_e4m3(v[6], v[7]) << 16;
+            continue;
+        }
+        even[j] = bytes4(v[0] + z, v[2] + z, v[4] + z, v[6] + z);
+        odd[j] = bytes4(v[1] + z, v[3] + z, v[5] + z, v[7] + z);
+        out[2 * j] = __byte_perm(even[j], odd[j], 0x5140);
+        out[2 * j + 1] = __byte_perm(even[j], odd[j], 0x7362);
+    }
     if (order == 1) {
-        unsigned short* at = (unsigned short*)(row + k / 32 * 32 + k % 32 / 2);
-        at[0] = (unsigned short)((c[0] & 255) | (c[2] & 255) << 8);
-        at[8] = (unsigned short)((c[1] & 255) | (c[3] & 255) << 8);
-    } else if (order == 2) {
-        *(unsigned*)(row + k) = e4m3(c[0] - z) | e4m3(c[1] - z) << 8 | e4m3(c[2] - z) << 16 | e4m3(c[3] - z) << 24;
+        uint2* at = (uint2*)(row + k / 32 * 32 + k % 32 / 2);
+        at[0] = make_uint2(even[0], even[1]);
+        at[2] = make_uint2(odd[0], odd[1]);
     } else {
-        *(char4*)(row + k) = make_char4((signed char)c[0], (signed char)c[1], (signed char)c[2], (signed char)c[3]);
+        *(uint4*)(row + k) = make_uint4(out[0], out[1], out[2], out[3]);
     }
 }
 
-#ifdef LINEAR
-// NaN stays NaN, where fminf and fmaxf take the other number
-__device__ float least(float a, float b) { return a < b || a != a ? a : b; }
-__device__ float most(float a, float b) { return a > b || a != a ? a : b; }
+// The range of a token, which always includes 0, and whether it has a NaN.
+struct Range {
+    float low = 0, high = 0;
+    bool nan = false;
+    __device__ void see(float v) {
+        low = fminf(low, v);
+        high = fmaxf(high, v);
+        nan |= v != v;
+    }
+    // Of all threads of a block with WARPS_OF warps; every thread has it afterwards. `warps` is shared and free again
+    // after the next barrier but one.
+    template <int WARPS_OF> __device__ void join(float (*warps)[2]) {
+        if (nan) low = high = __int_as_float(0x7fffffff);
+        for (int n = 16; n > 0; n /= 2) widen(__shfl_xor_sync(~0u, low, n), __shfl_xor_sync(~0u, high, n));
+        if (threadIdx.x % 32 == 0) {
+            warps[threadIdx.x / 32][0] = low;
+            warps[threadIdx.x / 32][1] = high;
+        }
+        __syncthreads();
+        for (int w = 0; w < WARPS_OF; w++) widen(warps[w][0], warps[w][1]);
+    }
+    __device__ void widen(float l, float h) {  // NaN stays, where fminf and fmaxf take the other number
+        low = l < low || l != l ? l : low;
+        high = h > high || h != h ? h : high;
+    }
+};
+// s = max / levels - min / levels,  z_c = round(-min / s) - 2^(b-1),  r = clamp(round(x / s)) = X_c - z_c
+struct Grid {
+    float low, high, s, z, least, most, inverse;
+    bool clipped, plain;
+    __device__ Grid(Range range, const float* clip, int has_clip, int bits) {
+        low = range.low;
+        high = range.high;
+        clipped = has_clip;
+        if (clipped) {  // each token's range narrowed to (c_0 low, c_1 high)
+            low = fmaxf(low, __fmul_rn(low, clip[0]));
+            high = fminf(high, __fmul_rn(high, clip[1]));
+        }
+        float levels = (1 << bits) - 1, half = 1 << (bits - 1);
+        s = __fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels));
+        s = s > 1.17549435e-38f || s != s ? s : 1.17549435e-38f;
+        float z_int = rintf(__fdiv_rn(-low, s));
+        z = z_int - half;
+        least = -z_int;
+        most = levels - z_int;
+        inverse = __frcp_rn(s);
+        plain = s > 1e-24f && s < 1e24f;
+    }
+    __device__ float code(float v) const {  // less its zero point
+        if (clipped) v = fminf(fmaxf(v, low), high);
+        float q;
+        if (plain) {  // v / s correctly rounded from 1 / s correctly rounded (Markstein), while nothing underflows
+            q = __fmul_rn(v, inverse);
+            q = __fmaf_rn(__fmaf_rn(-q, s, v), inverse, q);
+            q = __fmaf_rn(__fmaf_rn(-q, s, v), inverse, q);
+        } else {
+            q = __fdiv_rn(v, s);
+        }
+        return fminf(fmaxf(__fsub_rn(__fadd_rn(q, ROUND), ROUND), least), most);
+    }
+};
 
+#ifdef GLUE
+// Σ x² and the gain: y = (x rsqrt(mean(x²) + eps)) in x's type, times the gain. One block per token.
+extern "C" __global__ void rms_norm(const real* x, const real* gain, real* out, int K, int eps_bits) {
+    __shared__ float warps[THREADS / 32];
+    x += (long long)blockIdx.x * K;
+    out += (long long)blockIdx.x * K;
+    float v[8], g[8], sum = 0;
+    for (int k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
+        load8(x + k, v);
+        for (int j = 0; j < 8; j++) sum = __fmaf_rn(v[j], v[j], sum);
+    }
+    for (int n = 16; n > 0; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int w = 0; w < THREADS / 32; w++) sum += warps[w];
+    float r = rsqrtf(__fadd_rn(__fmul_rn(sum, __fdiv_rn(1, K)), __int_as_float(eps_bits)));
+    for (int k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
+        load8(x + k, v);
+        load8(gain + k, g);
+        for (int j = 0; j < 8; j++) v[j] = __fmul_rn(g[j], rounded(__fmul_rn(v[j], r), x));
+        store8(out + k, v);
+    }
+}
+
+__device__ float turned(float x, float cos, float other, float sin, int fp32) {  // in the type of cos and sin
+    if (fp32) return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(other, sin));
+    const real* type = 0;
+    return rounded(__fadd_rn(rounded(__fmul_rn(x, cos), type), rounded(__fmul_rn(other, sin), type)), type);
+}
+// The first `heads` of a token's n heads of width h: both halves of each head turned by cos and sin of its position, (x_1
+// cos - x_2 sin, x_2 cos + x_1 sin). One block per token; `period` rows of cos and sin serve it and its followers.
+extern "C" __global__ void rope(const real* qkv, const void* cos, const void* sin, real* out, int period, int heads,
+                                int n, int h, int fp32) {
+    qkv += (long long)blockIdx.x * n * h;
+    out += (long long)blockIdx.x * heads * h;
+    long long row = (long long)(blockIdx.x % period) * h;
+    for (int i = threadIdx.x; i < heads * h / 16; i += THREADS) {
+        int k = i / (h / 16) * h + i % (h / 16) * 8, j = k % h;
+        float first[8], second[8], c[8], s[8], v[8];
+        load8(qkv + k, first);
+        load8(qkv + k + h / 2, second);
+        if (fp32) {
+            load8((const float*)cos + row + j, c);
+            load8((const float*)sin + row + j, s);
+        } else {
+            load8((const real*)cos + row + j, c);
+            load8((const real*)sin + row + j, s);
+        }
+        for (int a = 0; a < 8; a++) v[a] = turned(first[a], c[a], -second[a], s[a], fp32);
+        store8(out + k, v);
+        for (int a = 0; a < 8; a++) v[a] = turned(second[a], c[a], first[a], s[a], fp32);
+        store8(out + k + h / 2, v);
+    }
+}
+
+// silu(gate) up of a token's 2 F channels: silu(x) = x / (1 + e^-x), in x's type before it meets up.
+extern "C" __global__ void silu_up(const real* gate_up, real* out, int F) {
+    int f = 8 * (blockIdx.y * THREADS + threadIdx.x);
+    if (f >= F) return;
+    const real* gate = gate_up + (long long)blockIdx.x * 2 * F + f;
+    float v[8], up[8];
+    load8(gate, v);
+    load8(gate + F, up);
+    for (int j = 0; j < 8; j++)
+        v[j] = __fmul_rn(rounded(__fdiv_rn(v[j], __fadd_rn(1, expf(-v[j]))), gate), up[j]);
+    store8(out + (long long)blockIdx.x * F + f, v);
+}
+#endif  // GLUE
+
+#ifdef LINEAR
 // x - mu_s of every token's state s: row 0 of mean for unmasked, row 1 for masked tokens.
 extern "C" __global__ void centre(const real* x, const unsigned char* state, const float* mean, real* out, int K) {
     int row = blockIdx.x, k = 4 * (blockIdx.y * THREADS + threadIdx.x);
@@ -90,59 +268,40 @@ extern "C" __global__ void centre(const real* x, const unsigned char* state, con
 extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
                                          int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
                                          int has_clip, int grid_only, int order) {
-    __shared__ float lows[THREADS], highs[THREADS];
+    __shared__ float warps[THREADS / 32][2];
     int row = blockIdx.x, t = threadIdx.x;
-    char4* out = (char4*)(codes + (long long)row * K);
+    codes += (long long)row * K;
     if (row >= M) {
-        for (int k = t; k < K / 4; k += THREADS) out[k] = make_char4(0, 0, 0, 0);
+        for (int k = 16 * t; k < K; k += 16 * THREADS) *(uint4*)(codes + k) = make_uint4(0, 0, 0, 0);
         return;
     }
     // G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u): channels [from, to) of this token are gated off
     bool masked = d_m + d_u > 0 && state[row];
     int from = masked ? K - d_u : K - d_u - d_m, to = masked ? K : K - d_u;
-    const real* in = x + (long long)row * K;
-    float v[4], low = 0, high = 0;  // the range always includes 0
-    for (int k = 4 * t; k < K; k += 4 * THREADS) {
-        load4(in + k, v);
-        for (int j = 0; j < 4; j++) {
-            if (k + j >= from && k + j < to) v[j] = 0;
-            low = least(low, v[j]);
-            high = most(high, v[j]);
-        }
+    x += (long long)row * K;
+    auto load = [&](int k, float* v) {
+        load8(x + k, v);
+        load8(x + k + 8, v + 8);
+        if (k + 16 > from && k < to)
+            for (int j = 0; j < 16; j++)
+                if (k + j >= from && k + j < to) v[j] = 0;
+    };
+    float v[16];
+    Range range;
+    for (int k = 16 * t; k < K; k += 16 * THREADS) {
+        load(k, v);
+        for (int j = 0; j < 16; j++) range.see(v[j]);
     }
-    lows[t] = low;
-    highs[t] = high;
-    for (int n = THREADS / 2; n > 0; n /= 2) {
-        __syncthreads();
-        if (t < n) {
-            lows[t] = least(lows[t], lows[t + n]);
-            highs[t] = most(highs[t], highs[t + n]);
-        }
-    }
-    __syncthreads();
-    low = lows[0];
-    high = highs[0];
-    if (has_clip) {  // each token's range narrowed to (c_0 low, c_1 high)
-        low = fmaxf(low, __fmul_rn(low, clip[0]));
-        high = fminf(high, __fmul_rn(high, clip[1]));
-    }
-    float levels = (1 << bits) - 1, half = 1 << (bits - 1);
-    // s = max / levels - min / levels,  z = round(-min / s),  X_c = clamp(round(x / s) + z, 0, levels) - 2^(b-1)
-    float s = most(__fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels)), 1.17549435e-38f);
-    float z = rintf(__fdiv_rn(-low, s));
-    for (int k = 4 * t; k < K && !grid_only; k += 4 * THREADS) {  // else feedback rounds
-        load4(in + k, v);
-        int c[4];
-        for (int j = 0; j < 4; j++) {
-            if (k + j >= from && k + j < to) v[j] = 0;
-            v[j] = fminf(fmaxf(v[j], low), high);
-            c[j] = (int)(fminf(fmaxf(__fadd_rn(rintf(__fdiv_rn(v[j], s)), z), 0.0f), levels) - half);
-        }
-        store_codes(codes + (long long)row * K, k, c, (int)(z - half), order);
+    range.join<THREADS / 32>(warps);
+    Grid grid(range, clip, has_clip, bits);
+    for (int k = 16 * t; k < K && !grid_only; k += 16 * THREADS) {  // else feedback rounds
+        load(k, v);
+        for (int j = 0; j < 16; j++) v[j] = grid.code(v[j]);
+        store_codes(codes, k, v, grid.z, order);
     }
     if (t == 0) {
-        scale[row] = s;
-        zero[row] = (int)(z - half);
+        scale[row] = grid.s;
+        zero[row] = (int)grid.z;
     }
 }
 
@@ -197,63 +356,348 @@ extern "C" __global__ void tac(const real* __restrict__ z, const float* __restri
 #endif  // LINEAR
 
 #ifdef FEEDBACK  // by itself: its unrolled loops take seconds to compile
-__device__ void load8(const float* x, float* v) { load4(x, v); load4(x + 4, v + 4); }
-__device__ void load8(const bf16* x, float* v) {  // 16 bytes at once: neighbours in a warp read rows far apart
-    uint4 u = *(const uint4*)x;
-    unsigned in[4] = {u.x, u.y, u.z, u.w};
-    for (int j = 0; j < 4; j++) {
-        v[2 * j] = __uint_as_float(in[j] << 16);
-        v[2 * j + 1] = __uint_as_float(in[j] & 0xffff0000u);
-    }
-}
-__device__ unsigned pack4(const float* v) {  // four small integers as signed bytes, the first lowest
-    return ((int)v[0] & 255) | ((int)v[1] & 255) << 8 | ((int)v[2] & 255) << 16 | (unsigned)((int)v[3] & 255) << 24;
-}
+const int TOKENS = 2;  // of a thread: what is read of V from shared memory, where it takes its time, serves all of them
 
-// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread takes one token's part of a block and
-// goes through its channels; all threads of a CUDA block read the same V, from shared memory. Products of two bf16
-// numbers are exact in fp32: whether the compiler fuses them with the subtraction changes no bit.
-extern "C" __global__ void feedback(const real* x, const float* scale, const int* zero, const bf16* V,
-                                    signed char* codes, int M, int K, int bits, int order) {
+// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread goes through the channels of a block.
+// All threads of a CUDA block read the same V, from shared memory. Products of two bf16 numbers are exact in fp32:
+// whether the compiler fuses them with the subtraction changes no bit.
+extern "C" __global__ void __launch_bounds__(THREADS)
+feedback(const real* x, const float* scale, const int* zero, const bf16* V, signed char* codes, int M, int K, int bits,
+         int order) {
     __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
     const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
     for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
         ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
     __syncthreads();
-    int m = blockIdx.x * THREADS + threadIdx.x;
-    if (m >= M) return;
-    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
-    float v[FEEDBACK_BLOCK];
+    int first = TOKENS * (blockIdx.x * THREADS + threadIdx.x);
+    if (first >= M) return;
+    float v[TOKENS][FEEDBACK_BLOCK], s[TOKENS], z[TOKENS], half = 1 << (bits - 1);
 #pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(x + at + i, v + i);
-    float s = scale[m], z = zero[m], low = -(1 << (bits - 1)) - z, high = (1 << (bits - 1)) - 1 - z;
+    for (int n = 0; n < TOKENS; n++) {
+        int m = first + n < M ? first + n : M - 1;  // the last token once more, where there is no other
+        s[n] = scale[m];
+        z[n] = zero[m];
+        const real* block = x + (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
 #pragma unroll
-    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
+        for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(block + i, v[n] + i);
+#pragma unroll
+        for (int i = 0; i < FEEDBACK_BLOCK; i++) v[n][i] = __fdiv_rn(v[n][i], s[n]);
+    }
 #pragma unroll
     for (int i = 0; i < FEEDBACK_BLOCK; i++) {
-        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
-        float r = fminf(fmaxf(rintf(v[i]), low), high);
-        float e = __uint_as_float(round_bf16(__fsub_rn(v[i], r)) << 16);
-        v[i] = r + z;
+        float e[TOKENS];
+#pragma unroll
+        for (int n = 0; n < TOKENS; n++) {
+            // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
+            float r = fminf(fmaxf(rintf(v[n][i]), -half - z[n]), half - 1 - z[n]);
+            e[n] = rounded(__fsub_rn(v[n][i], r), (const bf16*)0);
+            v[n][i] = r;
+        }
 #pragma unroll
         for (int j = (i + 1) / 4; j < FEEDBACK_BLOCK / 4; j++) {  // four at a time; finished ones lose e * 0
             float4 w = shared_V[i][j];
-            v[4 * j] -= e * w.x; v[4 * j + 1] -= e * w.y; v[4 * j + 2] -= e * w.z; v[4 * j + 3] -= e * w.w;
+#pragma unroll
+            for (int n = 0; n < TOKENS; n++) {
+                v[n][4 * j] -= e[n] * w.x;
+                v[n][4 * j + 1] -= e[n] * w.y;
+                v[n][4 * j + 2] -= e[n] * w.z;
+                v[n][4 * j + 3] -= e[n] * w.w;
+            }
         }
     }
-    if (order == 0) {
 #pragma unroll
-        for (int i = 0; i < FEEDBACK_BLOCK; i += 16)
-            *(uint4*)(codes + at + i) = make_uint4(pack4(v + i), pack4(v + i + 4), pack4(v + i + 8), pack4(v + i + 12));
-    } else {
+    for (int n = 0; n < TOKENS; n++) {
+        if (first + n >= M) return;
+        signed char* to = codes + (long long)(first + n) * K + blockIdx.y * FEEDBACK_BLOCK;
 #pragma unroll
-        for (int i = 0; i < FEEDBACK_BLOCK; i += 4) {
-            int c[4] = {(int)v[i], (int)v[i + 1], (int)v[i + 2], (int)v[i + 3]};
-            store_codes(codes + at, i, c, (int)z, order);
-        }
+        for (int i = 0; i < FEEDBACK_BLOCK; i += 16) store_codes(to, i, v[n] + i, z[n], order);
     }
 }
 #endif  // FEEDBACK
+
+#if defined ROTATE || defined CORRECT  // bf16 tensor cores: sm_80 and later
+// c += a b by the 32 lanes of a warp: a 16 x 16 and b 16 x 8 bf16. Lane 4 g + t has, two to a register, columns 2 t, 2 t + 1
+// and 8 + 2 t, 9 + 2 t of rows g and g + 8 of a (rows first), the same rows of column g of b, and columns 2 t, 2 t + 1 of
+// rows g and g + 8 of c.
+__device__ void multiply_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+#ifdef CORRECT
+// `tac` for bf16: a warp has a block of 16 channels and walks down the tokens, 16 at a time. M is the sum of two bf16
+// matrices, 16 of its bits. Lane t takes channels 4 t.. of a token; which of them is which of mma's does not matter.
+extern "C" __global__ void correct(const bf16* __restrict__ z, const float* __restrict__ M,
+                                   const float* __restrict__ bias, bf16* __restrict__ out, int rows, int C) {
+    int warp = blockIdx.y * (THREADS / 32) + threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (16 * warp >= C) return;
+    unsigned high[2][2], low[2][2];
+    for (int j = 0; j < 2; j++) {  // output 4 (g / 2) + 2 j + g % 2 of the block: so lane t ends with 4 t..
+        float m[4], rest[4];
+        load4(M + ((long long)16 * warp + 4 * (g / 2) + 2 * j + g % 2) * 16 + 4 * t, m);
+        for (int i = 0; i < 2; i++) {
+            high[j][i] = pair_bf16(m[2 * i], m[2 * i + 1]);
+            rest[2 * i] = m[2 * i] - __uint_as_float(high[j][i] << 16);
+            rest[2 * i + 1] = m[2 * i + 1] - __uint_as_float(high[j][i] & 0xffff0000u);
+            low[j][i] = pair_bf16(rest[2 * i], rest[2 * i + 1]);
+        }
+    }
+    float b[4];
+    load4(bias + 16 * warp + 4 * t, b);
+    z += 16 * warp + 4 * t;
+    out += 16 * warp + 4 * t;
+#pragma unroll 4
+    for (int r = 16 * blockIdx.x + g; r < rows + g; r += 16 * gridDim.x) {  // all lanes of a warp stay together
+        uint2 none = make_uint2(0, 0);
+        uint2 top = r < rows ? *(const uint2*)(z + (long long)r * C) : none;
+        uint2 bottom = r + 8 < rows ? *(const uint2*)(z + (long long)(r + 8) * C) : none;
+        unsigned a[4] = {top.x, bottom.x, top.y, bottom.y};
+        float c[2][4], v[4];
+        for (int j = 0; j < 2; j++) {
+            c[j][0] = c[j][2] = b[2 * j];
+            c[j][1] = c[j][3] = b[2 * j + 1];
+            multiply_bf16(c[j], a, low[j][0], low[j][1]);
+            multiply_bf16(c[j], a, high[j][0], high[j][1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            v[0] = c[0][2 * i]; v[1] = c[0][2 * i + 1]; v[2] = c[1][2 * i]; v[3] = c[1][2 * i + 1];
+            if (r + 8 * i < rows) store4(out + (long long)(r + 8 * i) * C, v);
+        }
+    }
+}
+#endif  // CORRECT
+
+#ifdef ROTATE
+// Fragments of P (N, N) for `multiply_bf16` in shared memory, one uint4 a lane for 16 channels and two tiles of 8
+// columns. Of each 32 channels lane t takes 8 t.., as a load of 16 bytes has them. Of each 64 columns tile j has 16 i +
+// 2 j and its neighbour for i = 0 to 3, so that lane t ends with columns 16 t.. of a row.
+template <int N> __device__ void stage(uint4* fragments, const bf16* P, int lanes) {
+    for (int i = threadIdx.x; i < N / 16 * N / 16 * 32; i += lanes) {
+        int step = i / (N / 16 * 32), tile = i / 32 % (N / 16) * 2, g = i % 32 / 4, t = i % 4;
+        int row = step / 2 * 32 + 8 * t + step % 2 * 4, column = tile / 8 * 64 + g / 2 * 16 + tile % 8 * 2 + g % 2;
+        unsigned v[4];
+        for (int j = 0; j < 4; j++) {
+            const bf16* at = P + (row + j % 2 * 2) * N + column + j / 2 * 2;
+            v[j] = at[0] | (unsigned)at[N] << 16;
+        }
+        fragments[i] = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+// c (16 x N) = a P: a holds the rows g and g + 8 of a lane, N / 32 times 8 channels each.
+template <int N> __device__ void times(float (*c)[4], const uint4 (*a)[2], const uint4* fragments) {
+#pragma unroll
+    for (int s = 0; s < N / 16; s++) {
+        uint4 top = a[s / 2][0], bottom = a[s / 2][1];
+        unsigned in[4] = {s % 2 ? top.z : top.x, s % 2 ? bottom.z : bottom.x, s % 2 ? top.w : top.y,
+                          s % 2 ? bottom.w : bottom.y};
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) {
+            uint4 p = fragments[(s * (N / 16) + j / 2) * 32 + threadIdx.x % 32];
+            multiply_bf16(c[j], in, p.x, p.y);
+            multiply_bf16(c[j + 1], in, p.z, p.w);
+        }
+    }
+}
+
+#ifdef BLOCKS
+// (x - mu_s) P for blocks P of 64 channels: a warp takes 16 tokens at a time, all warps the same block. Without mean, x P.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const float* __restrict__ mean,
+               const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K, int has_mean) {
+    __shared__ uint4 fragments[64 / 16 * 64 / 16 * 32];
+    stage<64>(fragments, P + (long long)blockIdx.x * 64 * 64, THREADS);
+    __syncthreads();
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    x += 64 * blockIdx.x;
+    out += 64 * blockIdx.x;
+    mean += 64 * blockIdx.x;
+    int tile = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
+    for (int m = 16 * tile; m < M; m += 16 * (THREADS / 32) * gridDim.y) {
+        uint4 a[2][2];
+        float c[8][4] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int p = 0; p < 2; p++) {
+                int row = m + g + 8 * i, k = 32 * p + 8 * t;
+                a[p][i] = row < M ? *(const uint4*)(x + (long long)row * K + k) : make_uint4(0, 0, 0, 0);
+                if (has_mean && row < M) {
+                    float v[8], mu[8];
+                    load8((const bf16*)&a[p][i], v);
+                    load8(mean + (state[row] ? K : 0) + k, mu);
+                    for (int j = 0; j < 8; j++) v[j] = __fsub_rn(v[j], mu[j]);
+                    store8((bf16*)&a[p][i], v);
+                }
+            }
+        times<64>(c, a, fragments);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (m + g + 8 * i >= M) continue;
+            float v[16];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                v[2 * j] = c[j][2 * i];
+                v[2 * j + 1] = c[j][2 * i + 1];
+            }
+            store8(out + (long long)(m + g + 8 * i) * K + 16 * t, v);
+            store8(out + (long long)(m + g + 8 * i) * K + 16 * t + 8, v + 8);
+        }
+    }
+}
+#else
+const int ROWS = (N1 + 15) / 16 * 16, LANES = 2 * ROWS, PITCH = N2 + 8;  // a warp for 16 rows
+
+// A token is a matrix X (N1, N2): P1^T X P2, or P1^T X where FIRST is 0, both products rounded to bf16 as those of
+// PyTorch are; then what quantize_rows does. With y the result goes there, and of the grid only scale and zero point are
+// found. A block takes one token after the other.
+extern "C" __global__ void __launch_bounds__(LANES)
+rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf16* __restrict__ P2,
+              const unsigned char* state, bf16* y, signed char* codes, float* scale, int* zero, const float* clip, int M,
+              int rows, int d_m, int d_u, int bits, int has_clip, int to_y, int order) {
+    extern __shared__ __align__(128) unsigned char tiles[];
+    __shared__ float warps[LANES / 32][2];
+    const int K = N1 * N2;
+    uint4* fragments = (uint4*)tiles;
+    bf16* between = (bf16*)(tiles + FIRST * N2 * N2 * 2);  // (ROWS, N2), columns in the order of the tiles
+    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16, g = lane / 4, t = lane % 4;
+    unsigned p1[ROWS / 16][4];  // rows first + g, first + g + 8 of P1^T
+#pragma unroll
+    for (int s = 0; s < ROWS / 16; s++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int row = first + g + j % 2 * 8, k = 16 * s + 2 * t + j / 2 * 8;
+            p1[s][j] = row < N1 && k < N1 ? P1[k * N1 + row] | (unsigned)P1[(k + 1) * N1 + row] << 16 : 0;
+        }
+#if FIRST
+    stage<N2>(fragments, P2, LANES);
+#endif
+    for (int m = blockIdx.x; m < rows; m += gridDim.x) {
+        if (m >= M) {
+            for (int k = 16 * threadIdx.x; k < K; k += 16 * LANES)
+                *(uint4*)(codes + (long long)m * K + k) = make_uint4(0, 0, 0, 0);
+            continue;
+        }
+        const bf16* in = x + (long long)m * K;
+#if FIRST
+        if (m == blockIdx.x) __syncthreads();
+        uint4 a[N2 / 32][2];
+        float product[N2 / 8][4] = {};
+#pragma unroll
+        for (int p = 0; p < N2 / 32; p++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int row = first + g + 8 * i;
+                a[p][i] = row < N1 ? *(const uint4*)(in + row * N2 + 32 * p + 8 * t) : make_uint4(0, 0, 0, 0);
+            }
+        times<N2>(product, a, fragments);
+#pragma unroll
+        for (int j = 0; j < N2 / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                *(unsigned*)(between + (first + g + 8 * i) * PITCH + 8 * j + 2 * t) =
+                    pair_bf16(product[j][2 * i], product[j][2 * i + 1]);
+#else
+        for (int i = threadIdx.x; i < ROWS * N2 / 8; i += LANES) {
+            int row = i / (N2 / 8), column = i % (N2 / 8) * 8;
+            uint4 v = row < N1 ? *(const uint4*)(in + row * N2 + column) : make_uint4(0, 0, 0, 0);
+            unsigned part[4] = {v.x, v.y, v.z, v.w};
+            // columns 16 i + 2 j, 16 i + 2 j + 1 of every 64 lie at 8 j + 2 i
+            for (int j = 0; j < 4; j++)
+                *(unsigned*)(between + row * PITCH + column / 64 * 64 + (column % 16 / 2 + j) * 8 + column % 64 / 16 * 2) =
+                    part[j];
+        }
+#endif
+        __syncthreads();
+        float c[N2 / 8][4] = {};
+#pragma unroll
+        for (int s = 0; s < ROWS / 16; s++)
+#pragma unroll
+            for (int j = 0; j < N2 / 8; j += 2) {
+                unsigned b[4];
+                const bf16* from = between + (16 * s + lane % 16) * PITCH + 8 * j + lane / 16 * 8;
+                // lane 8 i + r names row r of matrix i; lane 4 g + t receives rows 2 t, 2 t + 1 of column g
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                             : "r"((unsigned)__cvta_generic_to_shared(from)) : "memory");
+                multiply_bf16(c[j], p1[s], b[0], b[1]);
+                multiply_bf16(c[j + 1], p1[s], b[2], b[3]);
+            }
+        // this lane's channels: of rows g and g + 8 of the warp, 16 t.. of every 64
+        bool masked = d_m + d_u > 0 && state[m];
+        int from = masked ? K - d_u : K - d_u - d_m, to = masked ? K : K - d_u;
+        Range range;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < N2 / 8; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    int k = (first + g + 8 * i) * N2 + j / 8 * 64 + 16 * t + j % 8 * 2 + h;
+                    float& v = c[j][2 * i + h];
+                    v = k >= from && k < to ? 0 : rounded(v, x);
+                    range.see(v);
+                }
+        range.join<LANES / 32>(warps);
+        Grid grid(range, clip, has_clip, bits);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int q = 0; q < N2 / 64; q++) {
+                int row = first + g + 8 * i, k = row * N2 + 64 * q + 16 * t;
+                float v[16];
+#pragma unroll
+                for (int j = 0; j < 16; j++) v[j] = c[8 * q + j / 2][2 * i + j % 2];
+                if (row >= N1) continue;
+                if (to_y) {
+                    store8(y + (long long)m * K + k, v);
+                    store8(y + (long long)m * K + k + 8, v + 8);
+                    continue;
+                }
+#pragma unroll
+                for (int j = 0; j < 16; j++) v[j] = grid.code(v[j]);
+                store_codes(codes + (long long)m * K, k, v, grid.z, order);
+            }
+        if (threadIdx.x == 0) {
+            scale[m] = grid.s;
+            zero[m] = (int)grid.z;
+        }
+    }
+}
+#endif  // BLOCKS
+#endif  // ROTATE
+
+#ifdef GPTQ
+// GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has a column of the weight in each row, U (n, ld)
+// the same rows and columns of the inverse Hessian's factor. A thread takes one output channel through all columns and
+// leaves their codes and, in w, their errors.
+extern "C" __global__ void gptq_columns(double* w, const double* U, const double* scale, signed char* codes, int n, int C,
+                                        int ld, int bits) {
+    __shared__ double shared_U[GPTQ_BLOCK][GPTQ_BLOCK];
+    for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += THREADS) {
+        int i = k / GPTQ_BLOCK, j = k % GPTQ_BLOCK;
+        shared_U[i][j] = i < n && j < n ? U[(long long)i * ld + j] : i == j;
+    }
+    __syncthreads();
+    int c = blockIdx.x * THREADS + threadIdx.x;
+    if (c >= C) return;
+    double v[GPTQ_BLOCK], s = scale[c], half = 1 << (bits - 1);
+#pragma unroll
+    for (int i = 0; i < GPTQ_BLOCK; i++) v[i] = i < n ? w[(long long)i * C + c] : 0;
+#pragma unroll
+    for (int i = 0; i < GPTQ_BLOCK; i++) {
+        // q = clamp(round(w / s)),  e = (w - s q) / U_ii;  W_:,j <- W_:,j - e U_ij, j > i
+        double q = fmin(fmax(rint(v[i] / s), -half), half - 1), e = __dsub_rn(v[i], __dmul_rn(s, q)) / shared_U[i][i];
+#pragma unroll
+        for (int j = i + 1; j < GPTQ_BLOCK; j++) v[j] -= e * shared_U[i][j];
+        if (i < n) {
+            codes[(long long)i * C + c] = (signed char)q;
+            w[(long long)i * C + c] = e;
+        }
+    }
+}
+#endif  // GPTQ
 
 #ifdef PACKED  // int8 tensor cores as `mma` has them: sm_80 and later
 #ifdef __CUDACC__  // a test without a GPU brings its own
