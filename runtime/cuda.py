@@ -47,6 +47,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from runtime import cpu
 from starquant import apply_basis
 
 THREADS = 256
@@ -211,7 +212,7 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only:
 def feedback(x, V, scale, zero, codes, bits: int, order: str = "plain"):
     """Round x (M, K) by feedback into codes (≥ M, K): V (K/64, 64, 64) bf16, scale and zero (M,) of `quantize_rows`.
 
-    The integers of `kernels.feedback_codes`.
+    The integers of `cpu.feedback_codes`.
     """
     (M, K), x = x.shape, x.contiguous()
     _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits,
@@ -380,7 +381,7 @@ def ways(layer, x) -> list[Way]:
     found = []
     if layer.packed and x.is_cuda and K % 128 == 0 and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in TILES.items()
-                  if (tile.TM <= 32 or tile.TM < 2 * M) and ready(index, x.dtype, name)]
+                  if suits(tile, M, torch.cuda.get_device_capability(index)) and ready(index, x.dtype, name)]
     if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
             and x.is_cuda and fp8_is_exact(index)):
         if not layer.packed:
@@ -389,6 +390,12 @@ def ways(layer, x) -> list[Way]:
     if layer.packed and few(x, N):
         found.append(Way("packed_product", "plain", _by_packed_product))
     return [*found, Way("slices", "plain", _in_slices)]
+
+
+def suits(tile: Tile | Grouped, M: int, capability: tuple) -> bool:
+    """Whether a tile is worth a try: neither mostly empty nor read again and again, on a GPU with its instructions."""
+    works = capability == (9, 0) if tile.part == "grouped" else capability >= (8, 0)
+    return works and (tile.TM <= 32 or tile.TM <= 2 * M) and (tile.TM >= 128 or M <= 4 * tile.TM)
 
 
 def _ends_of(layer, codes, scale, zero, state) -> dict:
@@ -552,7 +559,7 @@ def self_check(device, dtype, part: str) -> str | None:
         V = 0.1 * torch.randn(K // FEEDBACK_BLOCK, FEEDBACK_BLOCK, FEEDBACK_BLOCK, generator=g)
         V = V.to(device, torch.bfloat16)
         codes, _, _ = token_codes(x, None, 0, 0, 4, clip, V)
-        return None if torch.equal(codes[:M], kernels.quantize_rows(x, 4, clip, V)[0]) else "feedback"
+        return None if torch.equal(codes[:M], cpu.token_codes(x, 4, clip, V)[0]) else "feedback"
     w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8).to(device)
     w_scale, bias = torch.rand(N, generator=g).to(device), torch.randn(N, generator=g).to(device)
     w_zero, packed, w_sum = w[:, 0].int(), kernels.pack_int4(w), w.sum(-1, dtype=torch.int32)
@@ -565,7 +572,7 @@ def self_check(device, dtype, part: str) -> str | None:
     def in_order(order):
         return quantize_rows(x, state, d_m, d_u, 4, clip, order=order)[0]
 
-    want = kernels.int_linear(gated, w, w_scale, w_sum, 4, 4, bias, w_zero, "float", clip) + shift[state.long()]
+    want = kernels.int_linear(gated, w, w_scale, 4, w_zero, bias, clip) + shift[state.long()]
     if part in ("packed", *TILES):
         y, x_sum = torch.empty(M, N, dtype=dtype, device=device), codes[:M].sum(-1, dtype=torch.int32) - K * zero
         ends = (packed, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, y, shift, state)

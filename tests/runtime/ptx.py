@@ -143,6 +143,9 @@ DTYPE = {"s8": np.int8, "u8": np.uint8, "b8": np.uint8, "s16": np.int16, "u16": 
          "b64": np.uint64, "f64": np.float64, "pred": np.bool_}
 
 
+PAIRS = {"bf16x2": (torch.bfloat16, torch.int16, 16), "e4m3x2": (torch.float8_e4m3fn, torch.uint8, 8)}
+
+
 def fma(a, b, c):
     """Correctly rounded: the product is exact in fp64, the sum rounded to odd there before it is rounded to fp32."""
     p, c64 = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
@@ -401,6 +404,8 @@ class Machine:
             return self._mma(a)
         if name == "cp":
             return self._copy(parts, a)
+        if name == "shfl":
+            return self._shuffle(parts, a)
         if name == "ldmatrix":
             return self._ldmatrix(a)
         if name == "wgmma":
@@ -411,6 +416,12 @@ class Machine:
             return lambda lanes: None  # blocks run one after another
         if name in ("mov", "cvta"):
             T = DTYPE.get(parts[-1], np.uint64)
+            if a[1].startswith("<"):  # two halves into one, the first one below
+
+                def join(lanes):
+                    low, high = (get(r.strip(), lanes, f"u{np.dtype(T).itemsize // 2}") for r in a[1][1:-1].split(","))
+                    put(a[0], lanes, np.stack([low, high], 1).view(T)[:, 0])
+                return join
             return lambda lanes: put(a[0], lanes, get(a[1], lanes, T))
         if name == "setp":
             T = DTYPE[parts[-1]]
@@ -468,8 +479,8 @@ class Machine:
                 done = x << np.minimum(n, bits - 1) if name == "shl" else x >> np.minimum(n, bits - 1)
                 put(a[0], lanes, np.where(n >= bits, 0, done).astype(T))
             return shift
-        f1 = {"not": lambda x: ~x, "neg": lambda x: -x, "abs": np.abs, "rcp": None}.get(name)
-        if f1:
+        f1 = {"not": lambda x: ~x, "neg": lambda x: -x, "abs": np.abs, "rcp": lambda x: np.float32(1) / x}.get(name)
+        if f1 and "approx" not in parts:
             return lambda lanes: put(a[0], lanes, f1(get(a[1], lanes, T)))
         f2 = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "and": np.bitwise_and,
               "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -512,6 +523,15 @@ class Machine:
         raise NotImplementedError(name)
 
     def _convert(self, parts, a):
+        if parts[-2] in PAIRS:
+            # two numbers into one register, the first one above; to nearest, as PyTorch rounds
+            kind, whole, shift = PAIRS[parts[-2]]
+
+            def pair(lanes):
+                high, low = (torch.from_numpy(self.get(r, lanes, np.float32)).to(kind) for r in a[1:3])
+                high, low = (x.view(whole).numpy().astype(np.int64) & (1 << shift) - 1 for x in (high, low))
+                self.put(a[0], lanes, (high << shift | low).astype(f"u{shift // 4}"))
+            return pair
         to, of = DTYPE[parts[-2]], DTYPE[parts[-1]]
 
         def convert(lanes):
@@ -583,6 +603,20 @@ class Machine:
                 raise Fault(f"{self.k.name}: race in shared memory, a cp.async to what is still read")
             self.copies[-1].append((lanes, target, values))
         return copy
+
+    def _shuffle(self, parts, a):
+        """shfl.sync.bfly.b32 by whole warps: a lane receives the value of the one whose number differs by a mask."""
+        if parts[2] != "bfly":
+            raise NotImplementedError(".".join(parts))
+        to = a[0].split("|")[0]
+
+        def shuffle(lanes):
+            if (np.bincount(lanes // 32) % 32).any():
+                raise Fault(f"{self.k.name}: a shuffle that not all lanes of a warp reach together")
+            value, every = self.get(a[1], lanes, np.uint32), np.zeros(self.T, np.uint32)
+            every[lanes] = value
+            self.put(to, lanes, every[lanes ^ self.get(a[2], lanes, np.uint32)])
+        return shuffle
 
     def _ldmatrix(self, a):
         """ldmatrix.x4: lane 8 i + r names row r of matrix i; lane 4 g + t receives word t of row g of each."""
