@@ -223,10 +223,10 @@ def parse(argv):
                         "write nothing (a model of the hub is downloaded)")
     parser.add_argument("--stress", type=float, default=1.0, metavar="C",
                         help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
-    parser.add_argument("--data", help="calibration text: winogrande (downloaded, as the paper), or a .txt, .jsonl or "
-                        ".parquet file (the embedded model has its own)")
+    parser.add_argument("--data", help="calibration text: a .txt, .jsonl or .parquet file (winogrande, downloaded, as "
+                        "the paper; the embedded model has its own)")
     parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
-    parser.add_argument("--length", type=int, default=64, help="tokens per segment (64)")
+    parser.add_argument("--length", type=int, help="tokens per segment (256; 64 for the embedded model)")
     parser.add_argument("--inputs", default="quantized", help="inputs of the next block: quantized, or fp, which lets "
                         "torchrun share the blocks (quantized)")
     parser.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
@@ -299,16 +299,16 @@ def open_source(args):
         if value is not None and value < low:
             raise Refused(f"--{name} {value} is below {low}.")
     early = args.data or hub_id(args.model)
-    texts = calibration_texts(args) if early else None  # before gigabytes are downloaded
+    texts = calibration_texts(args.data) if early else None  # before gigabytes are downloaded
     source = Checkpoint(resolve(args.model))
     if source.quantization:
         raise Refused(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
-    if not knows_our_tasks(source.folder):
-        texts = calibration_texts(args) if texts is None else texts
-        if args.problems:
-            raise Refused(f"--problems {args.problems}: {args.model} is no model of the embedded tasks; leave it out.")
-    return source, texts
+    ours = knows_our_tasks(source.folder)
+    if args.problems and not ours:
+        raise Refused(f"--problems {args.problems}: {args.model} is no model of the embedded tasks; leave it out.")
+    args.length = args.length or (64 if ours else 256)
+    return source, calibration_texts(args.data) if texts is None and not ours else texts
 
 
 def knows_our_tasks(folder: Path) -> bool:

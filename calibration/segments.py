@@ -65,7 +65,7 @@ def rollout(model, tokens, ratios, rows: int = 16):
 
 
 def find_texts(name: str) -> Path:
-    """A file as it is; "winogrande" is downloaded from the hub (once) unless a file has that name."""
+    """The file that --data names. "winogrande" is downloaded from the hub, once, unless a file has that name."""
     if name != "winogrande" or Path(name).exists():
         return Path(name)
     from huggingface_hub import hf_hub_download
@@ -78,8 +78,10 @@ def find_texts(name: str) -> Path:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Documents of a .txt file (one), or rows of a .jsonl or .parquet file: "text", or WinoGrande's "sentence" with its
-    answer in the gap."""
+    """The documents of a file: a .txt is one document, a .jsonl or .parquet has one a row.
+
+    A row has a "text", or a "sentence" as in WinoGrande, whose gap is filled with the right option.
+    """
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
     if path.suffix == ".txt":
         return rows
@@ -125,7 +127,10 @@ def _parquet_rows(path: Path) -> list[dict]:
 
 
 def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int, seed: int):
-    """n windows of `length` tokens from the joined documents of `source`, and an all-True region (Section 4.1)."""
+    """n windows of the joined documents (Section 4.1): tokens (n, length), and a region (n, length) that is True.
+
+    source: what the documents come from, for the refusal if they are too few.
+    """
     tokens = torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids])
     if len(tokens) < 2 * length:
         raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}.")
@@ -134,18 +139,15 @@ def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int,
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
-def calibration_texts(args) -> list[str]:
-    """The documents of --data, which every model but the embedded one needs."""
-    if not args.data:
-        raise Refused(f"{args.model} needs calibration text: give --data winogrande (as the paper, downloaded) "
-                      f"or --data FILE, a .txt, .jsonl or .parquet.")
-    return read_texts(find_texts(args.data))
+def calibration_texts(data: str | None) -> list[str]:
+    """The documents of --data, by default WinoGrande's, as in the paper. The embedded model needs none."""
+    return read_texts(find_texts(data or "winogrande"))
 
 
 def calibration_tokens(args, tokenizer, texts: list[str] | None):
-    """Segments and their maskable region: from texts, or for the embedded model its own calibration split."""
+    """Segments and their maskable region, both (S, L): from texts, or from the embedded model's calibration split."""
     if tokenizer is None:
         raise Refused(f"{args.model} has no tokenizer, which calibration text needs.")
     if texts is not None:
-        return text_segments(tokenizer, texts, args.data, args.segments, args.length, args.seed)
+        return text_segments(tokenizer, texts, args.data or "winogrande", args.segments, args.length, args.seed)
     return tasks.calibration_set(tokenizer, args.segments, args.length, args.seed)

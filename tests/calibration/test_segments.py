@@ -1,6 +1,7 @@
 """Calibration text from parquet and the hub; token states of the model's own trajectory."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -73,12 +74,33 @@ class TestText:
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    ([], "give --data winogrande"), (["--data", "nowhere.txt"], "nowhere.txt cannot be read")])
+    ([], "WinoGrande could not be downloaded"), (["--data", "nowhere.txt"], "nowhere.txt cannot be read")])
 def test_text_is_asked_for_before_a_model_is_downloaded(arguments, sentence, tmp_path, monkeypatch, capsys):
+    def refuse(**_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
     monkeypatch.chdir(tmp_path)
     assert calibrate.main(["--model", "llada-8b", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_default_text_is_winogrande_in_segments_of_256(small_folder, tmp_path, monkeypatch):
+    """A model that does not know the embedded tasks, and a command that says nothing of text or length."""
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(small_folder / name, tmp_path / "m")
+    rows = [{"sentence": f"Number {i} was so good that the _ liked it .", "option1": "cat", "option2": "dog",
+             "answer": str(i % 2 + 1)} for i in range(100)]
+    (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **asked: str(tmp_path / "w.jsonl"))
+    arguments = ["--model", str(tmp_path / "m"), "--method", "rtn", "--segments", "3", "--device", "cpu"]
+    assert calibrate.main([*arguments, "--out", str(tmp_path / "q")]) == 0
+    assert calibrate.main([*arguments, "--out", str(tmp_path / "same"), "--data", str(tmp_path / "w.jsonl"), "--length",
+                           "256"]) == 0
+    tokens = [json.loads((tmp_path / out / "starquant.json").read_text())["run"]["tokens"] for out in ("q", "same")]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.fixture(scope="module")
