@@ -70,7 +70,7 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 class Tile(NamedTuple):
     """Sizes of `tiled_product`: a CUDA block multiplies TM tokens by TN outputs, TK channels at a time, with STAGES
-    such tiles on their way; a warp has WM x WN of it; BLOCKS of them share a multiprocessor. Blocks share out the
+    such tiles on their way; a warp has WM x WN of it; RESIDENT of them share a multiprocessor. Blocks share out the
     channels among `splits` where the tiles would leave multiprocessors idle."""
 
     TM: int
@@ -79,7 +79,7 @@ class Tile(NamedTuple):
     STAGES: int = 4
     WM: int = 32
     WN: int = 32
-    BLOCKS: int = 2
+    RESIDENT: int = 2
     splits: int | None = None  # as many as fill the GPU
 
     @property
@@ -101,7 +101,7 @@ class Grouped(NamedTuple):
     TN: int
     GROUPS: int = 2
     STAGES: int = 4
-    BLOCKS: int = 1
+    RESIDENT: int = 1
     splits: int | None = None
     TK = 128
     part = "grouped"
@@ -117,7 +117,7 @@ class Grouped(NamedTuple):
 
 
 TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
-         "grouped 128": Grouped(128, 128, BLOCKS=2), "grouped 256": Grouped(128, 256)}
+         "grouped 128": Grouped(128, 128, RESIDENT=2), "grouped 256": Grouped(128, 256)}
 
 
 def source(dtype, *parts: str, tile: Tile | Grouped | None = None) -> str:
@@ -278,7 +278,7 @@ def tiled_product(tile: Tile | Grouped, codes, packed, scale, zero, x_sum, w_sca
     multiple of 16, K of tile.TK, rows K below 2³¹."""
     (M, N), (rows, K) = y.shape, codes.shape
     across, down = -(-M // tile.TM), -(-N // tile.TN)
-    splits = tile.splits or _splits(across * down, K // tile.TK, tile.BLOCKS * _multiprocessors(y.device))
+    splits = tile.splits or _splits(across * down, K // tile.TK, tile.RESIDENT * _multiprocessors(y.device))
     partial = y if splits == 1 else torch.empty(across * down * splits * tile.TM * tile.TN, dtype=torch.int32,
                                                 device=y.device)
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)

@@ -70,7 +70,7 @@ __device__ unsigned place_w(unsigned row, unsigned piece) {
 // One tile of the product and its epilogue. The codes x (rows, K) come with the even channels before the odd ones in
 // every 32, as the halves of packed bytes have them; four bits in the upper half of a byte are 16 times their signed
 // value. gridDim.z blocks share out K (`joined`).
-extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
               const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
               const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,
@@ -182,7 +182,7 @@ __device__ unsigned place_w(unsigned row, unsigned piece) {
 
 // `tiled_product` for Hopper: TM tokens x TN outputs x 128 channels, the weights as the left factor, which `wgmma` takes
 // from registers, where they become bytes. Each of GROUPS warp groups has ROWS outputs and all TM tokens.
-extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 grouped_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
                 const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
                 const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,

@@ -28,15 +28,16 @@ GPU = torch.cuda.is_available()
 DEVICE, BF16 = torch.device("cuda:0" if GPU else "cpu"), torch.bfloat16
 SHAPES = {"gate_up": (4096, 24576), "out": (4096, 4096), "qkv": (4096, 12288), "down": (12288, 4096)}  # K, N
 TOKENS = (32, 128, 512, 64, 256, 1024, 4096)
-FEW = {"32x128": Tile(32, 128), "32x128 k256": Tile(32, 128, 256), "32x64 k256": Tile(32, 64, 256, BLOCKS=3, STAGES=3),
-       "32x128 x2": Tile(32, 128, splits=2), "32x128 x4": Tile(32, 128, splits=4), "32x128 x8": Tile(32, 128, splits=8),
-       "32x128 6 stages": Tile(32, 128, STAGES=6), "32x256": Tile(32, 256, WN=64)}
-SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64, BLOCKS=2), "64x128 x2": Tile(64, 128, WN=64,
-        splits=2), "64x256": Tile(64, 256, WM=64, WN=64)}
-MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, BLOCKS=1),
-        "128x128 tall": Tile(128, 128, WM=64, WN=32, BLOCKS=1), "128x256": Tile(128, 256, WM=64, WN=64, BLOCKS=1),
-        "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64), "256x128": Tile(256, 128, WM=64, WN=64, BLOCKS=1)}
-GROUPED = {"128x128": Grouped(128, 128, BLOCKS=2), "128x256": Grouped(128, 256), "256x128": Grouped(256, 128),
+FEW = {"32x128": Tile(32, 128), "32x128 k256": Tile(32, 128, 256), "32x256": Tile(32, 256, WN=64),
+       "32x64 k256": Tile(32, 64, 256, RESIDENT=3, STAGES=3), "32x128 6 stages": Tile(32, 128, STAGES=6),
+       "32x128 x2": Tile(32, 128, splits=2), "32x128 x4": Tile(32, 128, splits=4), "32x128 x8": Tile(32, 128, splits=8)}
+SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64, RESIDENT=2),
+        "64x128 x2": Tile(64, 128, WN=64, splits=2), "64x256": Tile(64, 256, WM=64, WN=64)}
+MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, RESIDENT=1),
+        "128x128 tall": Tile(128, 128, WM=64, WN=32, RESIDENT=1), "256x128": Tile(256, 128, WM=64, WN=64, RESIDENT=1),
+        "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64),
+        "128x256": Tile(128, 256, WM=64, WN=64, RESIDENT=1)}
+GROUPED = {"128x128": Grouped(128, 128, RESIDENT=2), "128x256": Grouped(128, 256), "256x128": Grouped(256, 128),
            "128x128 1 block": Grouped(128, 128, STAGES=6), "128x256 6 stages": Grouped(128, 256, STAGES=6),
            "256x128 5 stages": Grouped(256, 128, STAGES=5)}
 if not GPU:
