@@ -106,8 +106,9 @@ class TestCalibrate:
 
 
 class TestEvaluate:
-    def test_two_processes_give_the_scores_of_one_and_share_the_requests(self, tmp_path, one_thread, capsys):
+    def test_two_processes_give_the_scores_of_one_and_share_them(self, tmp_path, one_thread, monkeypatch, capsys):
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+        monkeypatch.syspath_prepend(ROOT / "tests" / "experiments")  # where it lies if this file runs alone
         from test_harness import write_tasks
 
         write_tasks(tmp_path / "tasks")
