@@ -283,7 +283,8 @@ def tiled_product(tile: Tile | Grouped, codes, packed, scale, zero, x_sum, w_sca
                                                 device=y.device)
     ends, given = _ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
     _launch(PRODUCTS[tile.part][0], y.dtype, (across, down, splits),
-            [codes, packed, *ends, y, partial, _counters(y.device), M, N, K, rows, *given], tile.threads, tile._replace(splits=None))
+            [codes, packed, *ends, y, partial, _counters(y.device), M, N, K, rows, *given], tile.threads,
+            tile._replace(splits=None))  # one compilation for any number
 
 
 def _splits(tiles: int, steps: int, slots: int) -> int:
