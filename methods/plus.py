@@ -35,11 +35,11 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
-from kernels import fake_quantize_rows
 from methods.gptq import gptq, hessian, inverse_factor, shrunk_scale
 from methods.hadamard import hadamard_sizes, spread
 from methods.settings import between, choice
 from methods.tac import Compensated
+from runtime.cpu import fake_quantize_rows
 from runtime.layers import Centre, Grid, QuantLinear, Weight
 from starquant import Across, Blocks, Dense, Kronecker, apply_basis, fold_weight, linear, tac_block_size
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import kernels
-from runtime import cuda
+from runtime import cpu, cuda
 from starquant import (
     Across,
     Blocks,
@@ -123,15 +123,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype. `state` may be None where no gate or mean depends on it."""
-        C, flat = self.weight_packed.shape[0], None if state is None else state.flatten().contiguous()
-        if cuda.serves(self, x):
-            return cuda.linear(self, x, state)
-        states = () if flat is None else (flat,)
-        rows = kernels.by_rows(self.phi, x.reshape(-1, self.in_features), *states)
-        weight = self.weight_packed if self.packed else self.codes()
-        y = kernels.int_linear(rows, weight, self.weight_scale, self.weight_sum, self.abits, self.wbits,
-                               self.bias, self.weight_zero, None, self.clip, self.feedback, self.shift, flat, x.dtype)
-        return y.reshape(*x.shape[:-1], C)
+        return cuda.linear(self, x, state) if cuda.serves(self, x) else cpu.linear(self, x, state)
 
     def phi(self, x, state=None):
         """Φ_s(x) of Eq. 11 for every token, (..., d) fp32; tokens lose the mean of their state first."""

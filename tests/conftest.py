@@ -42,7 +42,6 @@ def strict_int_mm():
     """On the CPU, the product as a GPU takes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_int_mm", checked_int_mm)
-        patch.setattr(kernels, "weights_first", lambda device, M: False)
         kernels.backend.cache_clear()  # what it found of the true product does not hold for the stand-in, nor back
         yield
     kernels.backend.cache_clear()

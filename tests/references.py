@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from kernels import fake_quantize_rows
 from methods.flat import clip_range
+from runtime.cpu import fake_quantize_rows
 from starquant import Across, Blocks, Dense, Diagonal, Kronecker, fake_quantize, linear
 
 seeds = st.integers(0, 2**32 - 1)

@@ -28,6 +28,13 @@ def exact(a, w):
     return torch.from_numpy(a.numpy().astype(np.int64) @ w.numpy().astype(np.int64).T)
 
 
+@pytest.fixture
+def use(request, monkeypatch):
+    """Sends `int_matmul` along one of its two routes."""
+    monkeypatch.setattr(kernels, "backend", lambda device: request.param)
+    return request.param
+
+
 class TestPacking:
     @given(n=st.integers(0, 9), k=st.integers(0, 17), seed=seeds)
     def test_round_trip(self, n, k, seed):
@@ -51,10 +58,8 @@ class TestPacking:
         assert codes[0, 1::2].tolist() == [(b >> 4) - 16 * (b > 127) for b in range(256)]
         assert torch.equal(kernels.pack_int4(codes), packed)
 
-    @pytest.mark.parametrize("size", [kernels.SLICE, 40, 1])
-    @pytest.mark.parametrize(("n", "k"), [(0, 8), (1, 1), (7, 13), (33, 16)])
-    def test_row_sums_of_packed_and_other_codes(self, n, k, size, monkeypatch):
-        monkeypatch.setattr(kernels, "SLICE", size)
+    @pytest.mark.parametrize(("n", "k"), [(0, 8), (1, 1), (7, 13), (1030, 16)])
+    def test_row_sums_of_packed_and_other_codes(self, n, k):
         narrow, wide = integers(-8, 7, n, k), integers(-128, 127, n, k, seed=1)
         packed = kernels.pack_int4(narrow)
         packed[:, -1] |= 16 * 7 * (k % 2)  # what fills the last byte up does not count
@@ -100,12 +105,12 @@ class TestIntegerMatmul:
         assert got.dtype == torch.int32
         assert torch.equal(got.long(), exact(a, w))
 
-    @pytest.mark.parametrize("use", ["int_mm", "float"])
+    @pytest.mark.parametrize("use", ["int_mm", "float"], indirect=True)
     @pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (17, 13, 7), (32, 8, 8), (33, 9, 31), (1, 4096, 3)])
     @pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127), (-8, -8)])
     def test_extreme_codes(self, use, M, K, N, left, right):
         a, w = torch.full((M, K), left, dtype=torch.int8), torch.full((N, K), right, dtype=torch.int8)
-        assert torch.equal(kernels.int_matmul(a, w, use=use), torch.full((M, N), K * left * right, dtype=torch.int32))
+        assert torch.equal(kernels.int_matmul(a, w), torch.full((M, N), K * left * right, dtype=torch.int32))
 
     def test_float_mm_beyond_the_exact_range_of_fp32(self):
         """2^24 + 1 = an odd sum that fp32 cannot hold."""
@@ -118,20 +123,20 @@ class TestIntegerMatmul:
         wide[0, 0] = 1
         assert kernels.float_mm(wide, wide, largest=64).item() == 300_000 * 64 + 1
 
-    @pytest.mark.parametrize("use", ["int_mm", "float"])
+    @pytest.mark.parametrize("use", ["int_mm", "float"], indirect=True)
     @pytest.mark.parametrize("stride", [(0, 1), (1, 1), (16, 1)])
     def test_single_rows_with_any_stride(self, use, stride):
         """A (1, K) tensor may carry stride 0 or 1 in its first dimension and still call itself contiguous."""
         storage, w = integers(-128, 127, 16), integers(-128, 127, 24, 16, seed=1)
         a = torch.as_strided(storage, (1, 16), stride)
-        assert torch.equal(kernels.int_matmul(a, w, use=use).long(), exact(a, w))
-        assert torch.equal(kernels.int_matmul(w, a, use=use).long(), exact(w, a))
+        assert torch.equal(kernels.int_matmul(a, w).long(), exact(a, w))
+        assert torch.equal(kernels.int_matmul(w, a).long(), exact(w, a))
 
-    @pytest.mark.parametrize("use", ["int_mm", "float"])
+    @pytest.mark.parametrize("use", ["int_mm", "float"], indirect=True)
     def test_expanded_and_sliced_operands(self, use):
         row, w = integers(-128, 127, 1, 16), integers(-128, 127, 40, 32, seed=1)
         for a, b in ((row.expand(40, 16), w[:, 16:]), (w[::2, ::2], row.expand(8, 16)), (w.t()[:, :16], w[:8, 3:19])):
-            assert torch.equal(kernels.int_matmul(a, b, use=use).long(), exact(a, b))
+            assert torch.equal(kernels.int_matmul(a, b).long(), exact(a, b))
 
     def test_an_aligned_weight_is_not_copied(self, monkeypatch):
         w, seen = integers(-8, 7, 32, 16), []
@@ -141,39 +146,6 @@ class TestIntegerMatmul:
 
 
 rows_of_floats = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9)
-
-
-class TestByRows:
-    def test_pieces_are_put_together_in_order(self, monkeypatch):
-        seen, x, state = [], torch.arange(35.0).reshape(7, 5), torch.arange(7)
-        monkeypatch.setattr(kernels, "PIECE", 10)  # two rows of 5
-
-        def function(x, state):
-            seen.append(state.tolist())
-            return x + state[:, None], state
-
-        got = kernels.by_rows(function, x, state)
-        assert seen == [[0, 1], [2, 3], [4, 5], [6]]
-        assert torch.equal(got[0], x + state[:, None])
-        assert torch.equal(got[1], state)
-        assert torch.equal(kernels.by_rows(lambda x: 2 * x, x), 2 * x)
-        seen.clear()
-        kernels.by_rows(function, x[:3], state[:3])
-        assert seen == [[0, 1], [2]]
-
-    @pytest.mark.parametrize(("rows", "device"), [(2, "cpu"), (7, "meta"), (0, "cpu")])
-    def test_what_is_small_or_not_on_a_cpu_stays_whole(self, rows, device, monkeypatch):
-        monkeypatch.setattr(kernels, "PIECE", 10)
-        x = torch.empty(rows, 5, device=device)
-        assert kernels.by_rows(lambda given: given, x) is x
-
-    @pytest.mark.parametrize("clip", [None, torch.tensor([0.8, 0.9])])
-    def test_a_linear_by_pieces_is_the_same(self, clip, monkeypatch):
-        x, w = randn(9, 32), integers(-8, 7, 20, 32)
-        args = w, randn(20, seed=1).abs(), kernels.row_sums(w), 4, 4, None, None, None, clip
-        whole = kernels.int_linear(x, *args)
-        monkeypatch.setattr(kernels, "PIECE", 64)
-        assert torch.equal(kernels.int_linear(x, *args), whole)
 
 
 class TestQuantizeRows:
@@ -224,8 +196,9 @@ class TestIntLinear:
         x, weight = randn(M, K, seed=seed) * 3 + 1, integers(-half, half - 1, N, K, seed=seed)
         weight_scale, bias = randn(N, seed=seed + 1).abs() + 0.1, randn(N, seed=seed + 2)
         weight_zero = integers(-half, half - 1, N, seed=seed + 3, dtype=np.int32) if asymmetric else None
-        weight_sum = weight.sum(-1, dtype=torch.int32)
-        got = kernels.int_linear(x, weight, weight_scale, weight_sum, bits, wbits, bias, weight_zero, use)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "backend", lambda device: use)
+            got = kernels.int_linear(x, weight, weight_scale, bits, weight_zero, bias)
         acc, scale = reference_accumulators(x, weight, weight_zero, bits)
         # equal accumulators times equal scales are equal bit by bit
         assert torch.equal(got, acc.float() * scale * weight_scale + bias)
@@ -236,7 +209,7 @@ class TestIntLinear:
         size = starquant.fake_quantize(x, bits).abs().double() @ w_hat.abs().T + bias.abs()
         assert bool(((got - want).abs() <= 1e-6 * size + 1e-12).all())
 
-    @pytest.mark.parametrize("use", ["int_mm", "float"])
+    @pytest.mark.parametrize("use", ["int_mm", "float"], indirect=True)
     @pytest.mark.parametrize("bits", [2, 4, 8])
     def test_accumulators_read_back_as_integers(self, use, bits):
         """Rows whose step is exactly 2^b − 1: the output is an integer product, no rounding anywhere."""
@@ -245,49 +218,34 @@ class TestIntLinear:
             steps = rng.integers(-zero, levels - zero, (3, 21), endpoint=True)
             steps[:, 0], steps[:, 1] = -zero, levels - zero
             x, weight = torch.from_numpy(steps * levels).float(), integers(-8, 7, 5, 21)
-            got = kernels.int_linear(x, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), bits, 4, use=use)
+            got = kernels.int_linear(x, weight, torch.ones(5), bits)
             assert torch.equal(got.long(), exact(torch.from_numpy(steps), weight) * levels)
 
-    @pytest.mark.parametrize("size", [1, 300, 2**22])
+    @pytest.mark.parametrize("K", [9, 32])
     @pytest.mark.parametrize("asymmetric", [False, True])
-    def test_slices_of_packed_weights_change_no_bit(self, size, asymmetric, monkeypatch):
-        """16, 32 and all of 43 columns at a time; 9 channels end half-way in a byte."""
-        x, weight, scale, bias = randn(5, 9), integers(-8, 7, 43, 9), randn(43, seed=1).abs(), randn(43, seed=2)
-        sums, zeros = kernels.row_sums(weight), integers(-8, 7, 43, seed=3, dtype=np.int32) if asymmetric else None
-        want = kernels.int_linear(x, weight, scale, sums, 4, 4, bias, zeros, "float")
-        monkeypatch.setattr(kernels, "SLICE", size)
-        for given_weight in (weight, kernels.pack_int4(weight)):
-            got = kernels.int_linear(x, given_weight, scale, sums, 4, 4, bias, zeros, "int_mm")
-            assert torch.equal(got, want)
+    def test_packed_weights_change_no_bit(self, K, asymmetric):
+        """9 channels end half-way in a byte."""
+        x, weight, scale, bias = randn(5, K), integers(-8, 7, 43, K), randn(43, seed=1).abs(), randn(43, seed=2)
+        zeros = integers(-8, 7, 43, seed=3, dtype=np.int32) if asymmetric else None
+        want = kernels.int_linear(x, weight, scale, 4, zeros, bias)
+        assert torch.equal(kernels.int_linear(x, kernels.pack_int4(weight), scale, 4, zeros, bias), want)
 
-    def test_slices_are_as_wide_as_the_product_wants_them(self, monkeypatch):
-        seen, weight = [], integers(-8, 7, 150, 96)
-        monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(b.shape[1]) or checked_int_mm(a, b))
-        monkeypatch.setattr(kernels, "SLICE", 96 * 70)
-        kernels.int_linear(randn(3, 96), weight, torch.ones(150), kernels.row_sums(weight), 4, 4, use="int_mm")
-        assert seen == [64, 64, 32]  # the last one, 22, padded
+    def test_a_clipped_token_is_quantized_on_its_smaller_range(self):
+        x, weight, clip = randn(5, 32), integers(-8, 7, 7, 32), torch.tensor([0.8, 0.6])
+        low, high = x.amin(-1, keepdim=True) * 0.8, x.amax(-1, keepdim=True) * 0.6
+        want = kernels.int_linear(x.clamp(low, high), weight, torch.ones(7), 4)
+        assert torch.equal(kernels.int_linear(x, weight, torch.ones(7), 4, clip=clip), want)
 
     def test_activations_that_ask_for_gradients_are_served(self):
         """As those of a model built in memory do, whose norms have parameters."""
         x, weight = randn(3, 8).requires_grad_(), integers(-8, 7, 5, 8)
-        got = kernels.int_linear(x, weight, torch.ones(5), kernels.row_sums(weight), 4, 4)
-        assert torch.equal(got, kernels.int_linear(x.detach(), weight, torch.ones(5), kernels.row_sums(weight), 4, 4))
+        got = kernels.int_linear(x, weight, torch.ones(5), 4)
+        assert not got.requires_grad
+        assert torch.equal(got, kernels.int_linear(x.detach(), weight, torch.ones(5), 4))
 
     def test_nan_stays_nan_in_its_token(self):
         x, weight = randn(3, 8), integers(-8, 7, 5, 8)
         x[1, 2] = torch.nan
-        got = kernels.int_linear(x, weight, torch.ones(5), kernels.row_sums(weight), 4, 4)
+        got = kernels.int_linear(x, weight, torch.ones(5), 4)
         assert got.isnan().all(-1).tolist() == [False, True, False]
         assert not got[[0, 2]].isnan().any()
-
-    @pytest.mark.parametrize(("use", "calls"), [("int_mm", 1), ("float", 0)])
-    def test_takes_the_route_it_is_told(self, use, calls, monkeypatch):
-        seen, weight = [], integers(-8, 7, 5, 9)
-        monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(a) or checked_int_mm(a, b))
-        kernels.int_linear(randn(3, 9), weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), 4, 4, use=use)
-        assert len(seen) == calls
-
-    def test_zero_rows_give_the_bias(self):
-        weight, bias, zeros = integers(-8, 7, 5, 9), randn(5), torch.zeros(2, 9)
-        got = kernels.int_linear(zeros, weight, torch.ones(5), weight.sum(-1, dtype=torch.int32), 4, 4, bias)
-        assert torch.equal(got, bias.expand(2, 5))

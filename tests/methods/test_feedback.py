@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import diagonal_blocks, fake_quantized
 
-import kernels
 from methods.flat import clip_range
 from methods.gptq import damped, hessian, inverse_factor
 from methods.plus import feedback_matrix, rounding_order
+from runtime import cpu
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import fake_quantize, quant_params
 
@@ -69,7 +69,7 @@ class TestMatrix:
         """s² / 12 Σ_i 1 / U_ii² a token, of M, up to its damping and V's precision."""
         weight, x = correlated(64, 16, 1, decay=2), torch.randn(4096, 16, dtype=torch.float64)
         V = feedback_matrix(weight, 16, damping=1e-9)
-        codes, scale, zero = kernels.quantize_rows(x, 8, None, V)
+        codes, scale, zero = cpu.token_codes(x, 8, None, V)
         x_hat = scale * (codes - zero)
         U = inverse_factor(weight.mT @ weight, 1e-9)
         predicted = scale.square().mean() / 12 * U.diagonal().pow(-2).sum()
@@ -115,7 +115,7 @@ class TestCodes:
         x = correlated(4, b * blocks, seed).float()
         V = feedback_matrix(correlated(3 * b, b * blocks, seed + 1), b)
         clip = torch.tensor([0.7, 0.7]) if clipped else None
-        codes, scale, zero = kernels.quantize_rows(x, bits, clip, V)
+        codes, scale, zero = cpu.token_codes(x, bits, clip, V)
         levels, half = 2**bits - 1, 2 ** (bits - 1)
         for m, row in enumerate(x.numpy()):
             z, u = zero[m].numpy()[0] + np.float32(half), row / scale[m].numpy()[0]
@@ -128,7 +128,7 @@ class TestCodes:
 
     def test_the_grid_is_that_of_the_clipped_token(self):
         x, V, clip = correlated(16, 8).float(), feedback_matrix(correlated(24, 8, 1), 8), torch.tensor([0.8, 0.8])
-        _, scale, zero = kernels.quantize_rows(x, 4, clip, V)
+        _, scale, zero = cpu.token_codes(x, 4, clip, V)
         want = quant_params(clip_range(x, clip), 4)
         assert torch.equal(scale, want[0])
         assert torch.equal(zero + 8, want[1])
@@ -136,20 +136,20 @@ class TestCodes:
     def test_without_feedback_in_the_matrix_they_are_the_nearest(self):
         x = correlated(64, 16).float()
         for V in (torch.zeros(2, 8, 8), torch.zeros(16, 1, 1)):
-            assert torch.equal(kernels.quantize_rows(x, 4, None, V)[0], kernels.quantize_rows(x, 4)[0])
+            assert torch.equal(cpu.token_codes(x, 4, None, V)[0], cpu.token_codes(x, 4)[0])
 
     def test_tokens_and_blocks_do_not_depend_on_each_other(self):
         x, V = correlated(8, 16).float(), feedback_matrix(correlated(48, 16, 1), 8)
-        codes, scale, zero = kernels.quantize_rows(x, 4, None, V)
-        assert torch.equal(kernels.quantize_rows(x[3:4], 4, None, V)[0], codes[3:4])
+        codes, scale, zero = cpu.token_codes(x, 4, None, V)
+        assert torch.equal(cpu.token_codes(x[3:4], 4, None, V)[0], codes[3:4])
         for n in range(2):
             half = slice(8 * n, 8 * n + 8)
-            assert torch.equal(kernels.feedback_codes(x[:, half], scale, zero, V[n : n + 1], 4), codes[:, half])
+            assert torch.equal(cpu.feedback_codes(x[:, half], scale, zero, V[n : n + 1], 4), codes[:, half])
 
     def test_errors_are_bf16(self):
         """0.3 is 0.3008 in bf16: of 0.8004 less that remains 0.4996, which rounds down; on a grid of step 1."""
         x = torch.tensor([[0.3, 0.8004, 0.0, 15.0]])
-        codes, scale, _ = kernels.quantize_rows(x, 4, None, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]] * 2))
+        codes, scale, _ = cpu.token_codes(x, 4, None, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]] * 2))
         assert scale.item() == 1
         assert (codes + 8).tolist() == [[0, 0, 0, 15]]
 
@@ -157,11 +157,11 @@ class TestCodes:
         for shape in ((1, 8), (5, 8)):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             before = x.clone()
-            kernels.quantize_rows(x, 4, None, torch.full((1, 8, 8), 0.5))
+            cpu.token_codes(x, 4, None, torch.full((1, 8, 8), 0.5))
             assert torch.equal(x, before)
 
     def test_empty_batch(self):
-        codes, scale, _ = kernels.quantize_rows(torch.zeros(0, 8), 4, None, torch.zeros(1, 8, 8))
+        codes, scale, _ = cpu.token_codes(torch.zeros(0, 8), 4, None, torch.zeros(1, 8, 8))
         assert codes.shape == (0, 8)
         assert scale.shape == (0, 1)
 
@@ -170,7 +170,7 @@ class TestCodes:
         weight = correlated(96, 32, 1, decay=4)
         x, V = torch.randn(512, 32, generator=torch.Generator().manual_seed(2)), feedback_matrix(weight, 32)
         nearest = error(x, fake_quantize(x, bits), weight).mean()
-        assert error(x, kernels.fake_quantize_rows(x, bits, None, V), weight).mean() < least * nearest
+        assert error(x, cpu.fake_quantize_rows(x, bits, None, V), weight).mean() < least * nearest
 
 
 class TestLayer:

@@ -12,7 +12,6 @@ from references import diagonal_blocks, fake_quantized
 from calibrate import quantize_model
 from checkpoint.families import linear_shapes, read_config
 from checkpoint.published import SHAPES
-from kernels import fake_quantize_rows
 from methods import METHODS, QuantConfig, hadamard, plus
 from methods.gptq import gptq, hessian, shrunk_scale
 from methods.hadamard import rotation
@@ -35,6 +34,7 @@ from methods.plus import (
 from methods.rtn import Inputs
 from methods.storage import stored_linear
 from model import load_model
+from runtime.cpu import fake_quantize_rows
 from starquant import apply_basis, fake_quantize, fold_weight
 from tiny import metrics, tasks
 

@@ -6,7 +6,7 @@ import torch
 
 import kernels
 from methods.plus import feedback_matrix
-from runtime import cuda
+from runtime import cpu, cuda
 from runtime.layers import Centre, Grid, QuantLinear, Weight
 from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
 
@@ -49,10 +49,17 @@ def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric
             patch.setattr(cuda, "slice_width", lambda *_: width)
         y = cuda.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero,
                                     clip, None, shift)
-    want = kernels.int_linear(rows, w, w_scale, kernels.row_sums(w), 4, wbits, bias, w_zero, "float", clip)
+    want = kernels.int_linear(rows, w, w_scale, 4, w_zero, bias, clip)
     want = want if shift is None else want + shift[state.long()]
     assert y.dtype == dtype
     assert torch.equal(y, want.to(dtype))
+
+
+def with_feedback(x, w, w_scale, bits, bias, clip, V):
+    """`kernels.int_linear` of activations that are rounded by feedback."""
+    codes, scale, zero = cpu.token_codes(x, bits, clip, V)
+    y = (kernels.float_mm(codes, w) - zero.int() * kernels.row_sums(w)).float() * scale * w_scale
+    return y if bias is None else y + bias
 
 
 def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
@@ -67,10 +74,10 @@ def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
     ones, sums = torch.ones(32, device=device), kernels.row_sums(w)
     codes, scale, zero = cuda.quantize_rows(x, None, 0, 0, bits, clip)
     cuda.feedback(x, V, scale, zero, codes, bits)
-    assert torch.equal(codes[:M], kernels.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
+    assert torch.equal(codes[:M], cpu.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
     assert not codes[M:].any()
     y = cuda.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
-    want = kernels.int_linear(x, w, ones, sums, bits, 4, None, None, "float", clip, V)
+    want = with_feedback(x, w, ones, bits, None, clip, V)
     assert torch.equal(y, want.to(dtype))
 
 
@@ -90,7 +97,7 @@ def check_packed(device, seed, M, K, N, dtype, bits, asymmetric, has_bias, shift
         patch.setattr(cuda, "ways", lambda *_: [cuda.Way("packed_product", "plain", cuda._by_packed_product)])
         y = cuda.int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
                                     bias, w_zero, None, None, shift)
-    want = kernels.int_linear(x, w, w_scale, kernels.row_sums(w), bits, 4, bias, w_zero, "float")
+    want = kernels.int_linear(x, w, w_scale, bits, w_zero, bias)
     assert torch.equal(y, (want if shift is None else want + shift[state.long()]).to(dtype))
 
 
@@ -116,8 +123,7 @@ def check_plus(device, dtype, masked):
     x = torch.randn(2, 25, 128, generator=g).to(device, dtype)
     state = (torch.rand(2, 25, generator=g) < 0.5 if masked is None else torch.full((2, 25), masked)).to(device)
     rows = apply_basis((x - linear.mean[state.long()]).to(dtype), linear.basis(x)).flatten(0, 1)
-    want = kernels.int_linear(rows, linear.codes(), linear.weight_scale, linear.weight_sum, 4, 4, linear.bias, None,
-                              "float", linear.clip, linear.feedback)
+    want = with_feedback(rows, linear.codes(), linear.weight_scale, 4, linear.bias, linear.clip, linear.feedback)
     want = (want.reshape(2, 25, -1) + linear.shift[state.long()]).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":

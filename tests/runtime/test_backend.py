@@ -19,6 +19,8 @@ def faulty_int_mm(fault: str, a, b):
     """`torch._int_mm` as a device may get it wrong."""
     if fault == "refused":
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+    if fault == "lost":
+        raise RuntimeError("CUDA error: launch failure")
     if fault == "transposed layout":
         return (a.long() @ b.t().reshape(b.shape).long()).to(torch.int32)
     exact = checked_int_mm(a, b)
@@ -38,60 +40,59 @@ class TestBackend:
         yield
         kernels.backend.cache_clear()
 
-    @pytest.mark.parametrize("faster", ["int_mm", "float"])
-    def test_a_cpu_takes_the_faster_product(self, monkeypatch, faster):
+    @pytest.mark.parametrize("vnni", [True, False])
+    def test_a_cpu_takes_the_product_that_its_instructions_make_fast(self, monkeypatch, vnni):
         """The one with int8 dot products `_int_mm`, the one without them fp32."""
-        monkeypatch.setattr(kernels, "_seconds", lambda calls: [1.0, 3.0 if faster == "int_mm" else 0.1])
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert kernels.backend("cpu") == faster
+            assert kernels.backend("cpu") == ("int_mm" if vnni else "float")
 
     @pytest.mark.parametrize("fault", ["saturates", "wrong in large shapes", "refused"])
     def test_a_cpu_whose_product_fails_its_self_check_takes_the_float_route(self, monkeypatch, fault):
         """int8 dot products of the first kind saturate at 16 bit: right for 4-bit codes and wrong for 8-bit ones."""
-        monkeypatch.setattr(kernels, "_seconds", lambda calls: [0.0, 1.0])
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
         monkeypatch.setattr(torch, "_int_mm", partial(faulty_int_mm, fault))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert kernels.backend("cpu") == "float"
 
-    def test_the_race_is_one_of_the_integer_product_and_fp32(self, monkeypatch):
-        run, raced, matmul = [], [], torch.Tensor.__matmul__
-        monkeypatch.setattr(kernels, "_seconds", lambda calls: run.extend(calls) or [1.0, 2.0])
-        kernels.backend("cpu")
-        monkeypatch.setattr(torch, "_int_mm", lambda a, b: raced.append(a.dtype) or checked_int_mm(a, b))
-        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: raced.append(a.dtype) or matmul(a, b))
-        integer, floating = (call() for call in run)
-        assert raced[:1] + raced[-1:] == [torch.int8, torch.float32]
-        assert torch.equal(integer, floating)
-
-    def test_seconds_are_the_least_of_rounds_in_turn_after_a_first_one_that_does_not_count(self, monkeypatch):
-        first, second, clock, called = (1, 7, 4, 6, 9, 8), (2, 3, 9, 5, 6, 7), [0.0], []
-
-        def call(name, seconds):
-            seconds = iter(seconds)
-
-            def one():
-                called.append(name)
-                clock[0] += next(seconds)
-
-            return one
-
-        monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
-        assert kernels._seconds([call("a", first), call("b", second)]) == [4, 3]
-        assert called == ["a", "b"] * 6
-
     def test_a_device_that_passes_its_self_check_takes_int_mm(self):
         assert kernels.backend("cpu:0") == "int_mm"
 
-    @pytest.mark.parametrize("fault", ["wrong", "transposed layout", "refused"])
-    def test_a_device_that_fails_it_falls_back_with_one_warning(self, monkeypatch, fault):
+    @pytest.mark.parametrize(("fault", "said"), [
+        ("wrong", "gives wrong numbers for 33 x 24 times 24 x 40"), ("transposed layout", "gives wrong numbers for 33"),
+        ("refused", "refuses every shape of its self-check"), ("lost", "fails .CUDA error: launch failure")])
+    def test_a_device_that_fails_it_falls_back_with_one_warning(self, monkeypatch, fault, said):
         monkeypatch.setattr(torch, "_int_mm", partial(faulty_int_mm, fault))
-        with pytest.warns(UserWarning, match="_int_mm fails its self-check on cpu:0") as caught:
+        with pytest.warns(UserWarning, match=f"_int_mm {said}.* on cpu:0") as caught:
             assert kernels.backend("cpu:0") == "float"
         assert len(caught) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            assert kernels.backend("cpu:0") == "float"
+
+    @pytest.mark.parametrize("refused", [32, 64, 288])
+    @pytest.mark.parametrize("words", ["CUBLAS_STATUS_NOT_SUPPORTED", "mat2.size(1) needs to be greater than 0"])
+    def test_a_refused_shape_of_the_self_check_does_not_switch_the_others_off(self, monkeypatch, refused, words):
+        def choosy(a, b):
+            if len(a) == refused:
+                raise RuntimeError(words)
+            return checked_int_mm(a, b)
+
+        monkeypatch.setattr(torch, "_int_mm", choosy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.backend("cpu:0") == "int_mm"
+
+    def test_a_refused_shape_does_not_hide_a_wrong_one(self, monkeypatch):
+        def faulty(a, b):
+            if len(a) == 64 and a.shape[1] < 512:
+                raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+            return checked_int_mm(a, b) + (a.shape[1] >= 512)
+
+        monkeypatch.setattr(torch, "_int_mm", faulty)
+        with pytest.warns(UserWarning, match="wrong numbers for 64 x 512"):
             assert kernels.backend("cpu:0") == "float"
 
     def test_a_shape_that_is_refused_later_falls_back_with_one_warning(self, monkeypatch):
@@ -101,30 +102,33 @@ class TestBackend:
             return checked_int_mm(a, b)
 
         monkeypatch.setattr(torch, "_int_mm", choosy)
+        monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
         monkeypatch.setattr(kernels, "_REFUSED", set())
         # the fallback, marked
         monkeypatch.setattr(kernels, "float_mm", lambda a, w, largest: a.long() @ w.long().t() + 1000)
         a, served, refused = integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), integers(-8, 7, 48, 32)
-        assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
+        assert torch.equal(kernels.int_matmul(a, served).long(), a.long() @ served.long().t())
         want = a.long() @ refused.long().t() + 1000
         with pytest.warns(UserWarning, match=r"refuses 5 x 32 times 32 x 48 \(CUBLAS_STATUS_NOT_SUPPORTED [^\n]*\)"):
-            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
+            assert torch.equal(kernels.int_matmul(a, refused), want)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(kernels.int_matmul(a, refused, use="int_mm"), want)
-            assert torch.equal(kernels.int_matmul(a, served, use="int_mm").long(), a.long() @ served.long().t())
+            assert torch.equal(kernels.int_matmul(a, refused), want)
+            assert torch.equal(kernels.int_matmul(a, served).long(), a.long() @ served.long().t())
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                                       RuntimeError("Expected all tensors to be on the same device, but found two"),
                                        RuntimeError("operation not permitted when stream is capturing")])
     def test_what_may_pass_is_not_a_refusal(self, monkeypatch, error):
         def hungry(a, b):
             raise error
 
         monkeypatch.setattr(torch, "_int_mm", hungry)
+        monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
         monkeypatch.setattr(kernels, "_REFUSED", set())
         with pytest.raises(type(error), match=str(error)):
-            kernels.int_matmul(integers(-8, 7, 5, 32), integers(-8, 7, 16, 32), use="int_mm")
+            kernels.int_matmul(integers(-8, 7, 5, 32), integers(-8, 7, 16, 32))
         assert not kernels._REFUSED
 
     def test_int_matmul_asks_the_backend(self, monkeypatch):
@@ -150,6 +154,7 @@ def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypat
     monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
     monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # no earlier kernel has failed
     said = r'epilogue, tac are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
     with pytest.warns(UserWarning, match=said):
         assert not cuda.ready.__wrapped__(0, torch.float32)
