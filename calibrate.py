@@ -22,7 +22,7 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from calibration import preflight
-from calibration.output import Output, run_key, survey
+from calibration.output import Output, gates, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
 from checkpoint.families import FUSED
@@ -65,8 +65,10 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     quantized = rebuilt(model)
     if config.head_bits < 16:
         quantize_outer(quantized, config.head_bits, config.embed_bits or None)
-    blocks = calibrate_blocks(model, lambda: model.blocks, noisy, config)
-    return rebuilt(quantized, blocks=nn.ModuleList(block for _, block, _ in blocks)).eval()
+    blocks = [block for _, block, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+    about = quantization_config(asdict(config), model.config, gates(blocks[0]))
+    quantized.config = replace(model.config, raw=model.config.raw | {"quantization_config": about})
+    return rebuilt(quantized, blocks=nn.ModuleList(blocks)).eval()
 
 
 @torch.no_grad()

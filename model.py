@@ -1,17 +1,17 @@
 """A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, Dream and kin.
 
 Every denoising step runs the whole sequence, masked and unmasked tokens together, through bidirectional attention.
-The token state `ids == mask_id` is taken once, in `DiffusionLM.forward`, and handed down to every linear; a 16-bit
-linear ignores it, a quantized one picks its gate by it. Nothing else in the system needs to know about states.
+A forward pass compares the ids with the mask token in one place, `DiffusionLM.prepare`. The result, the token state,
+goes with the hidden states to every linear: a 16-bit linear ignores it, and a quantized one picks its gate by it.
 
     model = load_model("tiny")                      # or llada-8b, dream-7b, a hub id, a folder; 16-bit or quantized
     ids = generate(model, prompt_ids, steps=32, gen_length=32)
 
 Shapes: B batch, L length, D d_model, H heads, K key-value heads, h head_dim, F d_ffn, V vocabulary.
-Linears with one input are one fused linear (`qkv`, `out`, `gate_up`, `down`): one matmul, and one transform P each.
+A block has four linears, `qkv`, `out`, `gate_up` and `down`: linears with the same input are fused, so that they share
+one product and one transform P. `checkpoint/loading.py` fills these modules from a folder and writes them to one.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from checkpoint.families import NAMES, ModelConfig, norm_names
-from checkpoint.folder import SINGLE, Checkpoint, resolve, write_file, write_json, write_tensors
-from checkpoint.loading import _fill, _load_quantized, _load_quantized_outer, check_tensors, part_rows
+from checkpoint.families import ModelConfig
+from checkpoint.folder import Checkpoint, resolve
+from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
 from checkpoint.tokenizer import load_tokenizer
 from runtime.processes import Refused, pick_device
 from runtime.sampling import denoise, generate
@@ -30,7 +30,7 @@ __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_mo
 
 
 class Linear(nn.Linear):
-    """A 16-bit linear. It takes the token state, as every linear here does, and ignores it."""
+    """A 16-bit linear. It is called with the token state, as every linear here is, and ignores it."""
 
     def forward(self, x, state=None):
         return F.linear(x, self.weight, self.bias)
@@ -67,8 +67,8 @@ def rope_table(positions, config: ModelConfig, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rope(x, cos, sin):
-    """Rotate the halves of each head: x (B, H, L, h); computed in the table's dtype, returned in x's."""
+def rotate(x, cos, sin):
+    """Rotate the halves of each head: x (B, H, L, h); computed in the dtype of cos, returned in x's."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, -1)
     return (y * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
@@ -91,17 +91,17 @@ class Block(nn.Module):
         self.gate_up = Linear(c.d_model, 2 * c.d_ffn, bias=False)
         self.down = Linear(c.d_ffn, c.d_model, bias=False)
 
-    def heads(self, qkv, table):
+    def heads(self, qkv, rope):
         """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope(q, *table), rope(k, *table), v
+        return rotate(q, *rope), rotate(k, *rope), v
 
-    def attention(self, qkv, table, mask):
+    def attention(self, qkv, rope, mask):
         """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
-        q, k, v = self.heads(qkv, table)
+        q, k, v = self.heads(qkv, rope)
         if self.softmax_value is not None:
             z = self.softmax_value(q, k, v, mask)
         else:
@@ -111,9 +111,9 @@ class Block(nn.Module):
                 z = z.masked_fill(~mask.diagonal(dim1=-2, dim2=-1)[..., None], 0)  # who is seen sees itself
         return rearrange(z, "b n l h -> b l (n h)")
 
-    def forward(self, x, state, table, mask=None):
+    def forward(self, x, state, rope, mask=None):
         """x (B, L, D), state (B, L) bool, True = masked token -> (B, L, D)."""
-        z = self.tac(self.attention(self.qkv(self.attn_norm(x), state), table, mask))
+        z = self.tac(self.attention(self.qkv(self.attn_norm(x), state), rope, mask))
         x = x + self.out(z, state)
         gate, up = self.gate_up(self.ffn_norm(x), state).chunk(2, -1)
         return x + self.down(F.silu(gate) * up, state)
@@ -125,6 +125,7 @@ class DiffusionLM(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.dtypes: dict[str, str] = {}  # of the tensors in the folder that the model was read from
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -141,7 +142,7 @@ class DiffusionLM(nn.Module):
         return self.norm.weight.device
 
     def context(self, ids, attention_mask=None):
-        """Rope table and attention mask (None where every key may be seen): what stays from step to step."""
+        """What stays from step to step: RoPE's cos and sin, and the attention mask (None: every key may be seen)."""
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             keep = attention_mask.bool()
@@ -152,15 +153,15 @@ class DiffusionLM(nn.Module):
         return rope_table(positions, self.config, self.norm.weight.dtype), mask
 
     def prepare(self, ids, attention_mask=None, context=None):
-        """What every block needs besides the hidden states: (x (B, L, D), state (B, L), rope table, mask)."""
-        state = ids == self.mask_id  # taken here, once
+        """What the blocks take: embedded ids x (B, L, D), token states (B, L), RoPE's cos and sin, attention mask."""
+        state = ids == self.mask_id  # True = masked
         return self.embed(ids), state, *(context or self.context(ids, attention_mask))
 
     def hidden(self, ids, attention_mask=None, context=None):
         """Hidden states after the final norm, (B, L, D); `context` in place of the mask that it was made from."""
-        x, state, table, mask = self.prepare(ids, attention_mask, context)
+        x, state, rope, mask = self.prepare(ids, attention_mask, context)
         for block in self.blocks:
-            x = block(x, state, table, mask)
+            x = block(x, state, rope, mask)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -179,74 +180,30 @@ class DiffusionLM(nn.Module):
             hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
         return self.logits(hidden if where is None else hidden[where])
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
     def save(self, folder, dtype=None) -> None:
-        """Write a 16-bit model in its family's own layout: config.json, model.safetensors, tokenizer.json."""
-        folder, names = Path(folder), NAMES[self.config.family]
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{names.embed}.weight": self.embed.weight, f"{names.final_norm}.weight": self.norm.weight}
-        if not self.config.tied:
-            tensors[f"{names.head}.weight"] = self.head.weight
-        for i, block in enumerate(self.blocks):
-            prefix = names.block.format(i)
-            for ours, theirs in norm_names(self.config).items():
-                tensors[f"{prefix}.{theirs}.weight"] = getattr(block, ours).weight
-            for fused, parts in names.linears.items():
-                linear = getattr(block, fused)
-                for part, rows in zip(parts, part_rows(self.config, fused), strict=True):
-                    tensors[f"{prefix}.{part}.weight"] = linear.weight[rows]
-                    if linear.bias is not None:
-                        tensors[f"{prefix}.{part}.bias"] = linear.bias[rows]
-        write_tensors(folder / SINGLE, {k: v.to(dtype or v.dtype) for k, v in tensors.items()})
-        write_json(folder / "config.json", self.config.raw)
-        if self.tokenizer is not None:
-            write_file(folder / "tokenizer.json", lambda p: self.tokenizer.save(str(p)))
+        """Write a folder that `load_model` reads, 16-bit or quantized (`checkpoint.loading.save_model`)."""
+        save_model(self, Path(folder), dtype)
+
+# ---- reading a model -------------------------------------------------------------------------------------------------
 
 
 def load_block(checkpoint: Checkpoint, i: int, device="cpu", dtype=torch.float32, weights="packed") -> Block:
     """Block i, 16-bit or quantized, read tensor by tensor: the unit in which calibration streams a model."""
-    c, names = checkpoint.config, NAMES[checkpoint.config.family]
     with torch.device("meta"):
-        block = Block(c)
-    prefix = names.block.format(i)
-    for ours, theirs in norm_names(c).items():
-        norm = getattr(block, ours)
-        tensor = checkpoint.get(f"{prefix}.{theirs}.weight", tuple(norm.weight.shape))
-        norm.weight = _fill(norm.weight, [tensor], device, dtype)
-    if checkpoint.quantization:
-        return _load_quantized(checkpoint, block, prefix, device, weights)
-    for fused, parts in names.linears.items():
-        linear = getattr(block, fused)
-        for kind in ("weight", "bias") if linear.bias is not None else ("weight",):
-            tensors = []
-            for part, rows in zip(parts, part_rows(c, fused), strict=True):
-                shape = (rows.stop - rows.start, *getattr(linear, kind).shape[1:])
-                tensors.append(checkpoint.get(f"{prefix}.{part}.{kind}", shape))
-            setattr(linear, kind, _fill(getattr(linear, kind), tensors, device, dtype))
-    return block
+        block = Block(checkpoint.config)
+    return fill_block(block, checkpoint, i, device, dtype, weights)
 
 
 def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: bool = True) -> DiffusionLM:
     """The model without its blocks: embedding, final norm, head (on request), tokenizer."""
-    c, names = checkpoint.config, NAMES[checkpoint.config.family]
     with torch.device("meta"):
-        model = DiffusionLM(replace(c, n_layers=1))
-    model.config, model.blocks, model.tokenizer = c, nn.ModuleList(), load_tokenizer(checkpoint.folder)
-    if model.tokenizer is not None and model.tokenizer.get_vocab_size() > c.vocab_size:
-        raise Refused(f"{checkpoint.folder}: the tokenizer has {model.tokenizer.get_vocab_size()} tokens, the "
-                              f"embedding only {c.vocab_size}.")
-    parts = [("embed", names.embed), ("norm", names.final_norm)] + [("head", names.head)] * (head and not c.tied)
-    if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
-        parts = [("norm", names.final_norm)]
-        _load_quantized_outer(checkpoint, model, device, dtype)
-    for ours, theirs in parts:
-        module = getattr(model, ours)
-        shape = tuple(module.weight.shape)
-        module.weight = _fill(module.weight, [checkpoint.get(f"{theirs}.weight", shape)], device, dtype)
-    if c.tied and len(parts) > 1:
-        model.head.weight = model.embed.weight
-    return model.eval()
+        model = DiffusionLM(checkpoint.config, load_tokenizer(checkpoint.folder))
+    model.blocks = nn.ModuleList()  # they come one at a time
+    tokens, rows = model.tokenizer.get_vocab_size() if model.tokenizer else 0, checkpoint.config.vocab_size
+    if tokens > rows:
+        raise Refused(f"{checkpoint.folder}: the tokenizer has {tokens} tokens, the embedding only {rows}.")
+    model.dtypes = checkpoint.dtypes
+    return fill_outer(model, checkpoint, device, dtype, head).eval()
 
 
 def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:

@@ -1,11 +1,16 @@
 """The folder that calibration writes: a Hugging Face checkpoint, block by block, that survives interruption.
 
-    model-0000I-of-0000N.safetensors    one shard per block, one for what stays in 16 bit; index; config.json with
-                                        `quantization_config`; tokenizer files; README.md (model card)
-    starquant.json                      arguments, seed, versions, checksums, per-block losses and seconds
+    model-0000I-of-0000N.safetensors    one shard for each block, and a last one for embedding, final norm and head
+    model.safetensors.index.json        which tensor is in which shard, and the checksums of the shards
+    config.json                         the source's, with `quantization_config`; beside it the tokenizer's files
+    README.md                           the model card
+    starquant.json                      arguments, seed, versions, checksums, losses and seconds of each block
 
-A shard is written atomically and carries its run's hash and a checksum of its tensors, so the shards that exist are the
-finished blocks; the index of a complete folder holds the checksums of its files.
+What survives
+-------------
+A shard is written atomically. It carries the hash of its run and a checksum of its tensors. So the shards that exist
+are the finished blocks, and `--resume` computes only the others. The index, config.json and `"complete": true` in
+starquant.json come last.
 """
 
 import copy
@@ -20,18 +25,22 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.families import FUSED, NAMES, norm_names
+from checkpoint import storage
+from checkpoint.families import FUSED, NAMES, ModelConfig
 from checkpoint.folder import (
     INDEX,
     TOKENIZER_FILES,
     Checkpoint,
     read_json,
     sha256,
+    shard_name,
     write_file,
+    write_index,
     write_json,
     write_tensors,
+    write_text,
 )
-from checkpoint.loading import outer_tensors
+from checkpoint.loading import block_tensors, outer_tensors, stays_16_bit
 from methods.rtn import quantize_outer
 from model import load_block, load_outer
 from runtime.processes import Refused, watched
@@ -76,16 +85,12 @@ def is_leftover(path: Path) -> bool:
 
 
 class Output:
-    """A quantized checkpoint written block by block; what is there after an interruption is where --resume goes on.
-
-    One shard per block and one for what stays in 16 bit, each written atomically and marked with the run's hash;
-    index, config and `"complete": true` come last.
-    """
+    """A quantized checkpoint in the making: `write_block` for each block, then `finish`."""
 
     def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
+        """run: `run_key`. Raises Refused where `survey` does; clears what a killed or replaced run left."""
         self.folder, self.source, self.run = folder, source, run
         self.records: dict[int, dict] = {}
-        self.shards = source.config.n_layers + 1
         before = survey(folder, run, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
@@ -95,23 +100,20 @@ class Output:
             self._write_state(complete=False)
 
     def shard(self, i: int) -> str:
-        return f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
+        """File of block i; i = number of blocks for the outer part."""
+        return shard_name(i, self.source.config.n_layers + 1)
 
     def write_block(self, i: int, block, record: dict) -> None:
-        names = NAMES[self.source.config.family]
-        prefix = names.block.format(i)
-        kept = [f"{prefix}.{n}.weight" for n in norm_names(self.source.config).values()]
-        tensors = {n: self.source.get(n) for n in kept}
-        for part in (*FUSED, "tac", *(["softmax_value"] if block.softmax_value is not None else [])):
-            tensors |= {f"{prefix}.{part}.{k}": v for k, v in getattr(block, part).state_dict().items()}
+        """The shard of block i; record: what `starquant.json` says about it."""
+        tensors = self._as_in_source(block_tensors(block, i))
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
-        about = {"run": self.run["hash"], "record": timeless, "gates": _gates(block)}
+        about = {"run": self.run["hash"], "record": timeless, "gates": gates(block)}
         about["sha256"] = checksum(tensors, about)
         write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
         self.records[i] = record
 
     def finished(self, i: int, device, dtype):
-        """(block, record) of an earlier run, or None."""
+        """(block, record) of an earlier run, or None. Raises Refused if the shard is damaged or of another run."""
         path = self.folder / self.shard(i)
         if not path.exists():
             return None
@@ -125,8 +127,34 @@ class Output:
             raise Refused(f"{path} differs from the checksum in it; delete it, --resume makes it anew.")
         if about["run"] != self.run["hash"]:
             raise Refused(f"{path} belongs to another run; delete it, --resume makes it anew.")
-        view.quantization, self.records[i] = self._quantization(about["gates"]), about["record"]
+        view.quantization = quantization_config(self.run["config"], self.source.config, about["gates"])
+        self.records[i] = about["record"]
         return load_block(view, i, device, dtype), self.records[i]
+
+    def finish(self, block) -> None:
+        """The last shard, the index, the config, the tokenizer's files and the model card; `block` is any block."""
+        c, config = self.source.config, self.run["config"]
+        outer = dict.fromkeys(sorted(storage.outer(c)))
+        if config["head_bits"] < 16:
+            model = load_outer(self.source, dtype=torch.bfloat16)
+            outer = outer_tensors(quantize_outer(model, config["head_bits"], config["embed_bits"] or None))
+        outer = self._as_in_source(outer)
+        write_tensors(self.folder / self.shard(c.n_layers), outer)
+        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
+        for i in range(c.n_layers):
+            weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
+        size = write_index(self.folder, weight_map)
+        for name in TOKENIZER_FILES:
+            if (self.source.folder / name).exists():
+                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
+        write_json(self.folder / "config.json",
+                   c.raw | {"quantization_config": quantization_config(config, c, gates(block))})
+        write_text(self.folder / "README.md", model_card(self.run, size))
+        self._write_state(complete=True)
+
+    def _as_in_source(self, tensors: dict) -> dict:
+        """What stays in 16 bit is taken from the source again, since the modules may hold it in another type."""
+        return {name: self.source.get(name) if stays_16_bit(name) else tensor for name, tensor in tensors.items()}
 
     def _shard_view(self, i: int) -> Checkpoint:
         """One finished shard, read as a checkpoint of the source's config."""
@@ -137,45 +165,23 @@ class Output:
         view.files = dict.fromkeys(view.shapes, file)
         return view
 
-    def _quantization(self, gates: dict) -> dict:
-        config, names = self.run["config"], NAMES[self.source.config.family]
-        outer = {"head_bits": config["head_bits"], "embed_bits": config["embed_bits"] or config["head_bits"]}
-        return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8",
-                **(outer if config["head_bits"] < 16 else {}),
-                "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
-                "linears": gates, "ignore": [names.embed, names.head] if config["head_bits"] == 16 else []}
-
-    def finish(self, block) -> None:
-        """What stays in 16 bit, the index, the config, the tokenizer files and the model card."""
-        names, c = NAMES[self.source.config.family], self.source.config
-        outer = {f"{n}.weight" for n in (names.embed, names.final_norm, *([] if c.tied else [names.head]))}
-        outer, bits = {n: self.source.get(n) for n in sorted(outer)}, self.run["config"]["head_bits"]
-        if bits < 16:
-            embed_bits = self.run["config"]["embed_bits"] or None
-            outer = outer_tensors(quantize_outer(load_outer(self.source, dtype=torch.bfloat16), bits, embed_bits))
-        write_tensors(self.folder / self.shard(c.n_layers), outer)
-        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
-        for i in range(c.n_layers):
-            weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
-        size = sum(tensor_bytes(self.folder / self.shard(i)) for i in range(self.shards))
-        sums = {self.shard(i): sha256(self.folder / self.shard(i)) for i in range(self.shards)}
-        write_json(self.folder / INDEX, {"metadata": {"total_size": size, "sha256": sums}, "weight_map": weight_map})
-        for name in TOKENIZER_FILES:
-            if (self.source.folder / name).exists():
-                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
-        write_json(self.folder / "config.json", {**c.raw, "quantization_config": self._quantization(_gates(block))})
-        write_file(self.folder / "README.md", lambda p: p.write_text(model_card(self.run, size)))
-        self._write_state(complete=True)
-
     def _write_state(self, complete: bool) -> None:
         write_json(self.folder / STATE, {"complete": complete, "run": self.run,
                                          "blocks": [self.records[i] for i in sorted(self.records)]})
 
 
-def tensor_bytes(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file, as Hugging Face counts them: without its header."""
-    with open(path, "rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+def gates(block) -> dict:
+    """d_m and d_u of each linear of a quantized block."""
+    return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
+
+
+def quantization_config(config: dict, c: ModelConfig, gates: dict) -> dict:
+    """What config.json says about a quantized model: settings (by name), the model's config, `gates(block)`."""
+    names, head_bits = NAMES[c.family], config["head_bits"]
+    outer = {"head_bits": head_bits, "embed_bits": config["embed_bits"] or head_bits} if head_bits < 16 else {}
+    return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8", **outer,
+            "method": config["method"], "weight_bits": config["wbits"], "activation_bits": config["abits"],
+            "linears": gates, "ignore": [] if outer else [names.embed, names.head]}
 
 
 def checksum(tensors: dict, about) -> str:
@@ -187,10 +193,6 @@ def checksum(tensors: dict, about) -> str:
     return digest.hexdigest()
 
 
-def _gates(block) -> dict:
-    return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
-
-
 def _difference(key: str, old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -199,11 +201,15 @@ def _difference(key: str, old, new) -> str:
 
 
 def model_card(run: dict, size: int) -> str:
+    """README.md of the folder; size: bytes of its tensors."""
     c = run["config"]
+    kept = "embedding, head and norms are as in the source" if c["head_bits"] == 16 else (
+        f"the embedding has {c['embed_bits'] or c['head_bits']} bits, the head {c['head_bits']}, and norms are as in "
+        f"the source")
     return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
-            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model import "
-            f"load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; embedding, "
-            f"head and norms are as in the source. Arguments, versions and losses: `starquant.json`.\n")
+            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model "
+            f"import load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; {kept}. "
+            f"Arguments, versions and losses: `starquant.json`.\n")
 
 
 def run_key(name: str, source: Checkpoint, tokens, config) -> dict:

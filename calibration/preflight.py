@@ -18,10 +18,11 @@ import torch
 from calibration.output import OURS
 from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes
 from checkpoint.folder import TOKENIZER_FILES, Checkpoint
+from checkpoint.storage import Tensor
 from methods import METHODS
-from methods.rtn import Inputs
+from methods.rtn import Inputs, check_tied
 from methods.settings import Settings
-from methods.storage import WIDTH, output_bytes
+from methods.storage import output_bytes
 from runtime.processes import Refused, free_memory, synchronize, watched
 from starquant import linear
 
@@ -77,10 +78,9 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
     stressed: the run writes `source` to the disk first, as wide as its dtypes say.
     """
     c = source.config
-    if config.embed_bits and c.tied:
-        raise Refused("embed_bits is for models with a head of their own; this model's head is its embedding.")
-    model_bytes = sum(prod(shape) * WIDTH[source.dtypes[name]] for name, shape in source.shapes.items())
-    blocks, outer = output_bytes(source, config, config.compensated)
+    check_tied(c.tied, config.head_bits, config.embed_bits)
+    model_bytes = sum(Tensor(shape, source.dtypes[name]).nbytes for name, shape in source.shapes.items())
+    blocks, outer = output_bytes(source, config)
     home = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         what = "cannot be written to" if home.is_dir() else "is not a folder"
@@ -114,7 +114,7 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
 
 
 def timed(function, device):
-    """(result, seconds) of function(), to the end of what it launched."""
+    """(result, seconds) of function(); the seconds end when the device has done what it was told."""
     synchronize(device)
     start = time.perf_counter()
     result = function()
@@ -166,7 +166,7 @@ def rehearse(outer, block, noisy, config: Settings) -> dict:
 
 
 def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
-    """The plan as Markdown: what happens to which tensors, bytes per stage, the rehearsed step."""
+    """The plan as Markdown: what happens to which tensors, the bytes of every stage, the rehearsed step."""
     names, blocks = NAMES[c.family], plan["blocks"]
     kept = ["norms"] + ([names.embed, names.head][: 1 if c.tied else 2] if config.head_bits == 16 else [])
     head = "" if config.head_bits == 16 else (f"; {names.embed} in {config.embed_bits or config.head_bits} bit, "

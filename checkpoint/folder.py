@@ -108,8 +108,11 @@ def write_file(path: Path, write) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_file(path, lambda p: p.write_text(text))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -122,6 +125,30 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
         write_file(path, lambda p: save_file(tensors, p, metadata or {"format": "pt"}))
     except SafetensorError as error:  # the library's name for a full disk
         raise OSError(f"{path} cannot be written ({error})") from None
+
+
+def shard_name(i: int, shards: int) -> str:
+    """File of the i-th of all shards, counted from 0."""
+    return f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def write_index(folder: Path, weight_map: dict[str, str], checksums: bool = True) -> int:
+    """The index over the shards in a folder, from tensor name -> file; returns the bytes of all tensors.
+
+    With checksums, whoever opens the folder later compares the shards with them.
+    """
+    files = sorted(set(weight_map.values()))
+    metadata = {"total_size": sum(tensor_bytes(folder / file) for file in files)}
+    if checksums:
+        metadata["sha256"] = {file: sha256(folder / file) for file in files}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+    return metadata["total_size"]
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file, as Hugging Face counts them: without its header."""
+    with open(path, "rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def sha256(path: Path) -> str:
@@ -166,6 +193,9 @@ class Checkpoint:
 
     def _shards(self) -> dict[str, str] | None:
         """weight_map of the index, or None for a single file; refuses paths that leave the folder."""
+        if (self.folder / INDEX).exists() and (self.folder / SINGLE).exists():
+            raise Refused(f"{self.folder} holds both {SINGLE} and {INDEX}, which may be two models; move one of them "
+                          f"away.")
         if (self.folder / INDEX).exists():
             index = read_json(self.folder / INDEX)
             files, metadata = index.get("weight_map"), index.get("metadata")

@@ -1,105 +1,27 @@
-"""From a folder to modules and back: which tensors a config asks for, and how they fill a block and the outer part."""
+"""From a folder to modules and back.
+
+Reading: `check_tensors` compares the headers of a folder with what its config asks for, before any tensor is read. Then
+`fill_block` and `fill_outer` fill the modules of `model.py` one tensor at a time, so that a model can be streamed block
+by block. Writing: `block_tensors` and `outer_tensors` give the tensors of modules by their names in a folder, and
+`save_model` writes them. Both directions serve 16-bit and quantized models.
+"""
 
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from checkpoint import storage
 from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes, norm_names
-from checkpoint.folder import Checkpoint
+from checkpoint.folder import INDEX, SINGLE, Checkpoint, shard_name, write_file, write_index, write_json, write_tensors
 from runtime.attention import QuantAttention
 from runtime.layers import TAC, QuantEmbedding, QuantLinear
 from runtime.processes import Refused
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-def check_quantized(checkpoint: Checkpoint) -> None:
-    """Every tensor of a quantized folder has the shape and type its config asks for, and there is no other.
-
-    From the headers alone: nothing is allocated. Raises Refused with one sentence.
-    """
-    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
-    here, shapes, seen = f"{checkpoint.folder / 'config.json'}: quantization_config", checkpoint.shapes, set()
-
-    def integer(values, key, low, high, default=None):
-        value = values.get(key, default) if isinstance(values, dict) else None
-        if type(value) is not int or not low <= value <= high:
-            raise Refused(f"{here}: {key} is {value!r}; it must be an integer between {low} and {high}.")
-        return value
-
-    def need(name, shape, *dtypes):
-        checkpoint.require(name, shape)
-        seen.add(name)
-        if checkpoint.dtypes[name] not in (dtypes or ("F32", "BF16", "F16")):
-            raise Refused(f"{checkpoint.folder}: tensor {name!r} has the wrong type {checkpoint.dtypes[name]}.")
-
-    def optional(name, shape, *dtypes):
-        if name in shapes:
-            need(name, shape, *dtypes)
-
-    def codes(start, rows, columns, bits):
-        packed = ((rows, -(-columns // 2)), "U8") if bits <= 4 else ((rows, columns), "I8")
-        need(f"{start}weight_packed", *packed)
-        need(f"{start}weight_scale", (rows,))
-
-    def factor(name, d):
-        """A diagonal (d,), blocks (n, b, b), n b = d, or a matrix (n, n), for n < d across n blocks."""
-        shape = shapes[name]
-        n = blocks(shape, d) or (1 if len(shape) == 3 else d)
-        need(name, {1: (d,), 3: (n, d // n, d // n)}.get(len(shape), (n, n)))
-
-    def blocks(shape, d):
-        """The first size of a shape where it divides d, else 0."""
-        return shape[0] if shape and shape[0] and d % shape[0] == 0 else 0
-
-    bits, head_bits = integer(q, "weight_bits", 2, 8), integer(q, "head_bits", 2, 16, 16)
-    integer(q, "activation_bits", 2, 8)
-    outer = [(names.embed, integer(q, "embed_bits", 2, 16, head_bits)), *([] if c.tied else [(names.head, head_bits)])]
-    for name, width in outer:
-        if head_bits == 16:
-            need(f"{name}.weight", (c.vocab_size, c.d_model))
-        else:
-            codes(f"{name}.", c.vocab_size, c.d_model, width)
-    need(f"{names.final_norm}.weight", (c.d_model,))
-    z = c.n_heads * c.head_dim
-    for prefix in map(names.block.format, range(c.n_layers)):
-        for ours, theirs in norm_names(c).items():
-            need(f"{prefix}.{theirs}.weight", (c.head_dim if ours in ("q_norm", "k_norm") else c.d_model,))
-        for fused, (rows, d) in linear_shapes(c).items():
-            gates, start = q["linears"].get(fused) if isinstance(q["linears"], dict) else None, f"{prefix}.{fused}."
-            integer(gates, "d_u", 0, d - integer(gates, "d_m", 0, d))
-            codes(start, rows, d, bits)
-            optional(f"{start}weight_zero", (rows,), "I32")
-            optional(f"{start}bias", (rows,))
-            optional(f"{start}clip", (2,))
-            if f"{start}feedback" in shapes:
-                n = blocks(shapes[f"{start}feedback"], d) or 1
-                need(f"{start}feedback", (n, d // n, d // n), "BF16")
-            if f"{start}mean" in shapes or f"{start}shift" in shapes:
-                need(f"{start}mean", (2, d))
-                need(f"{start}shift", (2, rows))
-            for i in range(len(shapes)):
-                name = f"{start}transform_{i}"
-                if f"{name}P1" in shapes:
-                    n = next(iter(shapes[f"{name}P1"]), 1) or 1
-                    need(f"{name}P1", (n, n))
-                    need(f"{name}P2", (d // n, d // n) if d % n == 0 else (d, d))
-                elif name in shapes:
-                    factor(name, d)
-                else:
-                    break
-        if f"{prefix}.tac.M" in shapes:
-            g = (*shapes[f"{prefix}.tac.M"], 0)[-2] or 1
-            need(f"{prefix}.tac.M", (z // g, g, g))
-            need(f"{prefix}.tac.bias", (z // g, g))
-        start, h = f"{prefix}.softmax_value.", c.head_dim
-        optional(f"{start}bits", (2,), "I32")
-        optional(f"{start}rotation", (h, h))
-        optional(f"{start}value_scale", (c.n_kv_heads, 1, h))
-        optional(f"{start}value_zero", (c.n_kv_heads, 1, h))
-    extra = sorted(set(shapes) - seen)
-    if extra:
-        raise Refused(f"{checkpoint.folder} holds {len(extra)} tensors that config.json does not explain, "
-                              f"first {extra[0]!r}.")
+# ---- what a folder must hold -----------------------------------------------------------------------------------------
 
 
 def part_rows(c: ModelConfig, fused: str) -> list[slice]:
@@ -110,96 +32,224 @@ def part_rows(c: ModelConfig, fused: str) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def in_features(c: ModelConfig, fused: str) -> int:
-    return {"out": c.n_heads * c.head_dim, "down": c.d_ffn}.get(fused, c.d_model)
-
-
 def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a 16-bit checkpoint of this config."""
-    names, d = NAMES[c.family], c.d_model
-    out = {f"{names.embed}.weight": (c.vocab_size, d), f"{names.final_norm}.weight": (d,)}
-    if not c.tied:
-        out[f"{names.head}.weight"] = (c.vocab_size, d)
+    names = NAMES[c.family]
+    out = {name: tensor.shape for name, tensor in storage.outer(c).items()}
     for i in range(c.n_layers):
         prefix = names.block.format(i)
-        for ours, theirs in norm_names(c).items():
-            out[f"{prefix}.{theirs}.weight"] = (c.head_dim,) if ours in ("q_norm", "k_norm") else (d,)
+        out |= {f"{prefix}.{name}": tensor.shape for name, tensor in storage.Block({}).tensors(c).items()}  # the norms
         for fused, parts in names.linears.items():
             for part, rows in zip(parts, part_rows(c, fused), strict=True):
-                out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, in_features(c, fused))
+                out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, linear_shapes(c)[fused][1])
                 if fused == "qkv" and c.qkv_bias:
                     out[f"{prefix}.{part}.bias"] = (rows.stop - rows.start,)
     return out
 
 
-def _fill(parameter, tensors, device, dtype):
-    """A parameter from checkpoint tensors stacked along rows, without a second copy of the whole."""
-    out = torch.empty(parameter.shape, device=device, dtype=dtype)
-    row = 0
-    for t in tensors:
-        out[row : row + len(t)] = t
-        row += len(t)
-    return nn.Parameter(out, requires_grad=False)
-
-
-def _load_quantized(checkpoint: Checkpoint, block, prefix: str, device, weights: str):
-    q, c = checkpoint.quantization, checkpoint.config
-    for fused in FUSED:
-        start = f"{prefix}.{fused}."
-        tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
-        rows, K, bits = part_rows(c, fused)[-1].stop, in_features(c, fused), q["weight_bits"]
-        checkpoint.require(f"{start}weight_packed", (rows, -(-K // 2) if bits <= 4 else K))
-        checkpoint.require(f"{start}weight_scale", (rows,))
-        gates = q["linears"][fused]
-        linear = QuantLinear.from_tensors(tensors, K, gates["d_m"], gates["d_u"], q["activation_bits"], bits)
-        setattr(block, fused, linear.unpack_weights() if weights == "int8" and bits <= 4 else linear)
-    if f"{prefix}.tac.M" in checkpoint.shapes:
-        block.tac = TAC(checkpoint.get(f"{prefix}.tac.M"), checkpoint.get(f"{prefix}.tac.bias")).to(device)
-    start = f"{prefix}.softmax_value."
-    tensors = {n[len(start):]: checkpoint.get(n).to(device) for n in checkpoint.shapes if n.startswith(start)}
-    if tensors:
-        block.softmax_value = QuantAttention(**tensors)
-    return block
-
-
-def outer_tensors(model) -> dict[str, torch.Tensor]:
-    """Checkpoint tensors of embedding, final norm and head, 16-bit or quantized: what `load_outer` reads."""
-    names, out = NAMES[model.config.family], {}
-    for module, name in ((model.embed, names.embed), (model.norm, names.final_norm), (model.head, names.head)):
-        if module is not model.head or not model.config.tied:
-            out |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
-    return out
-
-
-def _load_quantized_outer(checkpoint: Checkpoint, model, device, dtype) -> None:
-    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
-    bits, tensors = {"embed": q.get("embed_bits", q["head_bits"]), "head": q["head_bits"]}, {}
-    for ours, theirs in (("embed", names.embed), ("head", names.head)):
-        if ours == "head" and c.tied:
-            tensors[ours] = tensors["embed"]
-            continue
-        width = -(-c.d_model // 2) if bits[ours] <= 4 else c.d_model
-        checkpoint.require(f"{theirs}.weight_packed", (c.vocab_size, width))
-        tensors[ours] = {"weight_packed": checkpoint.get(f"{theirs}.weight_packed").to(device),
-                         "weight_scale": checkpoint.get(f"{theirs}.weight_scale", (c.vocab_size,)).to(device)}
-    model.embed = QuantEmbedding(*tensors["embed"].values(), c.d_model, bits["embed"], dtype)
-    model.head = QuantLinear.from_tensors(tensors["head"], c.d_model, 0, 0, bits["head"], bits["head"])
-
-
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape and type, and no other: before any is loaded."""
-    c, expected = checkpoint.config, expected_tensors(checkpoint.config)
+    """Every tensor the config asks for is there in its shape and type, and no other: before any is loaded.
+
+    Raises Refused with one sentence that names the first tensor which is wrong.
+    """
+    c, names = checkpoint.config, NAMES[checkpoint.config.family]
     if checkpoint.quantization:
-        return check_quantized(checkpoint)
-    for name, shape in expected.items():
+        expected = quantized_tensors(checkpoint)
+    else:
+        expected = {name: storage.Tensor(shape, "BF16") for name, shape in expected_tensors(c).items()}
+    for name, (shape, dtype) in expected.items():
         checkpoint.require(name, shape)
-        if checkpoint.dtypes[name] not in ("BF16", "F16", "F32", "F64"):
-            raise Refused(f"{checkpoint.folder}: tensor {name!r} has type {checkpoint.dtypes[name]}, not a "
-                                  f"float type of 16 to 64 bits.")
+        found = checkpoint.dtypes[name]
+        if found != dtype and not {found, dtype} <= set(storage.FLOATS):
+            wanted = "a float type of 16 to 64 bits" if dtype in storage.FLOATS else dtype
+            raise Refused(f"{checkpoint.folder}: tensor {name!r} has type {found}, not {wanted}.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
-    embed, head = (f"{n}.weight" for n in (NAMES[c.family].embed, NAMES[c.family].head))
+    embed, head = f"{names.embed}.weight", f"{names.head}.weight"
     if c.tied and extra == [head] and torch.equal(checkpoint.get(head), checkpoint.get(embed)):
         return  # a tied head that was saved twice
     if extra:
-        raise Refused(f"{checkpoint.folder} holds {len(extra)} tensors that this architecture does not have, "
-                              f"first {extra[0]!r}.")
+        raise Refused(f"{checkpoint.folder} holds {len(extra)} tensors that config.json does not explain, "
+                      f"first {extra[0]!r}.")
+
+
+def quantized_tensors(checkpoint: Checkpoint) -> dict[str, storage.Tensor]:
+    """What a quantized folder must hold, by name, from its config.json and the names in its headers."""
+    q, c = checkpoint.quantization, checkpoint.config
+    bits, head_bits = _integer(checkpoint, q, "weight_bits", 2, 8), _integer(checkpoint, q, "head_bits", 2, 16, 16)
+    embed_bits = _integer(checkpoint, q, "embed_bits", 2, 16, head_bits)
+    _integer(checkpoint, q, "activation_bits", 2, 8)
+    for name, (_, d) in linear_shapes(c).items():
+        gates = q["linears"].get(name) if isinstance(q["linears"], dict) else None
+        _integer(checkpoint, gates, "d_u", 0, d - _integer(checkpoint, gates, "d_m", 0, d))
+    blocks = [storage.Block.read(_below(checkpoint, i), c, bits) for i in range(c.n_layers)]
+    return {name: tensor for shard in storage.shards(c, blocks, head_bits, embed_bits)
+            for name, tensor in shard.items()}
+
+
+def _integer(checkpoint: Checkpoint, values, key: str, low: int, high: int, default=None) -> int:
+    """A number of quantization_config, or a refusal that names it."""
+    value = values.get(key, default) if isinstance(values, dict) else None
+    if type(value) is not int or not low <= value <= high:
+        raise Refused(f"{checkpoint.folder / 'config.json'}: quantization_config: {key} is {value!r}; it must be an "
+                      f"integer between {low} and {high}.")
+    return value
+
+
+def _below(checkpoint: Checkpoint, i: int, part: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of block i, or of a part of it such as "qkv.", by the rest of their names."""
+    start = f"{NAMES[checkpoint.config.family].block.format(i)}.{part}"
+    return {name[len(start):]: shape for name, shape in checkpoint.shapes.items() if name.startswith(start)}
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def fill_block(block, checkpoint: Checkpoint, i: int, device, dtype, weights: str):
+    """A `Block` on the meta device, filled with the tensors of block i; quantized linears replace its 16-bit ones."""
+    c, names = checkpoint.config, NAMES[checkpoint.config.family]
+    prefix = names.block.format(i)
+    for ours, theirs in norm_names(c).items():
+        _fill(getattr(block, ours), "weight", checkpoint, [f"{prefix}.{theirs}.weight"], device, dtype)
+    if checkpoint.quantization:
+        return _quantized_block(block, checkpoint, i, device, weights)
+    for fused, parts in names.linears.items():
+        linear = getattr(block, fused)
+        for kind in ("weight", "bias") if linear.bias is not None else ("weight",):
+            _fill(linear, kind, checkpoint, [f"{prefix}.{part}.{kind}" for part in parts], device, dtype)
+    return block
+
+
+def fill_outer(model, checkpoint: Checkpoint, device, dtype, head: bool = True):
+    """A `DiffusionLM` on the meta device, filled with embedding, final norm and, on request, head."""
+    c, names = checkpoint.config, NAMES[checkpoint.config.family]
+    _fill(model.norm, "weight", checkpoint, [f"{names.final_norm}.weight"], device, dtype)
+    if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
+        return _quantized_outer(model, checkpoint, device, dtype)
+    _fill(model.embed, "weight", checkpoint, [f"{names.embed}.weight"], device, dtype)
+    if c.tied:
+        model.head.weight = model.embed.weight
+    elif head:
+        _fill(model.head, "weight", checkpoint, [f"{names.head}.weight"], device, dtype)
+    return model
+
+
+def _fill(module, kind: str, checkpoint: Checkpoint, names: list[str], device, dtype) -> None:
+    """A parameter from checkpoint tensors stacked along rows, without a second copy of the whole."""
+    out = torch.empty(getattr(module, kind).shape, device=device, dtype=dtype)
+    row = 0
+    for name in names:
+        tensor = checkpoint.get(name)
+        out[row : row + len(tensor)] = tensor
+        row += len(tensor)
+    setattr(module, kind, nn.Parameter(out, requires_grad=False))
+
+
+def _quantized_block(block, checkpoint: Checkpoint, i: int, device, weights: str):
+    def tensors(part):
+        start = f"{NAMES[checkpoint.config.family].block.format(i)}.{part}"
+        return {suffix: checkpoint.get(start + suffix).to(device) for suffix in _below(checkpoint, i, part)}
+
+    q = checkpoint.quantization
+    for fused, (_, d) in linear_shapes(checkpoint.config).items():
+        gates = q["linears"][fused]
+        linear = QuantLinear.from_tensors(tensors(f"{fused}."), d, gates["d_m"], gates["d_u"], q["activation_bits"],
+                                          q["weight_bits"])
+        setattr(block, fused, linear.unpack_weights() if weights == "int8" and linear.packed else linear)
+    if tac := tensors("tac."):
+        block.tac = TAC(**tac)
+    if attention := tensors("softmax_value."):
+        block.softmax_value = QuantAttention(**attention)
+    return block
+
+
+def _quantized_outer(model, checkpoint: Checkpoint, device, dtype):
+    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
+
+    def tensors(name):
+        return {suffix: checkpoint.get(f"{name}.{suffix}").to(device) for suffix in ("weight_packed", "weight_scale")}
+
+    embed, bits = tensors(names.embed), q["head_bits"]
+    model.embed = QuantEmbedding(*embed.values(), c.d_model, q.get("embed_bits", bits), dtype)
+    head = embed if c.tied else tensors(names.head)
+    model.head = QuantLinear.from_tensors(head, c.d_model, 0, 0, bits, bits)
+    return model
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def block_tensors(block, i: int) -> dict[str, torch.Tensor]:
+    """Tensors of block i, 16-bit or quantized, by their names in a folder."""
+    c, names = block.config, NAMES[block.config.family]
+    prefix = names.block.format(i)
+    out = {f"{prefix}.{theirs}.weight": getattr(block, ours).weight.detach() for ours, theirs in norm_names(c).items()}
+    for fused, parts in names.linears.items():
+        linear = getattr(block, fused)
+        if isinstance(linear, QuantLinear):
+            out |= {f"{prefix}.{fused}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
+            continue
+        for part, rows in zip(parts, part_rows(c, fused), strict=True):
+            out |= {f"{prefix}.{part}.{kind}": tensor[rows] for kind, tensor in linear.state_dict().items()}
+    for name in ("tac", "softmax_value"):
+        module = getattr(block, name)
+        if module is not None:
+            out |= {f"{prefix}.{name}.{kind}": tensor for kind, tensor in module.state_dict().items()}
+    return out
+
+
+def outer_tensors(model) -> dict[str, torch.Tensor]:
+    """Tensors of embedding, final norm and head, 16-bit or quantized, by their names in a folder."""
+    names, out = NAMES[model.config.family], {}
+    for module, name in ((model.embed, names.embed), (model.norm, names.final_norm), (model.head, names.head)):
+        if module is not model.head or not model.config.tied:
+            out |= {f"{name}.{kind}": tensor for kind, tensor in module.state_dict().items()}
+    return out
+
+
+def is_quantized(model) -> bool:
+    return any(isinstance(getattr(block, fused), QuantLinear) for block in model.blocks for fused in FUSED)
+
+
+def stays_16_bit(name: str) -> bool:
+    """Whether a tensor of a quantized folder was left in 16 bit: norms, and unless they are integers embedding, head."""
+    return name.endswith(".weight")
+
+
+def stored_bytes(model) -> int:
+    """Bytes of the tensors that `save_model` writes; what is left in 16 bit counts 2 bytes a number in any dtype."""
+    quantized, sizes = is_quantized(model), []
+    for tensors in (*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)):
+        sizes += [tensor.nbytes if quantized and not stays_16_bit(name) else 2 * tensor.numel()
+                  for name, tensor in tensors.items()]
+    return sum(sizes)
+
+
+def save_model(model, folder: Path, dtype=None) -> None:
+    """Write a folder that `load_model` reads: the weights, config.json, tokenizer.json.
+
+    A 16-bit model becomes one file in its family's own layout, in `dtype` or as it is. A quantized one becomes a shard
+    for each block and one for the outer part, as calibration writes it. What it keeps in 16 bit has `dtype`, or the
+    type that it had in the folder the model was read from. Raises Refused where the folder holds weights of the other
+    kind, or where a quantized model does not know its quantization_config.
+    """
+    quantized = is_quantized(model)
+    if quantized and "quantization_config" not in model.config.raw:
+        raise Refused("this quantized model has no quantization_config, which calibrate.quantize_model gives a model.")
+    other = SINGLE if quantized else INDEX
+    if (folder / other).exists():
+        raise Refused(f"{folder} holds {other} of another model; save to another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def typed(name, tensor):
+        if quantized and not stays_16_bit(name):
+            return tensor
+        return tensor.to(dtype or (DTYPES[model.dtypes[name]] if quantized and name in model.dtypes else tensor.dtype))
+
+    parts = [*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)]
+    parts = parts if quantized else [{name: tensor for part in parts for name, tensor in part.items()}]
+    files = [shard_name(i, len(parts)) if quantized else SINGLE for i in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        write_tensors(folder / file, {name: typed(name, tensor) for name, tensor in part.items()})
+    if quantized:
+        write_index(folder, {name: file for file, part in zip(files, parts, strict=True) for name in part})
+    write_json(folder / "config.json", model.config.raw)
+    if model.tokenizer is not None:
+        write_file(folder / "tokenizer.json", lambda path: model.tokenizer.save(str(path)))

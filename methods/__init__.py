@@ -16,26 +16,27 @@ class Method(NamedTuple):
     """fit(weight (C, d), bias (C,) or None, rtn.Inputs, settings, generator, progress) -> (QuantLinear, record).
 
     The record is what `starquant.json` says about the linear. progress is called with the loss after every epoch.
+    stored(settings, d, behind_norm) names what such a QuantLinear of width d stores besides weight, scales and bias, as
+    fields of `checkpoint.storage.Linear`. behind_norm: a norm makes its input.
     """
 
     settings: type[Settings]
     fit: Callable
+    stored: Callable = rtn.stored_rtn
 
 
 METHODS = {
-    "starquant": Method(sgat.StarQuant, sgat.fit_starquant),
-    "starquant+": Method(plus.StarQuantPlus, plus.fit_starquant_plus),
+    "starquant": Method(sgat.StarQuant, sgat.fit_starquant, sgat.stored_starquant),
+    "starquant+": Method(plus.StarQuantPlus, plus.fit_starquant_plus, plus.stored_starquant_plus),
     "rtn": Method(rtn.RTN, rtn.fit_rtn),
     "gptq": Method(gptq.GPTQ, gptq.fit_gptq),
-    "awq": Method(Settings, awq.fit_awq),
-    "quarot": Method(quarot.QuaRot, quarot.fit_quarot),
-    "dllmquant+": Method(dllmquant.DLLMQuant, dllmquant.fit_dllmquant_awq),
-    "dllmquant++": Method(dllmquant.DLLMQuantRotated, dllmquant.fit_dllmquant_quarot),
-    "flatquant": Method(sgat.Trained, flat.fit_flatquant),
-    "freeact": Method(sgat.Gated, flat.fit_freeact),
+    "awq": Method(Settings, awq.fit_awq, awq.stored_awq),
+    "quarot": Method(quarot.QuaRot, quarot.fit_quarot, quarot.stored_quarot),
+    "dllmquant+": Method(dllmquant.DLLMQuant, dllmquant.fit_dllmquant_awq, awq.stored_awq),
+    "dllmquant++": Method(dllmquant.DLLMQuantRotated, dllmquant.fit_dllmquant_quarot, quarot.stored_quarot),
+    "flatquant": Method(sgat.Trained, flat.fit_flatquant, flat.stored_flat),
+    "freeact": Method(sgat.Gated, flat.fit_freeact, flat.stored_flat),
 }
-DLLMQUANT = tuple(m for m in METHODS if METHODS[m].settings.diffusion_aware)
-ROTATED = tuple(m for m in METHODS if METHODS[m].settings.rotated)
 
 
 def settings_of(method: str) -> dict:

@@ -45,3 +45,7 @@ def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=Non
     fitted = QuantLinear(weight=Weight(codes, scale, bits=config.wbits), grid=Grid(config.abits), P=[Diagonal(1 / s)],
                          bias=bias)
     return fitted, {"exponent": AWQ_EXPONENTS[int(losses.argmin())]}
+
+
+def stored_awq(config, d: int, behind_norm: bool) -> dict:
+    return {"factors": [Diagonal((d,))]}

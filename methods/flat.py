@@ -13,7 +13,7 @@ methods differ in their transforms and not in their training.
 import torch
 from torch import nn
 
-from methods.sgat import cayley, initial_basis, minimize
+from methods.sgat import cayley, initial_basis, kronecker_sizes, minimize
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import (
     Diagonal,
@@ -119,3 +119,7 @@ def fit_freeact(weight, bias, inputs, config, generator, progress):
     """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), diagonal, clipping."""
     diagonal, d_s = channel_scale(inputs, weight), config.subspace(weight.shape[1])
     return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True, diagonal=diagonal)
+
+
+def stored_flat(config, d: int, behind_norm: bool) -> dict:
+    return {"factors": [Diagonal((d,)), Kronecker(*((n, n) for n in kronecker_sizes(d)))], "clip": True}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from methods.gptq import GPTQ, fit_gptq
-from methods.hadamard import rotation
+from methods.hadamard import hadamard_sizes, rotation
 from methods.rtn import Inputs
-from starquant import Diagonal
+from starquant import Diagonal, Kronecker
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,8 @@ def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=
     P = quarot_basis(inputs, generator)
     return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True,
                     clip=quarot_clip(config.abits))
+
+
+def stored_quarot(config, d: int, behind_norm: bool) -> dict:
+    return {"factors": [*([Diagonal((d,))] if behind_norm else []), Kronecker(*((n, n) for n in hadamard_sizes(d)))],
+            "clip": quarot_clip(config.abits) is not None}

@@ -39,14 +39,25 @@ def fit_rtn(weight, bias, inputs, config, generator, progress):
     return QuantLinear.fold(weight, abits=config.abits, wbits=config.wbits, bias=bias, symmetric=config.symmetric), {}
 
 
+def stored_rtn(config, d: int, behind_norm: bool) -> dict:
+    """Nothing besides weight, scales and bias."""
+    return {}
+
+
+def check_tied(tied: bool, head_bits: int, embed_bits: int | None) -> None:
+    """Refused where embedding and head are one tensor, but have been asked for in two widths."""
+    if tied and embed_bits and embed_bits != head_bits:
+        raise Refused("embed_bits is for models with a head of their own; this model's head is tied to its embedding, "
+                      "so embed_bits must equal head_bits.")
+
+
 def quantize_outer(model, head_bits: int = 8, embed_bits: int | None = None):
     """Embedding and head in integers, in place. Each row has a scale; an embedding row has embed_bits, or head_bits.
 
     The head runs on integers like every other linear, with its input in head_bits. A tied pair stays one tensor.
     """
     tied, head = model.config.tied, model.head.weight
-    if tied and embed_bits:
-        raise Refused("embed_bits is for models with a head of their own; this model's head is its embedding.")
+    check_tied(tied, head_bits, embed_bits)
     model.embed = QuantEmbedding.fold(model.embed.weight, head_bits if tied else embed_bits or head_bits)
     model.head = QuantLinear.fold(head, abits=head_bits, wbits=head_bits)
     if tied:

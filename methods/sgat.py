@@ -20,7 +20,7 @@ from methods.settings import Settings, between, choice
 from methods.tac import Compensated
 from runtime.layers import QuantLinear
 from runtime.processes import Refused
-from starquant import Kronecker, sgat_loss, subspace_gates
+from starquant import Dense, Kronecker, sgat_loss, subspace_gates
 
 
 @dataclass(frozen=True)
@@ -250,3 +250,8 @@ def fit_starquant(weight, bias, inputs: Inputs, config, generator, progress):
     P, record = fit_sgat(x, y, state, weight, start.to(x), d_s, d_s, config.abits, config.wbits, config.lr,
                          config.epochs, config.batch, config.schedule, bias, config.symmetric, generator, progress)
     return QuantLinear.fold(weight, [P], d_s, d_s, config.abits, config.wbits, bias, config.symmetric), record
+
+
+def stored_starquant(config, d: int, behind_norm: bool) -> dict:
+    P = {"none": [], "dense": [Dense((d, d))], "kronecker": [Kronecker(*((n, n) for n in kronecker_sizes(d)))]}
+    return {"factors": P[config.transform]}

@@ -23,7 +23,7 @@ from checkpoint.loading import outer_tensors
 from experiments import twins
 from methods import QuantConfig
 from methods.rtn import quantize_outer
-from methods.storage import factor_shapes, memory_table
+from methods.storage import memory_table, stored_linear
 from model import load_model
 from runtime.layers import QuantEmbedding, QuantLinear, quantize_weight
 
@@ -55,8 +55,6 @@ def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bi
     assert plus["total"] == twins.residents(twins.plus_twin(model))
     ids = torch.tensor([[1, 5, model.mask_id, 7]])
     assert torch.equal(twins.plus_twin(model)(ids), twins.plus_twin(quantized(name, head_bits, embed_bits))(ids))
-    with pytest.raises(ValueError, match="'quarot' are not known"):
-        memory_table(model.config, method="quarot")
 
 
 @pytest.mark.parametrize("name", [*FIXTURES, "tiny"])
@@ -344,7 +342,8 @@ def test_plus_twin_has_the_form_of_starquant_plus():
     for fused in FUSED:
         linear, d = getattr(plus.blocks[1], fused), getattr(plus.blocks[1], fused).in_features
         assert linear.weight_packed is getattr(twin.blocks[1], fused).weight_packed
-        assert [tuple(p.shape) for factor in linear.P for p in factor] == factor_shapes(config, d, False)
+        want = stored_linear(config, len(linear.weight_scale), d, False).tensors()
+        assert {k: tuple(v.shape) for k, v in linear.state_dict().items()} == {k: v.shape for k, v in want.items()}
         assert linear.feedback.shape == (d // 64, 64, 64)
         assert linear.mean.shape == (2, d)
         assert linear.d_m == 0

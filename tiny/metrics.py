@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoint.loading import stored_bytes
 from runtime import sampling
-from runtime.layers import TAC, QuantLinear
 from runtime.processes import batches
 from runtime.sampling import denoise
 from tiny import tasks
@@ -210,13 +210,6 @@ def judge(models: dict, problems: int, seed: int) -> list[dict]:
         values, _ = scores(model, problems, seed, label=f"evaluate {name}", reference=None if model is first else first)
         rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
     return rows
-
-
-def stored_bytes(model) -> int:
-    """Bytes of the checkpoint's tensors: 2 per 16-bit value, quantized layers as they are stored."""
-    sizes = [2 * p.numel() for p in {id(p): p for p in model.parameters()}.values()]
-    return sum(sizes) + sum(v.numel() * v.element_size() for m in model.modules() if isinstance(m, QuantLinear | TAC)
-                            for v in m.state_dict().values())
 
 
 def table(rows: list[dict]) -> str:

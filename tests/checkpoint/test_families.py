@@ -372,7 +372,7 @@ def test_broken_shards_are_named(sharded):
 
 @pytest.mark.parametrize(("change", "pattern"), [
     (lambda t: t.pop("model.transformer.ln_f.weight"), "lacks the tensor 'model.transformer.ln_f.weight'"),
-    (lambda t: t.update(extra=torch.zeros(2)), "1 tensors that this architecture does not have, first 'extra'"),
+    (lambda t: t.update(extra=torch.zeros(2)), "1 tensors that config.json does not explain, first 'extra'"),
     (lambda t: t.update({"model.transformer.ln_f.weight": torch.ones(63)}), r"has shape \[63\], .*asks for \[64\]"),
     (lambda t: t.update({"model.transformer.ln_f.weight": torch.ones(64, dtype=torch.int8)}), "has type I8"),
     (lambda t: t["model.transformer.ln_f.weight"].fill_(math.nan), "holds 64 NaN or Inf"),
