@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import kernels
 from checkpoint.families import FUSED
@@ -27,7 +26,7 @@ from checkpoint.folder import write_json
 from checkpoint.published import write_checkpoint
 from experiments.twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
-from model import generate, load_model
+from model import generate, load_model, swiglu
 from runtime import cpu, cuda, processes
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
@@ -212,8 +211,7 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
 def codes(linear: QuantLinear, x, state):
     """The first half of an integer linear: transform, gates, and integer codes of x (B, L, d)."""
     if cuda.serves(linear, x):
-        return cuda.token_codes(cuda.rows(linear, x, state), state.reshape(-1), linear.d_m, linear.d_u, linear.abits,
-                                linear.clip, linear.feedback)
+        return cuda.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
     rows = linear.phi(x, state).reshape(-1, x.shape[-1])
     return cpu.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
@@ -228,11 +226,11 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     x, state, rope, mask = model.prepare(ids)
     inputs = {f: torch.randn(batch, length, d, device=device).to(dtype) for f, (_, d) in shapes.items()}
     qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
-    gate, up = torch.randn(2, batch, length, c.d_ffn, device=device).to(dtype)
+    gate_up = torch.randn(batch, length, 2 * c.d_ffn, device=device).to(dtype)
     asked = model.norm(x)[ids == c.mask_id]  # the head runs where a token may be committed
     calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
-             "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), F.silu(gate) * up) for b in blocks],
+             "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, asked)]}
     if isinstance(blocks[0].qkv, QuantLinear):
         calls["transforms, gates, codes"] = [

@@ -23,6 +23,7 @@ from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
 from checkpoint.tokenizer import load_tokenizer
+from runtime import cuda
 from runtime.processes import Refused, pick_device
 from runtime.sampling import denoise, generate
 
@@ -51,6 +52,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
+        if cuda.glues(x, self.weight):
+            return cuda.rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -74,6 +77,14 @@ def rotate(x, cos, sin):
     return (y * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
+def swiglu(gate_up):
+    """silu(gate) · up: (..., 2 F) -> (..., F)."""
+    if cuda.glues(gate_up):
+        return cuda.silu_up(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class Block(nn.Module):
     """Pre-norm attention and gated feed-forward. `tac` corrects the attention representation; identity in 16 bit."""
 
@@ -95,6 +106,8 @@ class Block(nn.Module):
         """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
+        if not c.qk_norm and c.head_dim % 16 == 0 and cuda.glues(qkv):
+            return *cuda.rope(qkv, *rope, c.n_heads + c.n_kv_heads, c.head_dim).split((c.n_heads, c.n_kv_heads), 1), v
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rope), rotate(k, *rope), v
@@ -115,8 +128,7 @@ class Block(nn.Module):
         """x (B, L, D), state (B, L) bool, True = masked token -> (B, L, D)."""
         z = self.tac(self.attention(self.qkv(self.attn_norm(x), state), rope, mask))
         x = x + self.out(z, state)
-        gate, up = self.gate_up(self.ffn_norm(x), state).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up, state)
+        return x + self.down(swiglu(self.gate_up(self.ffn_norm(x), state)), state)
 
 
 class DiffusionLM(nn.Module):

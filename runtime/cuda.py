@@ -48,11 +48,13 @@ import torch
 
 import kernels
 from runtime import cpu
-from starquant import apply_basis
+from starquant import Across, Blocks, Kronecker, apply_basis
 
 THREADS = 256
 TAC_BLOCK = 16
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
+GPTQ_BLOCK = 32  # columns that a thread of gptq_columns has in its registers
+FUSED_GLUE = True  # norms, rope and SiLU of both models by one kernel each; `eager_glue` turns it off
 WARPS = 8  # of a CUDA block of packed_product, each with its part of K
 FEW = 256  # tokens up to which packed_product is tried
 L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
@@ -61,9 +63,10 @@ SOURCE, PRODUCTS_SOURCE = (Path(__file__).parent / name for name in ("kernels.cu
 # parts by themselves: the unrolled loops of feedback take seconds to compile, which only those should wait for who use
 # it, and packed_product needs tensor cores as sm_80 has them
 PARTS = {"linear": ("centre", "quantize_rows", "unpack_int4", "epilogue", "tac"), "feedback": ("feedback",),
-         "packed": ("packed_product",)}
+         "packed": ("packed_product",), "glue": ("rms_norm", "rope", "silu_up"), "correct": ("correct",),
+         "blocks": ("centred_blocks",), "gptq": ("gptq_columns",)}
 PRODUCTS = {"fp8": ("unpack_e4m3", "add_ends"), "tiled": ("tiled_product",),
-            "grouped": ("grouped_product",)}
+            "grouped": ("grouped_product",), "rotate": ("rotated_codes",)}
 ORDERS = ("plain", "paired", "e4m3")  # of codes
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
@@ -116,17 +119,36 @@ class Grouped(NamedTuple):
         return self.STAGES * (self.TM * 128 + self.TN * 64) + 1024
 
 
+class Rotation(NamedTuple):
+    """Sizes of `rotated_codes`: a token is a matrix (N1, N2); FIRST is 1 where P2 multiplies it, too."""
+
+    N1: int
+    N2: int
+    FIRST: int
+    part = "rotate"
+
+    @property
+    def threads(self) -> int:
+        return 2 * kernels._multiple(self.N1, 16)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: P2 and the result of its product."""
+        return self.FIRST * 2 * self.N2**2 + kernels._multiple(self.N1, 16) * 2 * (self.N2 + 8)
+
+
 TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
          "grouped 128": Grouped(128, 128, RESIDENT=2), "grouped 256": Grouped(128, 256)}
 
 
-def source(dtype, *parts: str, tile: Tile | Grouped | None = None) -> str:
+def source(dtype, *parts: str, tile: Tile | Grouped | Rotation | None = None) -> str:
     """The CUDA source of some parts for activations of this dtype, `tiled_product` with the sizes of a tile."""
-    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS}
+    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS,
+               "GPTQ_BLOCK": GPTQ_BLOCK}
     sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
     names = {"REAL": TYPES[dtype], **numbers, **sizes, **{part.upper(): "" for part in parts}}
     return "".join(f"#define {name} {value}\n" for name, value in names.items()) + "".join(
-        path.read_text() for path in (SOURCE, PRODUCTS_SOURCE))
+        path.read_text(encoding="utf-8") for path in (SOURCE, PRODUCTS_SOURCE))
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +173,7 @@ def _without_cuda_home():
 
 
 @cache
-def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) -> dict:
+def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | Rotation | None = None) -> dict:
     """The kernels of a part by name: what `torch.cuda._compile_kernel` does for one, for all of a source at once."""
     tools, names = torch.cuda._utils, (PARTS | PRODUCTS)[part]
     # asked for at every launch, and loading a library takes longer than a small kernel
@@ -167,7 +189,7 @@ def _compiled(index: int, dtype, part: str, tile: Tile | Grouped | None = None) 
 
 
 def _launch(name: str, dtype, grid, args, threads: int | None = None,
-            tile: Tile | Grouped | None = None) -> None:
+            tile: Tile | Grouped | Rotation | None = None) -> None:
     device, part = args[0].device, next(part for part, names in (PARTS | PRODUCTS).items() if name in names)
     with torch.cuda.device(device):
         _compiled(device.index, dtype, part, tile)[name](
@@ -209,13 +231,55 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only:
     return codes.view(torch.float8_e4m3fn) if order == "e4m3" else codes, scale, zero
 
 
+def centred_blocks(x, mean, state, B):
+    """(x - μ_s) times blocks of 64: x (M, K) bf16, mean (2, K) fp32 or None, state (M,), B (K/64, 64, 64) bf16. The
+    difference is rounded to bf16 before the product, as that of `centre`."""
+    (M, K), x = x.shape, x.contiguous()
+    out = torch.empty_like(x)
+    down = max(1, min(-(-M // (2 * THREADS)), 4 * _multiprocessors(x.device) * 64 // K))
+    _launch("centred_blocks", x.dtype, (K // 64, down), [
+        x, *((x, x) if mean is None else (state.contiguous(), mean)), B, out, M, K, int(mean is not None)])
+    return out
+
+
+def rotation_of(x, P: list) -> Rotation | None:
+    """The sizes of `rotated_codes` for rows x (M, K) and the factors P, or None where it does not serve."""
+    if x.dtype != torch.bfloat16 or len(P) != 1:
+        return None
+    (factor,), (n1, *_) = P, P[0][0].shape
+    if isinstance(factor, Kronecker) and len(factor.P2) in (64, 128) and n1 <= 128:
+        rotation = Rotation(n1, len(factor.P2), 1)
+    elif isinstance(factor, Across) and x.shape[1] == 64 * n1 and n1 <= 192:
+        rotation = Rotation(n1, 64, 0)
+    else:
+        return None
+    return rotation if n1 % 8 == 0 and ready(x.device.index, x.dtype, rotation) else None
+
+
+def rotated_codes(rotation: Rotation, x, factor, state, d_m: int, d_u: int, bits: int, clip=None, to_y: bool = False,
+                  order: str = "plain"):
+    """`quantize_rows` of x (M, K) bf16 times a Kronecker or an Across factor, and what it is of: with to_y the product
+    y (M, K) bf16 is returned, and of the codes only the rows of zeros behind the M-th are there."""
+    (M, K), x, P = x.shape, x.contiguous(), [matrix.contiguous() for matrix in factor]
+    rows = kernels._multiple(M, 32)
+    codes = torch.empty(rows, K, dtype=torch.int8, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    y = torch.empty_like(x) if to_y else None
+    gates = state.contiguous() if d_m or d_u else codes  # never read without gates
+    _launch("rotated_codes", x.dtype, (min(rows, 4 * _multiprocessors(x.device)),),
+            [x, P[0], P[-1], gates, y if to_y else x, codes, scale, zero, scale if clip is None else clip, M, rows, d_m,
+             d_u, bits, int(clip is not None), int(to_y), ORDERS.index(order)], rotation.threads, rotation)
+    return y, codes.view(torch.float8_e4m3fn) if order == "e4m3" else codes, scale, zero
+
+
 def feedback(x, V, scale, zero, codes, bits: int, order: str = "plain"):
     """Round x (M, K) by feedback into codes (≥ M, K): V (K/64, 64, 64) bf16, scale and zero (M,) of `quantize_rows`.
 
     The integers of `cpu.feedback_codes`.
     """
     (M, K), x = x.shape, x.contiguous()
-    _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits,
+    _launch("feedback", x.dtype, (-(-M // (2 * THREADS)), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits,
                                                                              ORDERS.index(order)])
 
 
@@ -299,11 +363,83 @@ def _multiprocessors(device) -> int:
 
 def tac(z, M, bias):
     """Eq. 17 for z (..., C) with blocks of 16: M (C/16, 16, 16), bias (C/16, 16)."""
+    if z.is_cuda and z.dtype == torch.bfloat16 and ready(z.device.index, z.dtype, "correct"):
+        return correct(z, M, bias)
     z = z.contiguous()
     C = z.shape[-1]
     out, rows = torch.empty_like(z), z.numel() // C
     walkers = max(1, min(rows, 1024 // _blocks(C)))  # few, so that each reads its rows of M for many tokens
     _launch("tac", z.dtype, (walkers, _blocks(C)), [z, M, bias, out, rows, C])
+    return out
+
+
+
+def correct(z, M, bias):
+    """`tac` of z in bf16 on tensor cores, with 16 bits of M."""
+    z = z.contiguous()
+    C = z.shape[-1]
+    out, rows, across = torch.empty_like(z), z.numel() // C, -(-C // (THREADS // 2))
+    walkers = max(1, min(-(-rows // 16), 8 * _multiprocessors(z.device) // across))
+    _launch("correct", z.dtype, (walkers, across), [z, M, bias, out, rows, C])
+    return out
+
+
+def gptq_columns(columns, U, scale, bits: int):
+    """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64 of a weight, n ≤ GPTQ_BLOCK, and in their place the
+    errors; U a view (n, n) of a matrix with rows of U.stride(0), scale (C,) fp64."""
+    (n, C), codes = columns.shape, torch.empty_like(columns, dtype=torch.int8)
+    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, U, scale, codes, n, C, U.stride(0), bits], 64)
+    return codes
+
+# ---- glue: what both models do between their linears ---------------------------------------------------------------
+
+
+def glues(x, *others) -> bool:
+    """Whether the glue kernels serve x, contiguous, of a width that 16 divides, and others of its dtype: on a GPU,
+    where no gradient is wanted and nothing is being compiled."""
+    tensors = (x, *others)
+    return (FUSED_GLUE and not torch.compiler.is_compiling() and x.device.type == "cuda" and x.dtype in TYPES
+            and x.shape[-1] % 16 == 0 and x.numel() > 0
+            and all(t.dtype == x.dtype and t.is_contiguous() for t in tensors)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            and ready(x.device.index, x.dtype, "glue"))
+
+
+@contextmanager
+def eager_glue():
+    """Inside, norms, rope and SiLU are the lines of model.py."""
+    global FUSED_GLUE
+    before, FUSED_GLUE = FUSED_GLUE, False
+    try:
+        yield
+    finally:
+        FUSED_GLUE = before
+
+
+def rms_norm(x, gain, eps: float):
+    """`model.RMSNorm` of x (..., K) with the gain (K,)."""
+    out, K = torch.empty_like(x), x.shape[-1]
+    bits = torch.tensor(eps, dtype=torch.float32).view(torch.int32).item()
+    _launch("rms_norm", x.dtype, (x.numel() // K,), [x, gain, out, K, bits])
+    return out
+
+
+def rope(qkv, cos, sin, heads: int, h: int):
+    """The first `heads` heads of qkv (B, L, n h), turned as by `model.rope`: (B, heads, L, h), with the memory of
+    (B, L, heads, h). cos, sin (L, h) or (B, 1, L, h)."""
+    B, L, width = qkv.shape
+    out = torch.empty(B, L, heads, h, dtype=qkv.dtype, device=qkv.device)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _launch("rope", qkv.dtype, (B * L,), [qkv, cos, sin, out, cos.numel() // h, heads, width // h, h,
+                                          int(cos.dtype == torch.float32)])
+    return out.transpose(1, 2)
+
+
+def silu_up(gate_up):
+    """silu(gate) up of gate_up (..., 2 F): (..., F)."""
+    F = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], F)
+    _launch("silu_up", out.dtype, (out.numel() // F, _blocks(F // 8)), [gate_up, out, F])
     return out
 
 # ---- the linear ----------------------------------------------------------------------------------------------------
@@ -357,20 +493,31 @@ def serves(layer, x) -> bool:
 def linear(layer, x, state):
     """Eq. 13: x (..., d), state (...) or None -> (..., C) in x's dtype, by the fastest product of the shape."""
     state = None if state is None else state.flatten().contiguous()
-    x, lead = rows(layer, x, state), x.shape[:-1]  # (M, d)
+    x, lead = x.reshape(-1, layer.in_features), x.shape[:-1]  # (M, d)
     y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
-    codes = cache(lambda order: token_codes(x, state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback,
-                                            order))
-    calls = {way.name: partial(lambda way: way.multiply(layer, *codes(way.order), y, state), way)
+    taken = cache(lambda order: codes(layer, x, state, order))
+    calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y, state), way)
              for way in ways(layer, x)}
     calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
     return y.reshape(*lead, -1)
 
 
-def rows(layer, x, state):
-    """x (..., d) less the mean of its token's state, times P, in x's dtype: (M, d)."""
-    x = x if layer.mean is None else centre(x, layer.mean, state)
-    return apply_basis(x, layer.basis(x)).reshape(-1, layer.in_features)
+def codes(layer, x, state, order: str = "plain"):
+    """What a product takes of x (M, d) with states (M,): `token_codes` of (x - μ_s) P, in as few passes as possible."""
+    P, mean = layer.basis(x), layer.mean
+    if (x.dtype == torch.bfloat16 and P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64
+            and ready(x.device.index, x.dtype, "blocks")):
+        x, mean, P = centred_blocks(x, mean, state, P[0].B), None, P[1:]
+    x = x if mean is None else centre(x, mean, state)
+    if (rotation := rotation_of(x, P)) is None:
+        return token_codes(apply_basis(x, P), state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback,
+                           order)
+    V = layer.feedback
+    y, integers, scale, zero = rotated_codes(rotation, x, P[0], state, layer.d_m, layer.d_u, layer.abits, layer.clip,
+                                             V is not None, order)
+    if V is not None:
+        feedback(y, V, scale, zero, integers, layer.abits, order)
+    return integers, scale, zero
 
 
 def ways(layer, x) -> list[Way]:
@@ -530,7 +677,7 @@ def ready(index: int, dtype, part: str = "linear") -> bool:
 
     Run it before a CUDA graph is captured (any warm-up forward does).
     """
-    if kernels.backend("cuda") != "int_mm":
+    if part not in ("glue", "gptq") and kernels.backend("cuda") != "int_mm":
         return False  # said already
     try:
         wrong = self_check(torch.device("cuda", index), dtype, part)
@@ -538,10 +685,11 @@ def ready(index: int, dtype, part: str = "linear") -> bool:
             return True
         reason = f"{wrong} differs from its eager twin"
     except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as error:
+        torch.cuda.synchronize(index)  # an error that ended the CUDA context is raised again, and ends the run
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         telling = next((line for line in lines if "error" in line.lower() and not line.endswith(":")), lines[-1])
         reason = f"they do not compile or start here ({telling.strip()})"
-    names = (PARTS | PRODUCTS).get(part, [part])
+    names = (PARTS | PRODUCTS).get(part, [str(part)])
     warnings.warn(f"Of the CUDA kernels {', '.join(names)} are not used, because {reason}; others, or plain "
                   f"PyTorch, serve instead (slower).", stacklevel=2)
     return False
@@ -550,6 +698,8 @@ def ready(index: int, dtype, part: str = "linear") -> bool:
 def self_check(device, dtype, part: str) -> str | None:
     """The kernels of a part against the eager formulas, on a ragged number of rows: the first that differs."""
     g = torch.Generator().manual_seed(0)
+    if part in ("glue", "correct", "blocks", "gptq") or isinstance(part, Rotation):
+        return _check_pass(device, dtype, part, g)
     M, d_m, d_u = 37, 24, 40
     K, N = (1152, 288) if part in ("packed", "fp8", *TILES) else (1088, 272)
     state = (torch.rand(M, generator=g) < 0.5).to(device)
@@ -607,3 +757,71 @@ def self_check(device, dtype, part: str) -> str | None:
     d = torch.randn(3, TAC_BLOCK, generator=g).to(device)
     want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (3, -1)), T.double()) + d).flatten(-2)
     return "tac" if (tac(z, T, d) - want).abs().max() > (1e-4 if dtype == torch.float32 else 0.1) else None
+
+
+def _check_pass(device, dtype, part, g) -> str | None:
+    """`self_check` of the passes that are made of products or of functions. Those of matrices get small integers times
+    powers of two, whose sums are exact in any order."""
+    M, BF16 = 37, torch.bfloat16
+    state = (torch.rand(M, generator=g) < 0.5).to(device)
+
+    def integers(*shape, of: int = 8):
+        return torch.randint(-of, of + 1, shape, generator=g).to(device, BF16)
+
+    if part == "glue":
+        x, gain = (torch.randn(*shape, generator=g).to(device, dtype) for shape in ((2, 19, 288), (288,)))
+        y = x.float()
+        norm = gain * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+        angle = torch.rand(19, 16, generator=g).to(device).repeat(1, 2)
+        turned = {}
+        for table in {torch.float32, dtype}:
+            cos, sin = angle.cos().to(table), angle.sin().to(table)
+            heads = x.unflatten(-1, (9, 32))[:, :, :6].transpose(1, 2).to(table)  # (B, 6, L, 32)
+            first, second = heads.chunk(2, -1)
+            want = (heads * cos + torch.cat((-second, first), -1) * sin).to(dtype)
+            turned[table] = torch.equal(rope(x, cos, sin, 6, 32), want)
+        silu = torch.nn.functional.silu(x[..., :144]) * x[..., 144:]
+        close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+        good = {"rms_norm": torch.allclose(rms_norm(x, gain, 1e-5), norm, **close), "rope": all(turned.values()),
+                "silu_up": torch.allclose(silu_up(x), silu, **close)}
+        return next((name for name, right in good.items() if not right), None)
+    if part == "correct":
+        z, T = integers(M, 96), torch.randn(6, TAC_BLOCK, TAC_BLOCK, generator=g).to(device)
+        bias = torch.randn(6, TAC_BLOCK, generator=g).to(device)
+        want = (torch.einsum("mbg,bhg->mbh", z.double().unflatten(-1, (6, -1)), T.double()) + bias).flatten(-2)
+        return "correct" if ((correct(z, T, bias) - want).abs() > 2**-8 * want.abs() + 0.01).any() else None
+    if part == "gptq":
+        columns, U = torch.randn(21, 70, generator=g).double().to(device), torch.eye(40).double().to(device)
+        U += torch.rand(40, 40, generator=g).double().triu(1).to(device) / 8
+        scale, work = torch.rand(70, generator=g).double().to(device) + 0.2, columns.clone()
+        got = gptq_columns(work, U[3:24, 3:24], scale, 4)
+        for i in range(21):
+            code = (columns[i] / scale).round().clamp(-8, 7)
+            error = (columns[i] - scale * code) / U[3 + i, 3 + i]
+            columns[i + 1:] -= U[3 + i, 4 + i:24, None] * error
+            if not (torch.equal(got[i], code.to(torch.int8)) and torch.allclose(work[i], error, rtol=1e-9, atol=1e-12)):
+                return "gptq_columns"
+        return None
+    if part == "blocks":
+        x, B, mean = integers(M, 192), integers(3, 64, 64, of=1) / 8, integers(2, 192).float()
+        for centred in (mean, None):
+            rows = (x if centred is None else (x - centred[state.long()]).to(BF16)).float().unflatten(-1, (3, 64))
+            want = torch.einsum("mnb,nbc->mnc", rows, B.float()).flatten(-2).to(BF16)
+            if not torch.equal(centred_blocks(x, centred, state, B), want):
+                return "centred_blocks"
+        return None
+    n1, n2, first = part
+    x, P = integers(M, n1 * n2), [integers(n, n, of=1) / 8 for n in (n1, n2)]
+    clip, d_m, d_u = torch.tensor([0.9, 0.8], device=device), 24, 40
+    y = x.float().unflatten(-1, (n1, n2))
+    y = (y @ P[1].float()).to(BF16).float() if first else y
+    y = (P[0].float().mT @ y).to(BF16).flatten(-2)
+    column = torch.arange(n1 * n2, device=device)
+    end = n1 * n2 - torch.where(state, 0, d_u)[:, None]
+    y[(column >= end - torch.where(state, d_u, d_m)[:, None]) & (column < end)] = 0
+    want = kernels.quantize_rows(y, 4, clip)
+    factor = Kronecker(*P) if first else Across(P[0])
+    rotated, codes, scale, zero = rotated_codes(part, x, factor, state, d_m, d_u, 4, clip)
+    same = torch.equal(codes[:M], want[0]) and torch.equal(scale[:, None], want[1]) and not codes[M:].any()
+    rotated, codes, *_ = rotated_codes(part, x, factor, state, d_m, d_u, 4, clip, True)
+    return None if same and torch.equal(zero[:, None], want[2].int()) and torch.equal(rotated, y) else "rotated_codes"

@@ -38,6 +38,10 @@ class GraphedModel:
         """Hidden states after the final norm, (B, L, D)."""
         if not (ids.is_cuda and self.recordable):
             return self.model.hidden(ids, attention_mask)
+        with torch.cuda.device(ids.device):  # the model's, which need not be the current one
+            return self._replayed(ids, attention_mask)
+
+    def _replayed(self, ids, attention_mask):
         given = [ids]
         if attention_mask is not None:  # read here: whether anything is masked decides what is launched
             table, mask = self.model.context(ids, attention_mask)

@@ -415,7 +415,7 @@ feedback(const real* x, const float* scale, const int* zero, const bf16* V, sign
 }
 #endif  // FEEDBACK
 
-#if defined ROTATE || defined CORRECT  // bf16 tensor cores: sm_80 and later
+#if defined BLOCKS || defined ROTATE || defined CORRECT  // bf16 tensor cores: sm_80 and later
 // c += a b by the 32 lanes of a warp: a 16 x 16 and b 16 x 8 bf16. Lane 4 g + t has, two to a register, columns 2 t, 2 t + 1
 // and 8 + 2 t, 9 + 2 t of rows g and g + 8 of a (rows first), the same rows of column g of b, and columns 2 t, 2 t + 1 of
 // rows g and g + 8 of c.
@@ -469,7 +469,7 @@ extern "C" __global__ void correct(const bf16* __restrict__ z, const float* __re
 }
 #endif  // CORRECT
 
-#ifdef ROTATE
+#if defined BLOCKS || defined ROTATE
 // Fragments of P (N, N) for `multiply_bf16` in shared memory, one uint4 a lane for 16 channels and two tiles of 8
 // columns. Of each 32 channels lane t takes 8 t.., as a load of 16 bytes has them. Of each 64 columns tile j has 16 i +
 // 2 j and its neighbour for i = 0 to 3, so that lane t ends with columns 16 t.. of a row.
@@ -500,6 +500,8 @@ template <int N> __device__ void times(float (*c)[4], const uint4 (*a)[2], const
         }
     }
 }
+
+#endif  // BLOCKS or ROTATE
 
 #ifdef BLOCKS
 // (x - mu_s) P for blocks P of 64 channels: a warp takes 16 tokens at a time, all warps the same block. Without mean, x P.
@@ -546,7 +548,9 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
         }
     }
 }
-#else
+#endif  // BLOCKS
+
+#ifdef ROTATE
 const int ROWS = (N1 + 15) / 16 * 16, LANES = 2 * ROWS, PITCH = N2 + 8;  // a warp for 16 rows
 
 // A token is a matrix X (N1, N2): P1^T X P2, or P1^T X where FIRST is 0, both products rounded to bf16 as those of
@@ -559,7 +563,6 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
-    uint4* fragments = (uint4*)tiles;
     bf16* between = (bf16*)(tiles + FIRST * N2 * N2 * 2);  // (ROWS, N2), columns in the order of the tiles
     int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16, g = lane / 4, t = lane % 4;
     unsigned p1[ROWS / 16][4];  // rows first + g, first + g + 8 of P1^T
@@ -571,6 +574,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
             p1[s][j] = row < N1 && k < N1 ? P1[k * N1 + row] | (unsigned)P1[(k + 1) * N1 + row] << 16 : 0;
         }
 #if FIRST
+    uint4* fragments = (uint4*)tiles;
     stage<N2>(fragments, P2, LANES);
 #endif
     for (int m = blockIdx.x; m < rows; m += gridDim.x) {
@@ -665,7 +669,6 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
         }
     }
 }
-#endif  // BLOCKS
 #endif  // ROTATE
 
 #ifdef GPTQ
@@ -675,12 +678,12 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 extern "C" __global__ void gptq_columns(double* w, const double* U, const double* scale, signed char* codes, int n, int C,
                                         int ld, int bits) {
     __shared__ double shared_U[GPTQ_BLOCK][GPTQ_BLOCK];
-    for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += THREADS) {
+    for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += blockDim.x) {
         int i = k / GPTQ_BLOCK, j = k % GPTQ_BLOCK;
         shared_U[i][j] = i < n && j < n ? U[(long long)i * ld + j] : i == j;
     }
     __syncthreads();
-    int c = blockIdx.x * THREADS + threadIdx.x;
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     double v[GPTQ_BLOCK], s = scale[c], half = 1 << (bits - 1);
 #pragma unroll

@@ -158,6 +158,18 @@ def fma(a, b, c):
     return np.where(odd, np.where(away, bits + 1, bits - 1), bits).view(np.float64).astype(np.float32)
 
 
+def saturated(a, b, c):
+    """Within 0 and 1."""
+    return np.clip(fma(a, b, c), np.float32(0), np.float32(1))
+
+
+def downwards(a, b, c):
+    """Rounded towards minus infinity."""
+    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+
+
 class Machine:
     """One launch. memory: list of (address, bytes as a numpy uint8 view, name)."""
 
@@ -401,13 +413,13 @@ class Machine:
                     self.store_shared(lanes, address(lanes), values)
             return store
         if name == "mma":
-            return self._mma(a)
+            return self._mma(parts, a)
         if name == "cp":
             return self._copy(parts, a)
         if name == "shfl":
             return self._shuffle(parts, a)
         if name == "ldmatrix":
-            return self._ldmatrix(a)
+            return self._ldmatrix(parts, a)
         if name == "wgmma":
             return self._wgmma(parts, a)
         if name == "atom":
@@ -471,6 +483,8 @@ class Machine:
                                                         get(a[2], lanes, T)).astype(T))
         if name in ("fma", "mad"):
             f = fma if np.float32 == T else lambda x, y, z: x * y + z
+            if "sat" in parts or "rm" in parts:  # of expf, which scales its argument so
+                f = saturated if "sat" in parts else downwards
             return lambda lanes: put(a[0], lanes, f(*(get(r, lanes, T) for r in a[1:4])))
         if name in ("shl", "shr"):
             def shift(lanes):
@@ -479,6 +493,9 @@ class Machine:
                 done = x << np.minimum(n, bits - 1) if name == "shl" else x >> np.minimum(n, bits - 1)
                 put(a[0], lanes, np.where(n >= bits, 0, done).astype(T))
             return shift
+        if name in ("ex2", "rsqrt") and "approx" in parts:  # rounded here; a GPU may be one or two units off
+            f = np.exp2 if name == "ex2" else lambda x: 1 / np.sqrt(x)
+            return lambda lanes: put(a[0], lanes, f(get(a[1], lanes, T).astype(np.float64)).astype(T))
         f1 = {"not": lambda x: ~x, "neg": lambda x: -x, "abs": np.abs, "rcp": lambda x: np.float32(1) / x}.get(name)
         if f1 and "approx" not in parts:
             return lambda lanes: put(a[0], lanes, f1(get(a[1], lanes, T)))
@@ -548,31 +565,38 @@ class Machine:
             self.put(a[0], lanes, y)
         return convert
 
-    def _mma(self, a):
-        """mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: fragments by the PTX manual (9.7.14.5.10)."""
+    def _mma(self, parts, a):
+        """mma.sync.aligned.row.col, m16n8k32.s32.s8.s8.s32 or m16n8k16.f32.bf16.bf16.f32: fragments by the PTX manual
+        (9.7.14.5). A register has 4 bytes of neighbouring columns of A or rows of B, as many numbers as they are."""
         D, A, B, C = ([r.strip() for r in v[1:-1].split(",")] for v in a)
+        small = parts[-2] == "s8"
+        sums_of, wide, K, n = (np.int32, np.int64, 32, 4) if small else (np.float32, np.float32, 16, 2)
         lane = np.arange(32)
         group, four = lane // 4, lane % 4
+
+        def numbers(register, own):
+            bits = self.get(register, own, np.uint32)
+            if small:
+                return bits[:, None].view(np.int8)
+            return (bits[:, None].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
         def mma(lanes):
             for w in np.unique(lanes // 32):
                 own = lanes[lanes // 32 == w]
                 if len(own) != 32:
                     raise Fault(f"{self.k.name}: an mma that not all lanes of a warp reach together")
-                left, right, sums = (np.zeros(shape, np.int64) for shape in ((16, 32), (32, 8), (16, 8)))
-                for i in range(16):  # a_i: four bytes a register
-                    value = self.get(A[i // 4], own, np.uint32) >> np.uint32(8 * (i % 4)) & np.uint32(255)
-                    row = np.where(i < 4 or 8 <= i < 12, group, group + 8)
-                    left[row, four * 4 + (i & 3) + (16 if i >= 8 else 0)] = value.astype(np.uint8).view(np.int8)
-                for i in range(8):
-                    value = self.get(B[i // 4], own, np.uint32) >> np.uint32(8 * (i % 4)) & np.uint32(255)
-                    right[four * 4 + (i & 3) + (16 if i >= 4 else 0), group] = value.astype(np.uint8).view(np.int8)
+                left, right, sums = (np.zeros(shape, wide) for shape in ((16, K), (K, 8), (16, 8)))
+                for i, register in enumerate(A):
+                    left[group[:, None] + 8 * (i % 2), n * four[:, None] + np.arange(n) + K // 2 * (i // 2)] = numbers(
+                        register, own)
+                for i, register in enumerate(B):
+                    right[n * four[:, None] + np.arange(n) + K // 2 * i, group[:, None]] = numbers(register, own)
                 where = [(np.where(i < 2, group, group + 8), four * 2 + (i & 1)) for i in range(4)]
                 for i in range(4):
-                    sums[where[i]] = self.get(C[i], own, np.int32)
+                    sums[where[i]] = self.get(C[i], own, sums_of)
                 sums += left @ right
                 for i in range(4):
-                    self.put(D[i], own, sums[where[i]].astype(np.int32))
+                    self.put(D[i], own, sums[where[i]].astype(sums_of))
         return mma
 
     def _copy(self, parts, a):
@@ -618,8 +642,9 @@ class Machine:
             self.put(to, lanes, every[lanes ^ self.get(a[2], lanes, np.uint32)])
         return shuffle
 
-    def _ldmatrix(self, a):
-        """ldmatrix.x4: lane 8 i + r names row r of matrix i; lane 4 g + t receives word t of row g of each."""
+    def _ldmatrix(self, parts, a):
+        """ldmatrix.x4: lane 8 i + r names row r of matrix i; lane 4 g + t receives word t of row g of each, or with
+        trans the halves of rows 2 t and 2 t + 1 in column g."""
         registers = [r.strip() for r in a[0][1:-1].split(",")]
         base, offset = self._address(a[1])
 
@@ -632,6 +657,9 @@ class Machine:
                 matrices = self.load_shared(lanes[own], address[own], np.uint8, 16).reshape(4, 8, 4, 4)
                 groups = address[own].reshape(4, 8) // 16 % 8
                 self.conflicts += sum(8 - len(set(rows)) for rows in groups.tolist())
+                if "trans" in parts:
+                    halves = np.ascontiguousarray(matrices).view(np.uint16).reshape(4, 8, 8).transpose(0, 2, 1)
+                    matrices = np.ascontiguousarray(halves).view(np.uint32)
                 for register, matrix in zip(registers, matrices, strict=True):
                     self.put(register, lanes[own], np.ascontiguousarray(matrix).view(np.uint32).ravel())
         return ldmatrix

@@ -1,5 +1,6 @@
 """CUDA graphs without a GPU: what is recorded and replayed, with CUDA's part played by a second run over the inputs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -45,7 +46,7 @@ def test_graph_replays_from_its_own_inputs(family, monkeypatch):
         def replay(self):
             graphed.output.copy_(graphed._hidden())
 
-    for name in ("Stream", "current_stream", "stream", "graph"):
+    for name in ("Stream", "current_stream", "stream", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     g = torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ def test_graph_replays_from_its_own_inputs(family, monkeypatch):
 
 def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch):
     model = load_model(FIXTURES / "llada", device="cpu").requires_grad_(False)
-    for name in ("Stream", "current_stream", "stream", "CUDAGraph"):
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
 
     def refuse(_):
@@ -77,3 +78,31 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(monkeypatch):
     assert torch.equal(got, model(ids))
     assert len(restored) == 1
     assert torch.equal(graphed(ids.as_subclass(PretendsCuda)).as_subclass(torch.Tensor), model(ids))  # said once
+
+
+def test_a_graph_is_recorded_and_replayed_on_the_device_of_its_model(monkeypatch):
+    """Which need not be the current one: streams, graphs and launches belong to the current device."""
+    model = load_model(FIXTURES / "llada", device="cpu").requires_grad_(False)
+    graphed, current, done = GraphedModel(model), ["cuda:0"], []
+
+    @contextmanager
+    def device(of):
+        before, current[0] = current[0], of
+        yield
+        current[0] = before
+
+    class Graph:
+        def __init__(self):
+            done.append(("recorded", current[0]))
+
+        def replay(self):
+            done.append(("replayed", current[0]))
+
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    ids = torch.zeros(1, 5, dtype=torch.long).as_subclass(PretendsCuda)
+    graphed.hidden(ids)
+    assert done == [("recorded", ids.device), ("replayed", ids.device)]
+    assert current == ["cuda:0"]
