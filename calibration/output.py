@@ -208,8 +208,8 @@ def model_card(run: dict, size: int) -> str:
         f"the source")
     return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
             f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model "
-            f"import load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; {kept}. "
-            f"Arguments, versions and losses: `starquant.json`.\n")
+            f"import load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; "
+            f"{kept}. Arguments, versions and losses: `starquant.json`.\n")
 
 
 def run_key(name: str, source: Checkpoint, tokens, config) -> dict:

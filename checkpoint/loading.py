@@ -209,12 +209,12 @@ def is_quantized(model) -> bool:
 
 
 def stays_16_bit(name: str) -> bool:
-    """Whether a tensor of a quantized folder was left in 16 bit: norms, and unless they are integers embedding, head."""
+    """Whether a tensor of a quantized folder was left in 16 bit: those of norms, perhaps of embedding and head."""
     return name.endswith(".weight")
 
 
 def stored_bytes(model) -> int:
-    """Bytes of the tensors that `save_model` writes; what is left in 16 bit counts 2 bytes a number in any dtype."""
+    """Bytes of the tensors that `save_model` writes; what is left in 16 bit counts 2 bytes a number."""
     quantized, sizes = is_quantized(model), []
     for tensors in (*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)):
         sizes += [tensor.nbytes if quantized and not stays_16_bit(name) else 2 * tensor.numel()

@@ -203,7 +203,7 @@ class HarnessLM(LM):
     def _stored(self) -> dict:
         answers = {}
         for file in sorted(self.cache.glob("answers-*.jsonl")) if self.cache else []:
-            for line in file.read_text().split("\n"):
+            for line in file.read_text(encoding="utf-8").split("\n"):
                 try:
                     answers |= json.loads(line)
                 except ValueError:  # the line at which a run was killed
@@ -213,7 +213,7 @@ class HarnessLM(LM):
     def _store(self, answers: dict) -> None:
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with open(self.cache / f"answers-{processes.rank()}.jsonl", "a") as file:
+            with open(self.cache / f"answers-{processes.rank()}.jsonl", "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(answers))  # a line of its own, even behind one cut short
 
 # ---- running tasks ---------------------------------------------------------------------------------------------------

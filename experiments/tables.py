@@ -239,7 +239,7 @@ def digest(key: dict) -> str:
 def stored_cells(*files: Path) -> dict[str, dict]:
     """Finished cells by digest, the later of two; a line that an interruption cut short is left out."""
     cells = {}
-    for line in (line for file in files if file.exists() for line in file.read_text().splitlines()):
+    for line in (line for file in files if file.exists() for line in file.read_text(encoding="utf-8").splitlines()):
         try:
             cell = json.loads(line)
             cells[cell["digest"]] = cell

@@ -41,6 +41,8 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept: str =
     A refusal, a failure of the file system and lost memory give 2 and one sentence on standard error; Ctrl-C gives 130.
     smaller: the flags that lower the memory a run needs. kept: a sentence that says what an interrupted run leaves.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack a character, such as ░
     try:
         result = function(args)
     except Refused as error:
