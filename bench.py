@@ -24,7 +24,7 @@ import kernels
 from checkpoint.families import FUSED
 from checkpoint.folder import write_json
 from checkpoint.published import write_checkpoint
-from experiments.twins import peers, plus_twin, quantized_twin, random_model, residents, unpacked
+from experiments.twins import eager, peers, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model, swiglu
 from runtime import cpu, cuda, processes
@@ -337,7 +337,8 @@ def measure_all(args, keep=lambda result: None) -> dict:
              for name, (method, weights) in QUANTIZED.items()}
     result["memory"] = {name: s | {"ratio": s["sixteen_bit"] / s["total"]} for name, s in sizes.items()}
     result["resident"] = {name: residents(m) for name, m in models.items()}
-    all_models = models | (peers(model, log) if args.peers else {})
+    all_models = models | ({"16-bit, eager glue": eager(model)} if device.type == "cuda" else {})
+    all_models |= peers(model, log) if args.peers else {}
     weight_bytes = {name: 0.5 if weights == "packed" else 1 for name, (_, weights) in QUANTIZED.items()}
     points = result["denoising"] = []
     for batch, length, tokens in asked:

@@ -17,6 +17,7 @@ from methods.hadamard import spread
 from methods.rtn import quantize_outer
 from methods.sgat import initial_basis
 from model import DiffusionLM, Linear, RMSNorm
+from runtime import cuda
 from runtime.layers import TAC, Centre, Grid, QuantLinear, Weight, rebuilt
 from starquant import Across, Blocks, Dense, tac_block_size
 
@@ -111,6 +112,18 @@ def _unpacked(module):
     module = copy.copy(module)
     module._buffers = dict(module._buffers)
     return module.unpack_weights()
+
+
+def eager(model) -> DiffusionLM:
+    """The 16-bit model with PyTorch's own operations for norms, rope and SiLU instead of one kernel each."""
+    twin, hidden = copy.copy(model), model.hidden
+
+    def plain(*args, **kwargs):
+        with cuda.eager_glue():
+            return hidden(*args, **kwargs)
+
+    twin.hidden = plain
+    return twin
 
 
 def peers(model, log=print) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.settings import Settings
+from runtime import cuda
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import apply_basis, fold_weight, quant_params
 
@@ -103,12 +104,16 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
     scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
     W[:, H.diagonal() == 0] = 0
     U = inverse_factor(H, damping)
+    one_kernel = W.is_cuda and cuda.ready(W.device.index, torch.float32, "gptq")
+    block = cuda.GPTQ_BLOCK if one_kernel else block
     codes = torch.empty_like(W, dtype=torch.int8)
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
         near, columns = U[start:end, start:end], W[:, start:end].mT.contiguous()
         rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
-        for i, w in enumerate(columns):
+        if one_kernel:
+            rounded, errors = cuda.gptq_columns(columns, near, scale, bits), columns
+        for i, w in enumerate(() if one_kernel else columns):
             rounded[i] = round_columns(w, scale, bits)
             # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
             errors[i] = (w - scale * rounded[i]) / near[i, i]

@@ -386,9 +386,9 @@ def correct(z, M, bias):
 
 def gptq_columns(columns, U, scale, bits: int):
     """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64 of a weight, n ≤ GPTQ_BLOCK, and in their place the
-    errors; U a view (n, n) of a matrix with rows of U.stride(0), scale (C,) fp64."""
-    (n, C), codes = columns.shape, torch.empty_like(columns, dtype=torch.int8)
-    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, U, scale, codes, n, C, U.stride(0), bits], 64)
+    errors; U (n, n), scale (C,), fp64 both."""
+    (n, C), codes, U = columns.shape, torch.empty_like(columns, dtype=torch.int8), U.contiguous()
+    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, U, scale.contiguous(), codes, n, C, bits], 64)
     return codes
 
 # ---- glue: what both models do between their linears ---------------------------------------------------------------

@@ -672,15 +672,15 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #endif  // ROTATE
 
 #ifdef GPTQ
-// GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has a column of the weight in each row, U (n, ld)
+// GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has a column of the weight in each row, U (n, n)
 // the same rows and columns of the inverse Hessian's factor. A thread takes one output channel through all columns and
 // leaves their codes and, in w, their errors.
 extern "C" __global__ void gptq_columns(double* w, const double* U, const double* scale, signed char* codes, int n, int C,
-                                        int ld, int bits) {
+                                        int bits) {
     __shared__ double shared_U[GPTQ_BLOCK][GPTQ_BLOCK];
     for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += blockDim.x) {
         int i = k / GPTQ_BLOCK, j = k % GPTQ_BLOCK;
-        shared_U[i][j] = i < n && j < n ? U[(long long)i * ld + j] : i == j;
+        shared_U[i][j] = i < n && j < n ? U[i * n + j] : i == j;
     }
     __syncthreads();
     int c = blockIdx.x * blockDim.x + threadIdx.x;

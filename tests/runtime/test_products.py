@@ -24,6 +24,7 @@ def launch(monkeypatch):
     launch = ptx.launcher()
     monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda, "ready", lambda *_: True)
     cuda._counters.cache_clear()
     return launch
 
