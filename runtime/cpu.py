@@ -1,33 +1,99 @@
-"""The quantized linear on a CPU, and on every device that the CUDA passes do not serve.
+"""The quantized linear on a CPU, and on every other device that the CUDA passes do not serve.
 
-`linear(layer, x, state)` takes activations x (..., d) through the four steps of `runtime/layers.py`: transform,
-quantize, multiply, finish. It is written for reading; the integers come from `kernels.py`.
+What happens to a token
+-----------------------
+`linear(layer, x, state)` takes tokens x (..., d) through the four steps of `runtime/layers.py`:
+
+1. Transform. The token loses the mean of its state where the layer has one, and is multiplied by the factors of P in
+   fp32. A gate then zeroes the channels of the other state.
+2. Quantize. The token's least and largest value give its scale and zero point; `clip` shrinks that range first. Its
+   channels become integers of a few bits, either each to the nearest or by feedback (`feedback_codes`).
+3. Multiply. The integers meet every row of the weight; the sums are exact in int32.
+4. Finish. The zero points are taken off, both scales bring the sums back to real numbers, and the bias and the output
+   of the mean are added.
+
+The readable path
+-----------------
+`readable` does these steps with `kernels.py`, a few PyTorch operations each. It runs on every device and defines the
+result. Its operations walk over the data many times, and rounding by feedback takes b steps of several operations.
+
+The compiled path
+-----------------
+`cpu_kernels.c` does steps 2 to 4 in three walks. It gives the same bits, because it takes the same IEEE operations in
+the same order. The system's C compiler compiles it at first use, for the processor that it runs on, and the result is
+kept in the user's cache folder. `compiled` compares it with the readable path once in every process before it serves.
+Where there is no compiler, or no integer dot product in the processor, or any bit differs, the readable path serves and
+one warning says so.
+
+A weight of four bits stays packed in memory, two codes a byte:
+
+    a row of the weight    [w1|w0] [w3|w2] [w5|w4] [w7|w6] …      the even channel is the lower half of a byte
+    four bytes, << 4       [w0| 0] [w2| 0] [w4| 0] [w6| 0]        16 times the even codes, with their signs
+    four bytes, & 0xf0     [w1| 0] [w3| 0] [w5| 0] [w7| 0]        16 times the odd codes
+    a token's codes         x0 x2 x4 x6   x1 x3 x5 x7 …           in the same order; the sums are 16 times too large
+
+The instruction multiplies unsigned codes by signed ones. A token's codes are therefore X_int of Eq. 2, 0 to 2^b − 1,
+where the readable path has X_int − 2^(b−1). A thread takes 32 rows of the weight at a time, lays them out so that one
+instruction reads four channels of 16 rows, and multiplies all tokens by them while they are in its cache.
+
+A library does more: it lays the weight out once, when it loads a model, which saves the time of about eight tokens at
+every call and costs a second copy or a format of its own.
 """
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 from einops import rearrange
 
 import kernels
+from starquant import apply_basis
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+# IEEE arithmetic as it stands in the source: no fused multiply-add of the compiler's own, integers that wrap around
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+         "-fwrapv", "-w", "-shared", "-fPIC")
+WIDEST = 2**16  # channels: 16 · 8 · 255 times as much stays within int32
+SMALL = 2**22  # multiplications that are not worth a second thread
 
 
-@torch.no_grad()  # rounding has no gradient
 def linear(layer, x, state=None):
     """Eq. 13 for a `runtime.layers.QuantLinear`: x (..., d), state (...) -> (..., C) in the dtype of x.
 
     `state` may be None where no gate, mean or shift depends on it. A token with NaN comes out as NaN.
     """
-    state = None if state is None else state.flatten()
-    rows = layer.phi(x.reshape(-1, layer.in_features), state)  # (tokens, d) fp32
-    codes, scale, zero = token_codes(rows, layer.abits, layer.clip, layer.feedback)  # (tokens, d) int8, (tokens, 1), …
-    zero = zero.to(torch.int32)
+    tokens, state = x.reshape(-1, layer.in_features), None if state is None else state.reshape(-1)
+    library = compiled() if serves(layer, tokens, state) else None
+    y = readable(layer, tokens, state) if library is None else run(library, layer, tokens, state)
+    return y.reshape(*x.shape[:-1], len(layer.weight_packed))
+
+
+# ---- the readable path ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()  # rounding has no gradient
+def readable(layer, x, state=None):
+    """`linear` for x (M, d), state (M,): one operation after another, on any device."""
+    codes, scale, zero = token_codes(layer.phi(x, state), layer.abits, layer.clip, layer.feedback)
+    zero = zero.to(torch.int32)  # (M, 1), as scale; codes (M, d) int8
     # Σ_k (X_c − z_x) W_c = Σ_k X_c W_c − z_x Σ_k W_c
-    sums = kernels.int_matmul(codes, layer.codes()) - zero * layer.weight_sum  # (tokens, C) int32
+    sums = kernels.int_matmul(codes, layer.codes(), 2 ** (layer.abits + layer.wbits - 2))  # (M, C) int32
+    sums -= zero * layer.weight_sum
     if layer.weight_zero is not None:
         # − z_w Σ_k (X_c − z_x)
-        sums = sums - (codes.sum(-1, keepdim=True, dtype=torch.int32) - layer.in_features * zero) * layer.weight_zero
-    # Ŷ = s_x s_w Σ_k (X_c − z_x)(W_c − z_w)
-    y = sums.float() * scale * layer.weight_scale
-    return layer.finish(y, state).to(x.dtype).reshape(*x.shape[:-1], -1)
+        sums -= (codes.sum(-1, keepdim=True, dtype=torch.int32) - layer.in_features * zero) * layer.weight_zero
+    # Y = s_x s_w Σ_k (X_c − z_x)(W_c − z_w)
+    return layer.finish(sums.float() * scale * layer.weight_scale, state).to(x.dtype)
 
 
 def token_codes(x, bits: int, clip=None, feedback=None):
@@ -73,3 +139,172 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
         u[i] = r
     # X_c = r + z
     return rearrange(u.add_(zero), "b n m -> m (n b)").to(torch.int8)
+
+
+# ---- the compiled path ---------------------------------------------------------------------------------------------
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of cpu_kernels.c: sizes of a QuantLinear and the addresses of its tensors."""
+
+    TENSORS = ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift", "weight_sum", "weight_zero",
+               "feedback")
+    _fields_ = [*((name, ctypes.c_long) for name in ("K", "N", "d_m", "d_u", "block")),
+                *((name, ctypes.c_int) for name in ("bits", "packed")), *((name, ctypes.c_void_p) for name in TENSORS)]
+
+
+def serves(layer, x, state) -> bool:
+    """Whether cpu_kernels.c is written for these tokens x (M, d) of this layer."""
+    needs_state = layer.d_m or layer.d_u or layer.mean is not None or layer.shift is not None
+    return (x.device.type == "cpu" == layer.weight_packed.device.type and x.dtype in (torch.float32, torch.bfloat16)
+            and layer.in_features <= WIDEST
+            and (not needs_state or (state is not None and state.dtype == torch.bool and len(state) == len(x))))
+
+
+def run(library, layer, x, state):
+    """`readable` by the compiled functions."""
+    (M, K), N, half = x.shape, len(layer.weight_packed), x.dtype == torch.bfloat16
+    about, threads = described(layer), torch.get_num_threads() if M * K * N > SMALL else 1
+    state = None if state is None else state.contiguous()
+    at = None if state is None else state.data_ptr()
+    rows = x.contiguous()
+    if layer.mean is not None:
+        rows = torch.empty(M, K)
+        library.centre(about, x.contiguous().data_ptr(), at, rows.data_ptr(), M, half, threads)
+    rows = apply_basis(rows.float(), layer.basis(rows.float())).contiguous()
+    if (layer.d_m or layer.d_u) and rows.data_ptr() == x.data_ptr():
+        rows = rows.clone()  # the gates are applied in place
+    y = torch.empty(M, N, dtype=x.dtype)
+    if library.linear(about, rows.data_ptr(), at, y.data_ptr(), M, half, threads):
+        raise MemoryError(f"no memory for the codes of {M} tokens of {K} channels.")
+    return y
+
+
+def described(layer) -> ctypes.c_void_p:
+    """The address of the layer's `Layer`, which is kept with it for as long as it has the same tensors."""
+    identity = tuple(map(id, layer._buffers.values()))
+    if "C" not in layer._converted or layer._converted["C"][0] != identity:
+        dtypes = dict.fromkeys(Layer.TENSORS, torch.float32) | {
+            "weight_packed": layer.weight_packed.dtype, "weight_sum": torch.int32, "weight_zero": torch.int32,
+            "feedback": torch.bfloat16}
+        given = {name: getattr(layer, name) for name in Layer.TENSORS}
+        kept = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
+        addresses = {name: None if t is None else t.data_ptr() for name, t in kept.items()}
+        about = Layer(K=layer.in_features, N=len(layer.weight_packed), d_m=layer.d_m, d_u=layer.d_u, bits=layer.abits,
+                      block=0 if layer.feedback is None else layer.feedback.shape[-1], packed=layer.packed, **addresses)
+        layer._converted["C"] = identity, ctypes.c_void_p(ctypes.addressof(about)), about, kept, tuple(given.values())
+    return layer._converted["C"][1]
+
+
+@cache
+def compiled():
+    """cpu_kernels.c as a library that agrees with `readable` in every bit, or None, said once, where there is none."""
+    try:
+        library = load()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    else:
+        if agrees(library):
+            return library
+        reason = "its results differ from those of the readable path"
+    warnings.warn(f"runtime/cpu_kernels.c does not serve ({reason}); quantized linears take the readable path, which "
+                  "gives the same numbers more slowly.", stacklevel=2)
+    return None
+
+
+def compiler() -> list[str]:
+    """The command of the C compiler: $CC where it is set, else cc, gcc or clang. OSError if there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]
+    raise OSError(f"there is no C compiler named {named[0]}" if named else "there is no C compiler")
+
+
+def load():
+    """The library from the cache folder, where it is compiled first if it is not there or damaged.
+
+    Its name holds a hash of everything that it depends on. Its last 32 bytes are the hash of the others.
+    """
+    command = [*compiler(), *FLAGS]
+    file = os.stat(command[0])
+    identity = (SOURCE.read_bytes(), command, file.st_size, file.st_mtime_ns, processor())
+    name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.so"
+    with cache_folder() as folder:
+        path = folder / name
+        if not intact(path):
+            with tempfile.TemporaryDirectory(dir=folder) as room:
+                built = Path(room) / name
+                build(command, built)
+                built.write_bytes(built.read_bytes() + hashlib.sha256(built.read_bytes()).digest())
+                built.replace(path)
+        library = ctypes.CDLL(path)
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.centre.argtypes = [pointer, pointer, pointer, pointer, number, ctypes.c_int, ctypes.c_int]
+    library.linear.argtypes = library.centre.argtypes
+    library.centre.restype = None
+    return library
+
+
+def build(command, path):
+    """Compile the source, with threads if the compiler has OpenMP. RuntimeError with the compiler's first message."""
+    for threads in (["-fopenmp"], []):
+        result = subprocess.run([*command, *threads, str(SOURCE), "-o", str(path), "-lm"], capture_output=True,
+                                text=True, errors="replace", timeout=300)
+        if result.returncode == 0:
+            return
+    messages = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit code {result.returncode}"]
+    raise RuntimeError(f"{command[0]}: {messages[0]}")
+
+
+def intact(path) -> bool:
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def processor() -> str:
+    """What tells this machine's instructions from another's, for whom the same folder may be mounted."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+
+
+@contextmanager
+def cache_folder():
+    """The user's folder for compiled code, or a temporary one where others could write to it or it cannot be made."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "star-quant"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        private = about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        private = False
+    if private:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="star-quant-") as folder:
+            yield Path(folder)
+
+
+def agrees(library) -> bool:
+    """Whether the library gives the bits of `readable`, for awkward shapes and all tensors that a layer may have."""
+    from runtime import layers  # which takes `linear` from here
+
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    for M, K, N, bits, symmetric, b in ((37, 144, 70, 4, True, 24), (5, 45, 33, 8, False, 0)):
+        layer = layers.QuantLinear(
+            weight=layers.quantize_weight(normal(N, K), bits, symmetric), d_m=K // 8, d_u=K // 16, bias=normal(N),
+            grid=layers.Grid(bits, torch.tensor([0.8, 0.9]), 0.1 * normal(K // b, b, b) if b else None),
+            centre=layers.Centre(normal(2, K), normal(2, N)))
+        state = torch.rand(M, generator=g) < 0.5
+        for x in (normal(M, K), normal(M, K).bfloat16()):
+            if not torch.equal(run(library, layer, x, state), readable(layer, x, state)):
+                return False
+    return True
