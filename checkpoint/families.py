@@ -1,9 +1,12 @@
 """Model families: what a Hugging Face `config.json` says, and how its tensors are named.
 
-One switchable Llama-type block (`model.py`) serves every family; a family is a set of switches and a table of names.
-Every key of a config is read and its type checked. A key that changes the computation must have an implemented value,
-where an absent key counts as the default of the family's official code; a key that cannot change it (initialization,
-dropout, caching) is listed as harmless; anything else is refused by name.
+One switchable Llama-type block (`model.py`) serves every family. A family is a set of switches and a list of names.
+
+How a config is read
+--------------------
+Every key is read and its type checked. A key that changes the computation must have an implemented value; if it is
+absent, the default of the family's official code counts. A key that cannot change the computation (initialization,
+dropout, caching) is listed as harmless. Any other key is refused by name.
 """
 
 from dataclasses import dataclass, field
@@ -47,10 +50,10 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ffn", "vocab_size"):
-            # a bound on layers, so that listing the tensors of an absurd config takes no time either
+            # the bound on layers keeps the list of the tensors short, however absurd the config
             if not 0 < getattr(self, name) < (10**4 if name == "n_layers" else 10**7):
                 raise Refused(f"config.json: {name} is {getattr(self, name)!r}; it must be a positive integer of "
-                                  f"a plausible size.")
+                              f"a plausible size.")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < 1e30:
                 raise Refused(f"config.json: {name} is {getattr(self, name)!r}; it must be a positive number.")
@@ -64,11 +67,16 @@ class ModelConfig:
                 raise Refused(f"config.json: {name} is {value!r}, outside the vocabulary of {self.vocab_size}.")
 
 
+# ---- keys and their values -------------------------------------------------------------------------------------------
+
+
 class Only:
     """The implemented values of a key, instead of a type."""
 
     def __init__(self, *values):
         self.values = values
+
+
 REQUIRED = object()
 ABSENT = object()  # a harmless key: its type is checked, its value never used
 _NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
@@ -81,10 +89,10 @@ def _is(value, kind) -> bool:
 
 
 def _read(raw: dict, spec: dict) -> dict:
-    """The values of `spec`'s keys, checked. spec: key -> (what, default).
+    """The values of the keys in `spec`, checked; raises Refused for the first key or value that is not implemented.
 
-    what is Only(values), a type, or a tuple (type, None) for a value that may be null; default is what the official
-    code takes for an absent key, REQUIRED, or ABSENT for a harmless key.
+    spec: key -> (what, default). `what` is Only(values), a type, or a tuple (type, None) for a value that may be null.
+    `default` is what the official code takes for an absent key, REQUIRED, or ABSENT for a harmless key.
     """
     for key, value in raw.items():
         if key not in spec:
@@ -113,6 +121,10 @@ def _head_dim(d_model: int, n_heads: int) -> int:
     if n_heads < 1 or d_model % n_heads:
         raise Refused(f"config.json: model dimension {d_model} does not divide by {n_heads} heads.")
     return d_model // n_heads
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
 # what every config may carry without changing what is computed at inference
 _HARMLESS = {
     "model_type": (str, ABSENT), "architectures": ((list, None), ABSENT), "auto_map": ((dict, None), ABSENT),
@@ -120,23 +132,23 @@ _HARMLESS = {
     "dtype": ((str, None), ABSENT), "use_cache": (bool, ABSENT), "initializer_range": (float, ABSENT),
     "attention_dropout": (float, ABSENT), "bos_token_id": ((int, None), ABSENT), "pad_token_id": ((int, None), ABSENT),
     "_name_or_path": (str, ABSENT), "_attn_implementation_autoset": (bool, ABSENT),
-    "quantization_config": (dict, ABSENT),  # read by checkpoint.py
+    "quantization_config": (dict, ABSENT),  # read by checkpoint/loading.py
 }
-_LLADA = _HARMLESS | {
+_LLADA_KEYS = _HARMLESS | {
     "d_model": (int, REQUIRED), "n_layers": (int, REQUIRED), "n_heads": (int, REQUIRED),
     "n_kv_heads": ((int, None), None), "multi_query_attention": ((bool, None), None),
     "mlp_hidden_size": ((int, None), None), "mlp_ratio": (int, 4), "vocab_size": (int, REQUIRED),
-    # The official defaults of these (50304, true, 10000, 1e-5) fit no published model: a config must say them.
+    # a config must say these, because their official defaults (50304, true, 10000, 1e-5) fit no published model
     "embedding_size": ((int, None), REQUIRED), "weight_tying": (bool, REQUIRED), "rope_theta": (float, REQUIRED),
     "rms_norm_eps": (float, REQUIRED), "mask_token_id": (int, REQUIRED), "eos_token_id": ((int, None), None),
     "include_qkv_bias": ((bool, None), False), "rope_full_precision": (bool, True), "scale_logits": (bool, False),
-    # switches with one implemented value; the official default of an absent key is refused where it is another
+    # switches with one implemented value, which an absent key may not have by the official defaults
     "rope": (Only(True), False), "alibi": (Only(False), False), "layer_norm_type": (Only("rms"), "default"),
     "block_type": (Only("llama"), "sequential"), "activation_type": (Only("silu"), "swiglu"),
     "layer_norm_with_affine": (Only(True), True), "bias_for_layer_norm": (Only(False, None), None),
     "include_bias": (Only(False), False), "attention_layer_norm": (Only(False), False),
     "input_emb_norm": (Only(False), False), "block_group_size": (Only(1), 1), "clip_qkv": (Only(None), None),
-    # initialization, training, unused parts of switched-off features; sequence length is not enforced by RoPE
+    # initialization, training, parts of features that are off, and the sequence length, which RoPE does not limit
     "attention_layer_norm_with_affine": (bool, ABSENT), "alibi_bias_max": (float, ABSENT),
     "flash_attention": (bool, ABSENT), "max_sequence_length": (int, ABSENT), "residual_dropout": (float, ABSENT),
     "tie_word_embeddings": (bool, ABSENT),  # weight_tying decides
@@ -147,7 +159,7 @@ _LLADA = _HARMLESS | {
 
 def read_llada(raw: dict) -> ModelConfig:
     """LLaDA-8B-Base, -Instruct, LLaDA-1.5, and the embedded model (`model_type: llada`)."""
-    c = _read(raw, _LLADA)
+    c = _read(raw, _LLADA_KEYS)
     rows = c["vocab_size"] if c["embedding_size"] is None else c["embedding_size"]
     if rows < c["vocab_size"]:
         raise Refused(f"config.json: embedding_size {rows} is below vocab_size {c['vocab_size']}.")
@@ -155,7 +167,7 @@ def read_llada(raw: dict) -> ModelConfig:
     n_kv_heads = c["n_heads"] if told is None else told
     if c["n_kv_heads"] not in (None, n_kv_heads):
         raise Refused(f"config.json: multi_query_attention = {c['multi_query_attention']} contradicts n_kv_heads = "
-                          f"{c['n_kv_heads']}.")
+                      f"{c['n_kv_heads']}.")
     return ModelConfig(
         family="llada", d_model=c["d_model"], n_layers=c["n_layers"], n_heads=c["n_heads"], n_kv_heads=n_kv_heads,
         head_dim=_head_dim(c["d_model"], c["n_heads"]),
@@ -163,14 +175,16 @@ def read_llada(raw: dict) -> ModelConfig:
         vocab_size=rows, rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"], mask_id=c["mask_token_id"],
         eos_id=c["eos_token_id"], qkv_bias=bool(c["include_qkv_bias"]), tied=c["weight_tying"],
         rope_fp32=c["rope_full_precision"], logit_scale=c["d_model"] ** -0.5 if c["scale_logits"] else 1.0, raw=raw)
-_QWEN = _HARMLESS | {
+
+
+_QWEN_KEYS = _HARMLESS | {
     "hidden_size": (int, REQUIRED), "num_hidden_layers": (int, REQUIRED), "num_attention_heads": (int, REQUIRED),
     "num_key_value_heads": ((int, None), REQUIRED), "intermediate_size": (int, REQUIRED), "vocab_size": (int, REQUIRED),
     "mask_token_id": (int, REQUIRED), "eos_token_id": ((int, None), None), "rope_theta": (float, REQUIRED),
     "rms_norm_eps": (float, REQUIRED), "tie_word_embeddings": (bool, False), "hidden_act": (Only("silu"), "silu"),
     "rope_scaling": (Only(None, {"rope_type": "default"}), None), "use_sliding_window": (Only(False), False),
     "use_mrope": (Only(False), False),
-    # only used where use_sliding_window is true; sequence length is not enforced by RoPE
+    # the window is used only if use_sliding_window is true; RoPE does not limit the sequence length
     "sliding_window": ((int, None), ABSENT), "max_window_layers": ((int, None), ABSENT),
     "max_position_embeddings": (int, ABSENT),
 }
@@ -193,31 +207,33 @@ def read_dream(raw: dict) -> ModelConfig:
     if "block_size" in raw:
         raise Refused(f"config.json has key 'block_size': {reasoner}")
     c = _read({k: v for k, v in raw.items() if k != "head_dim"},
-              _QWEN | {"attention_bias": (bool, ABSENT)})  # its q, k, v have biases, whatever this says
+              _QWEN_KEYS | {"attention_bias": (bool, ABSENT)})  # its q, k, v have biases, whatever this says
     head_dim = _head_dim(c["hidden_size"], c["num_attention_heads"])
     if raw.get("head_dim", head_dim) != head_dim:
         raise Refused(f"config.json: head_dim = {raw['head_dim']!r} is not hidden_size / num_attention_heads = "
-                          f"{head_dim}: {reasoner}")
+                      f"{head_dim}: {reasoner}")
     return _qwen(c, raw, family="dream", qkv_bias=True, positions_skip_padding=True, logit_shift=True)
 
 
 def read_a2d(raw: dict) -> ModelConfig:
     """Qwen2 and Qwen3 made bidirectional by dLLM (`model_type: a2d-qwen2`, `a2d-qwen3`); logits are not shifted.
 
-    Their mask token is the tokenizer's; `checkpoint.py` fills in `mask_token_id` where the config has none.
+    Where the config has no `mask_token_id`, `folder.Checkpoint` has taken it from the tokenizer's files.
     """
     qwen3 = raw["model_type"] == "a2d-qwen3"
     newer = raw.get("rope_parameters")  # newer transformers write rope_theta in here
     flat = raw
     if isinstance(newer, dict) and newer.keys() == {"rope_theta", "rope_type"} and newer["rope_type"] == "default":
         flat = {k: v for k, v in raw.items() if k != "rope_parameters"} | {"rope_theta": newer["rope_theta"]}
-    c = _read(flat, _QWEN | {
+    c = _read(flat, _QWEN_KEYS | {
         "tie_word_embeddings": (bool, REQUIRED), "layer_types": ((list, None), None),
         **({"head_dim": (int, REQUIRED), "attention_bias": (Only(False), False)} if qwen3 else {})})
     if set(c["layer_types"] or ()) - {"full_attention"}:
         raise Refused(f"config.json: layer_types = {c['layer_types']!r} is not implemented here, only "
-                          f"'full_attention'.")
+                      f"'full_attention'.")
     return _qwen(c, raw, family="a2d", qkv_bias=not qwen3, qk_norm=qwen3)
+
+
 READERS = {"llada": read_llada, "Dream": read_dream, "a2d-qwen2": read_a2d, "a2d-qwen3": read_a2d}
 
 
@@ -244,6 +260,8 @@ class Names:
     linears: dict[str, tuple[str, ...]]
     q_norm: str = ""
     k_norm: str = ""
+
+
 _QWEN_NAMES = Names(
     "model.embed_tokens", "model.norm", "lm_head",
     "model.layers.{}", "input_layernorm", "post_attention_layernorm",
@@ -262,7 +280,7 @@ NAMES = {
 
 
 def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the four fused linears of a block."""
+    """(C, d) of the weights of a block's four fused linears."""
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     return {"qkv": (heads + 2 * kv, c.d_model), "out": (c.d_model, heads), "gate_up": (2 * c.d_ffn, c.d_model),
             "down": (c.d_model, c.d_ffn)}

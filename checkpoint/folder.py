@@ -1,10 +1,15 @@
 """Checkpoint folders: finding them, reading safetensors tensor by tensor, writing atomically.
 
-A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`. Tensors are
-read one at a time through a memory map; names, shapes and dtypes come from the headers, so a wrong or truncated file
-is named before any work starts, and where the index holds checksums (ours do) so is a flipped bit. Pickled weights are
-never opened. Files are written as temporary -> fsync -> replace, so no half-written file ever stands under a final
-name.
+A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`.
+
+Reading
+    Names, shapes and types come from the headers, so a wrong or truncated file is named before any work starts. If the
+    index holds checksums, as ours does, a flipped bit is named, too. Tensors are read one at a time through a memory
+    map. Pickled weights are never opened.
+
+Writing
+    A file is written under a temporary name, flushed to the disk and then renamed. So no half-written file ever has a
+    final name.
 """
 
 import hashlib
@@ -38,7 +43,7 @@ def hub_id(name_or_path: str) -> str | None:
 
 
 def resolve(name_or_path: str) -> Path:
-    """Alias, folder or hub id -> local folder. Only a hub id touches the network (finished files are kept)."""
+    """The local folder of an alias, a folder or a hub id. Only a hub id uses the network; finished files are kept."""
     name = hub_id(name_or_path)
     if name is None:
         tiny = Path(__file__).parent.parent / "tiny" / "weights"
@@ -47,13 +52,13 @@ def resolve(name_or_path: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
-    except Exception as error:  # network, authentication, unknown repository: many types, one meaning
+    except Exception as error:  # the library has many types for a lost network, a missing permission, an unknown id
         raise Refused(f"could not download {name} ({type(error).__name__}); download it elsewhere and give "
-                              f"the folder instead: --model FOLDER.") from None
+                      f"the folder instead: --model FOLDER.") from None
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file, or one sentence about why not."""
+    """A JSON object from a file; Refused if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -66,7 +71,7 @@ def read_json(path: Path) -> dict:
 
 
 def added_tokens(folder: Path) -> dict[int, dict]:
-    """id -> {content, special, ...} of the tokens that the tokenizer's small files add to its vocabulary."""
+    """The tokens that the tokenizer's small files add to its vocabulary: id -> {content, special, ...}."""
     plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     try:
         out = {i: {"content": t} for t, i in (read_json(plain) if plain.is_file() else {}).items()}
@@ -80,7 +85,7 @@ def added_tokens(folder: Path) -> dict[int, dict]:
 
 
 def mask_token_id(folder: Path) -> int:
-    """Id of the mask token by the tokenizer's files: dLLM's Qwen models keep it there and not in config.json."""
+    """Id of the mask token from the tokenizer's files, where dLLM's Qwen models keep it instead of in config.json."""
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     text = config.get("mask_token") or "<|mask|>"
     text = text.get("content") if isinstance(text, dict) else text
@@ -116,9 +121,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    """One safetensors shard. Tensors are copied to contiguous CPU memory first.
+    """One safetensors file. Tensors are copied to contiguous CPU memory first.
 
-    `metadata` holds a single key: the library writes several in random order, and equal runs must give equal bytes.
+    `metadata` must have a single key. The library writes several in random order, but equal runs must give equal bytes.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
@@ -160,7 +165,11 @@ def sha256(path: Path) -> str:
 
 
 class Checkpoint:
-    """Read access to a folder: `config`, `names`, `get(name)`. Headers are checked when it is opened."""
+    """Read access to a folder, whose headers are checked when it is opened.
+
+    config: what config.json says. quantization: its quantization_config, None for a 16-bit model. shapes, dtypes and
+    files: of every tensor by name. Raises Refused with one sentence about what is wrong.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -172,7 +181,7 @@ class Checkpoint:
         ours = {"linears", "weight_bits", "activation_bits"}
         if self.quantization is not None and not ours <= set(self.quantization):
             raise Refused(f"{self.folder} was quantized by another tool (quant_method "
-                                  f"{self.quantization.get('quant_method')!r}); give the 16-bit model instead.")
+                          f"{self.quantization.get('quant_method')!r}); give the 16-bit model instead.")
         self.files = self._shards()
         self._open = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -187,12 +196,12 @@ class Checkpoint:
         missing = sorted(set(self.files or ()) - set(self.shapes))
         if missing:
             raise Refused(f"{self.folder}: {INDEX} lists {missing[0]!r} (and {len(missing) - 1} more), but its "
-                                  f"shard does not hold it.")
+                          f"shard does not hold it.")
         if self.files is None:
             self.files = dict.fromkeys(self.shapes, SINGLE)
 
     def _shards(self) -> dict[str, str] | None:
-        """weight_map of the index, or None for a single file; refuses paths that leave the folder."""
+        """The index's map from tensor to file, or None for a single file; a path out of the folder is refused."""
         if (self.folder / INDEX).exists() and (self.folder / SINGLE).exists():
             raise Refused(f"{self.folder} holds both {SINGLE} and {INDEX}, which may be two models; move one of them "
                           f"away.")
@@ -204,15 +213,15 @@ class Checkpoint:
             bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
             if bad:
                 raise Refused(f"{self.folder / INDEX} names {bad[0]!r}, which is not a safetensors file in "
-                                      f"this folder.")
+                              f"this folder.")
             missing = sorted({f for f in files.values() if not (self.folder / f).is_file()})
             if missing:
                 raise Refused(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
-                                      f"{INDEX} lists: {', '.join(missing)}.")
+                              f"{INDEX} lists: {', '.join(missing)}.")
             stray = sorted(p.name for p in self.folder.glob("model-*-of-*.safetensors") if p.name not in files.values())
             if stray:
                 raise Refused(f"{self.folder} holds {stray[0]}, which {INDEX} does not list; it belongs to "
-                                      f"another model.")
+                              f"another model.")
             self._verify(metadata.get("sha256") if isinstance(metadata, dict) else None)
             return files
         if (self.folder / SINGLE).is_file():
@@ -221,11 +230,11 @@ class Checkpoint:
         raise Refused(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
 
     def _verify(self, sums) -> None:
-        """Compare shards with the checksums that calibration leaves in the index's metadata."""
+        """Compare the shards with the checksums in the index's metadata, if it has any."""
         for file, digest in (sums if isinstance(sums, dict) else {}).items():
             if file in os.listdir(self.folder) and sha256(self.folder / file) != digest:
                 raise Refused(f"{self.folder / file} differs from its checksum in {INDEX}; copy or make it "
-                                      f"again.")
+                              f"again.")
 
     def _handle(self, file: str):
         if file not in self._open:
@@ -240,21 +249,19 @@ class Checkpoint:
         return self._handle(file).metadata() or {}
 
     def require(self, name: str, shape) -> None:
-        """Name a missing tensor or a wrong shape before anything is allocated."""
+        """Refused if a tensor is missing or has another shape; nothing is allocated."""
         if name not in self.shapes:
             raise Refused(f"{self.folder} lacks the tensor {name!r}.")
         if self.shapes[name] != tuple(shape):
             raise Refused(f"{self.folder}: tensor {name!r} has shape {list(self.shapes[name])}, but "
-                                  f"config.json asks for {list(shape)}.")
+                          f"config.json asks for {list(shape)}.")
 
-    def get(self, name: str, shape=None) -> torch.Tensor:
-        """One tensor, finite (NaN and Inf are named with their count)."""
-        if shape is not None:
-            self.require(name, shape)
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor; Refused if it holds NaN or Inf."""
         tensor = self._handle(self.files[name]).get_tensor(name)
-        # NaN and Inf come through to the extremes, which a CPU finds twenty times as fast as it counts
+        # the extremes of a tensor with NaN or Inf are NaN or Inf; finding them is twenty times as fast as counting
         if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            # in pieces: a mask of a whole embedding would take as much memory again
+            # in pieces, because the mask of a whole embedding would take half as much memory again
             bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(4096))
             raise Refused(f"{self.folder / self.files[name]}: tensor {name!r} holds {bad} NaN or Inf.")
         return tensor

@@ -1,7 +1,7 @@
 """Tokenizers and chat templates, without transformers or jinja.
 
-`tokenizer.json` is read by the tokenizers library as it is. Dream publishes no such file but `vocab.json` and
-`merges.txt`, from which the same byte-level BPE is built. The two chat templates are short functions, equal to the
+The tokenizers library reads a `tokenizer.json` as it is. Dream publishes `vocab.json` and `merges.txt` instead, from
+which the same byte-level BPE is built. The two chat templates are short functions; they give the same text as the
 template strings in the models' tokenizer_config.json.
 """
 
@@ -16,9 +16,9 @@ QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model folder (a `tokenizers.Tokenizer`), or None: only text entry points need one.
+    """The tokenizer of a model folder, a `tokenizers.Tokenizer`, or None if the folder has none.
 
-    Raises Refused with one sentence if the files are there but broken or disagree about ids.
+    Raises Refused with one sentence if its files are broken or disagree about ids.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         return None
@@ -33,15 +33,15 @@ def load_tokenizer(folder: Path):
     tokenizer.no_padding()
     for index, token in sorted(added_tokens(folder).items()):
         flags = {k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-        tokenizer.add_tokens([AddedToken(token["content"], **flags)])  # the next free id, unless it has one
+        tokenizer.add_tokens([AddedToken(token["content"], **flags)])  # a token without an id gets the next free one
         if tokenizer.token_to_id(token["content"]) != index:
             raise Refused(f"{folder}: token {token['content']!r} should have id {index}, but the vocabulary "
-                                  f"gives it {tokenizer.token_to_id(token['content'])}.")
+                          f"gives it {tokenizer.token_to_id(token['content'])}.")
     return tokenizer
 
 
 def _qwen2_bpe(folder: Path):
-    """Byte-level BPE from `vocab.json` and `merges.txt`: NFC, Qwen2's splitting, bytes as letters, merges."""
+    """Byte-level BPE from `vocab.json` and `merges.txt`. Text is normalized (NFC), split, turned into bytes, merged."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
@@ -67,6 +67,8 @@ def _dream_chat(messages, generation_prompt) -> str:  # ChatML
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return text + ("<|im_start|>assistant\n" if generation_prompt else "")
+
+
 _CHAT = {"llada": _llada_chat, "dream": _dream_chat}
 
 

@@ -1,9 +1,8 @@
-"""Models of published shape without their weights: what the benchmark compares, and checkpoints to rehearse on.
+"""Models of published shape without their weights, which the benchmark compares.
 
-    python twins.py --model llada-8b --blocks 2 --out FOLDER       # a true-shape checkpoint, random weights, outliers
-
-In memory: the 16-bit model, its quantized twin in both residencies, and other people's ways. Twins share every tensor
-that they do not replace, so that comparing does not need twice the memory.
+They are the 16-bit model, its quantized twin in both residencies, and other people's ways. Twins share every tensor that
+they do not replace, so that a comparison does not need twice the memory. `checkpoint/published.py` writes checkpoints of
+such shapes.
 """
 
 import copy
