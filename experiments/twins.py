@@ -1,8 +1,8 @@
 """Models of published shape without their weights, which the benchmark compares.
 
-They are the 16-bit model, its quantized twin in both residencies, and other people's ways. Twins share every tensor that
-they do not replace, so that a comparison does not need twice the memory. `checkpoint/published.py` writes checkpoints of
-such shapes.
+They are the 16-bit model, its quantized twin in both residencies, and the ways of other projects. Twins share every
+tensor that they do not replace, so that a comparison does not need twice the memory. `checkpoint/published.py` writes
+checkpoints of such shapes.
 """
 
 import copy

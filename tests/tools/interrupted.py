@@ -59,6 +59,7 @@ def watch(job: dict) -> None:
 def child(job: dict, errors: int) -> None:
     os.dup2(errors, 2)  # a pipe: the limits on files do not hold for it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 (the old ones know other files)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code = 1
     try:
