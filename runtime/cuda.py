@@ -52,6 +52,7 @@ from starquant import Across, Blocks, Kronecker, apply_basis
 
 THREADS = 256
 TAC_BLOCK = 16
+FEEDBACK_THREADS = 128  # tokens of a CUDA block of feedback
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
 GPTQ_BLOCK = 32  # columns that a thread of gptq_columns has in its registers
 FUSED_GLUE = True  # norms, rope and SiLU of both models by one kernel each; `eager_glue` turns it off
@@ -143,7 +144,8 @@ TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128
 
 def source(dtype, *parts: str, tile: Tile | Grouped | Rotation | None = None) -> str:
     """The CUDA source of some parts for activations of this dtype, `tiled_product` with the sizes of a tile."""
-    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS,
+    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK,
+               "FEEDBACK_THREADS": FEEDBACK_THREADS, "WARPS": WARPS,
                "GPTQ_BLOCK": GPTQ_BLOCK}
     sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
     names = {"REAL": TYPES[dtype], **numbers, **sizes, **{part.upper(): "" for part in parts}}
@@ -249,7 +251,7 @@ def rotation_of(x, P: list) -> Rotation | None:
     (factor,), (n1, *_) = P, P[0][0].shape
     if isinstance(factor, Kronecker) and len(factor.P2) in (64, 128) and n1 <= 128:
         rotation = Rotation(n1, len(factor.P2), 1)
-    elif isinstance(factor, Across) and x.shape[1] == 64 * n1 and n1 <= 192:
+    elif isinstance(factor, Across) and x.shape[1] == 64 * n1 and n1 <= 128:  # wider ones are slower than two passes
         rotation = Rotation(n1, 64, 0)
     else:
         return None
@@ -279,8 +281,8 @@ def feedback(x, V, scale, zero, codes, bits: int, order: str = "plain"):
     The integers of `cpu.feedback_codes`.
     """
     (M, K), x = x.shape, x.contiguous()
-    _launch("feedback", x.dtype, (-(-M // (2 * THREADS)), K // FEEDBACK_BLOCK), [x, scale, zero, V, codes, M, K, bits,
-                                                                             ORDERS.index(order)])
+    _launch("feedback", x.dtype, (-(-M // FEEDBACK_THREADS), K // FEEDBACK_BLOCK),
+            [x, scale, zero, V, codes, M, K, bits, ORDERS.index(order)], FEEDBACK_THREADS)
 
 
 def unpack_int4(packed, out, dtype=torch.float32):
@@ -707,6 +709,7 @@ def self_check(device, dtype, part: str) -> str | None:
     x[3] = 0
     clip = torch.tensor([0.9, 0.8], device=device)
     if part == "feedback":
+        x, K = x[:, :128], 128
         V = 0.1 * torch.randn(K // FEEDBACK_BLOCK, FEEDBACK_BLOCK, FEEDBACK_BLOCK, generator=g)
         V = V.to(device, torch.bfloat16)
         codes, _, _ = token_codes(x, None, 0, 0, 4, clip, V)

@@ -356,62 +356,45 @@ extern "C" __global__ void tac(const real* __restrict__ z, const float* __restri
 #endif  // LINEAR
 
 #ifdef FEEDBACK  // by itself: its unrolled loops take seconds to compile
-const int TOKENS = 2;  // of a thread: what is read of V from shared memory, where it takes its time, serves all of them
-
-// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread goes through the channels of a block.
-// All threads of a CUDA block read the same V, from shared memory. Products of two bf16 numbers are exact in fp32:
-// whether the compiler fuses them with the subtraction changes no bit.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Codes of x on the grid that quantize_rows found, rounded by feedback: a thread goes through the channels of one token's
+// part of a block. All threads of a CUDA block read the same V from shared memory, which is where the time goes: eight
+// numbers at once, in bf16. Products of two bf16 numbers are exact in fp32: whether the compiler fuses them with the
+// subtraction changes no bit.
+extern "C" __global__ void __launch_bounds__(FEEDBACK_THREADS)
 feedback(const real* x, const float* scale, const int* zero, const bf16* V, signed char* codes, int M, int K, int bits,
          int order) {
-    __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
+    __shared__ uint4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 8];  // 0 on and below the diagonal
     const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
-    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
-        ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
+    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += FEEDBACK_THREADS)
+        ((bf16*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? mine[k] : 0;
     __syncthreads();
-    int first = TOKENS * (blockIdx.x * THREADS + threadIdx.x);
-    if (first >= M) return;
-    float v[TOKENS][FEEDBACK_BLOCK], s[TOKENS], z[TOKENS], half = 1 << (bits - 1);
+    int m = blockIdx.x * FEEDBACK_THREADS + threadIdx.x;
+    if (m >= M) return;
+    long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
+    float v[FEEDBACK_BLOCK], s = scale[m], z = zero[m], half = 1 << (bits - 1);
 #pragma unroll
-    for (int n = 0; n < TOKENS; n++) {
-        int m = first + n < M ? first + n : M - 1;  // the last token once more, where there is no other
-        s[n] = scale[m];
-        z[n] = zero[m];
-        const real* block = x + (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(x + at + i, v + i);
 #pragma unroll
-        for (int i = 0; i < FEEDBACK_BLOCK; i += 8) load8(block + i, v[n] + i);
-#pragma unroll
-        for (int i = 0; i < FEEDBACK_BLOCK; i++) v[n][i] = __fdiv_rn(v[n][i], s[n]);
-    }
+    for (int i = 0; i < FEEDBACK_BLOCK; i++) v[i] = __fdiv_rn(v[i], s);
 #pragma unroll
     for (int i = 0; i < FEEDBACK_BLOCK; i++) {
-        float e[TOKENS];
+        // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
+        float r = fminf(fmaxf(rintf(v[i]), -half - z), half - 1 - z);
+        float e = rounded(__fsub_rn(v[i], r), (const bf16*)0);
+        v[i] = r;
 #pragma unroll
-        for (int n = 0; n < TOKENS; n++) {
-            // r = clamp(round(u_i)),  e = u_i - r,  u_j <- u_j - e V_ij, j > i;  X_c = r + z
-            float r = fminf(fmaxf(rintf(v[n][i]), -half - z[n]), half - 1 - z[n]);
-            e[n] = rounded(__fsub_rn(v[n][i], r), (const bf16*)0);
-            v[n][i] = r;
-        }
+        for (int j = (i + 1) / 8; j < FEEDBACK_BLOCK / 8; j++) {  // eight at a time; finished ones lose e * 0
+            uint4 w = shared_V[i][j];
+            unsigned pairs[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-        for (int j = (i + 1) / 4; j < FEEDBACK_BLOCK / 4; j++) {  // four at a time; finished ones lose e * 0
-            float4 w = shared_V[i][j];
-#pragma unroll
-            for (int n = 0; n < TOKENS; n++) {
-                v[n][4 * j] -= e[n] * w.x;
-                v[n][4 * j + 1] -= e[n] * w.y;
-                v[n][4 * j + 2] -= e[n] * w.z;
-                v[n][4 * j + 3] -= e[n] * w.w;
+            for (int n = 0; n < 4; n++) {
+                v[8 * j + 2 * n] -= e * __uint_as_float(pairs[n] << 16);
+                v[8 * j + 2 * n + 1] -= e * __uint_as_float(pairs[n] & 0xffff0000u);
             }
         }
     }
 #pragma unroll
-    for (int n = 0; n < TOKENS; n++) {
-        if (first + n >= M) return;
-        signed char* to = codes + (long long)(first + n) * K + blockIdx.y * FEEDBACK_BLOCK;
-#pragma unroll
-        for (int i = 0; i < FEEDBACK_BLOCK; i += 16) store_codes(to, i, v[n] + i, z[n], order);
-    }
+    for (int i = 0; i < FEEDBACK_BLOCK; i += 16) store_codes(codes + at, i, v + i, z, order);
 }
 #endif  // FEEDBACK
 
