@@ -2,8 +2,9 @@
 
 Who reads this description
 --------------------------
-The loader and the checker compare it with the headers of a folder (`checkpoint/loading.py`). The plan of a calibration
-and the table of memory sum its bytes (`methods/storage.py`, where every method says what it stores besides the weight).
+`check_tensors` compares it with the headers of a folder before the loader fills a model (`checkpoint/loading.py`). The
+plan of a calibration and the table of memory sum its bytes (`methods/storage.py`). What a method stores besides the
+weight is said beside its fit, in fields of `Linear`.
 
 How a folder is laid out
 ------------------------
@@ -17,7 +18,7 @@ from math import prod
 from typing import NamedTuple
 
 from checkpoint.families import NAMES, ModelConfig, linear_shapes, norm_names
-from runtime.layers import factor_names
+from runtime.layers import factor_kinds, factor_names
 from starquant import Across, Blocks, Dense, Diagonal, Factor, Kronecker
 
 WIDTH = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}  # bytes of safetensors' types
@@ -87,21 +88,11 @@ def _first(shape, d: int, otherwise: int) -> int:
 
 
 def _read_factors(shapes: dict, d: int):
-    """The factors of P that the names transform_0, transform_1, ... mean, with the shapes that fit the width d."""
-    for i in range(len(shapes)):
-        if f"transform_{i}P1" in shapes:
-            n = _first(shapes[f"transform_{i}P1"], d, d)
-            yield Kronecker((n, n), (d // n, d // n))
-        elif f"transform_{i}" in shapes:
-            shape = shapes[f"transform_{i}"]
-            if len(shape) == 3:
-                n = _first(shape, d, 1)
-                yield Blocks((n, d // n, d // n))
-            else:
-                n = _first(shape, d, d)
-                yield Diagonal((d,)) if len(shape) == 1 else Across((n, n)) if n < d else Dense((d, d))
-        else:
-            return
+    """The factors of P among a folder's tensors, with the shapes that fit the width d."""
+    for i, kind in enumerate(factor_kinds(shapes, d)):
+        n = _first(shapes[factor_names(i, kind)[0]], d, 1 if kind is Blocks else d)
+        yield kind(*{Diagonal: [(d,)], Dense: [(d, d)], Kronecker: [(n, n), (d // n, d // n)],
+                     Blocks: [(n, d // n, d // n)], Across: [(n, n)]}[kind])
 
 
 def integers(C: int, d: int, bits: int) -> dict[str, Tensor]:

@@ -112,9 +112,8 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: dict, in_features: int, d_m: int, d_u: int, abits: int, wbits: int):
         """Rebuild from a state dict; its packed weight is taken as it is."""
-        P, get = [], tensors.get
-        while (stored := stored_factor(tensors, len(P), in_features)) is not None:
-            P.append(stored)
+        kinds, get = factor_kinds({name: tensor.shape for name, tensor in tensors.items()}, in_features), tensors.get
+        P = [kind(*(tensors[name] for name in factor_names(i, kind))) for i, kind in enumerate(kinds)]
         weight = Weight(tensors["weight_packed"], tensors["weight_scale"], get("weight_zero"), wbits, in_features)
         return cls(weight=weight, grid=Grid(abits, get("clip"), get("feedback")), P=P, d_m=d_m, d_u=d_u,
                    bias=get("bias"), centre=Centre(get("mean"), get("shift")))
@@ -205,15 +204,21 @@ def factor_names(i: int, kind) -> list[str]:
     return [f"transform_{i}{field if len(kind._fields) > 1 else ''}" for field in kind._fields]
 
 
-def stored_factor(tensors: dict, i: int, d: int):
-    """Factor i of P among the tensors of a QuantLinear of width d, or None. A file does not name kinds; shapes do."""
-    if f"transform_{i}P1" in tensors:
-        return Kronecker(*(tensors[name] for name in factor_names(i, Kronecker)))
-    if f"transform_{i}" not in tensors:
-        return None
-    tensor = tensors[f"transform_{i}"]
-    kind = {1: Diagonal, 2: Dense if len(tensor) == d else Across, 3: Blocks}[tensor.ndim]
-    return kind(tensor)
+def factor_kinds(shapes: dict, d: int) -> list:
+    """Kinds of the factors of P that a QuantLinear of width d stores, from its tensors' shapes by name.
+
+    A file does not name kinds; the names and shapes of the tensors tell them.
+    """
+    kinds = []
+    while True:
+        i = len(kinds)
+        if f"transform_{i}P1" in shapes:
+            kinds.append(Kronecker)
+        elif f"transform_{i}" in shapes:
+            shape = shapes[f"transform_{i}"]
+            kinds.append({1: Diagonal, 3: Blocks}.get(len(shape), Dense if shape[:1] == (d,) else Across))
+        else:
+            return kinds
 
 
 class QuantEmbedding(nn.Module):

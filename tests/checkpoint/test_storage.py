@@ -65,6 +65,7 @@ def test_describes_the_modules_of_every_method(method, settings, full):
         (C, d), shapes = linear_shapes(full.config)[name], {k: t.shape for k, t in tensors.items()}
         read = Linear.read(shapes, C, d, config.wbits)
         assert read.factors == tuple(want.linears[name].factors)
+        assert [*map(type, read.factors)] == [*map(type, want.linears[name].factors)]
         assert {k: t.shape for k, t in read.tensors().items()} == shapes
     got = {k: t for k, t in described(block.state_dict()).items() if "norm" not in k}
     assert {k: t for k, t in want.tensors(full.config).items() if "norm" not in k} == got
@@ -83,8 +84,8 @@ def test_memory_of_every_method_is_counted(full):
     ({"transform_0": (4, 16, 16), "transform_1": (4, 4)}, (Blocks((4, 16, 16)), Across((4, 4)))),
     ({"transform_0": (64, 64)}, (Dense((64, 64)),)),
     # shapes that do not fit the width 64: the description holds one that does, so that the checker refuses them
-    ({"transform_0": (5, 64, 64)}, (Blocks((1, 64, 64)),)), ({"transform_0": (7, 7)}, (Dense((64, 64)),)),
-    ({"transform_0": ()}, (Dense((64, 64)),)), ({"transform_0": (0,)}, (Diagonal((64,)),)),
+    ({"transform_0": (5, 64, 64)}, (Blocks((1, 64, 64)),)), ({"transform_0": (7, 7)}, (Across((64, 64)),)),
+    ({"transform_0": ()}, (Across((64, 64)),)), ({"transform_0": (0,)}, (Diagonal((64,)),)),
     ({"transform_0P1": (9, 9), "transform_0P2": (8, 8)}, (Kronecker((64, 64), (1, 1)),)),
     ({"transform_0P1": (), "transform_0P2": (8, 8)}, (Kronecker((64, 64), (1, 1)),))])
 def test_factors_are_read_from_headers(shapes, factors):
