@@ -145,12 +145,12 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of cpu_kernels.c: sizes of a QuantLinear and the addresses of its tensors."""
+    """`Layer` of cpu_kernels.c: sizes of a QuantLinear and the addresses of its tensors, null for one that it lacks."""
 
-    TENSORS = ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift", "weight_sum", "weight_zero",
-               "feedback")
     _fields_ = [*((name, ctypes.c_long) for name in ("K", "N", "d_m", "d_u", "block")),
-                *((name, ctypes.c_int) for name in ("bits", "packed")), *((name, ctypes.c_void_p) for name in TENSORS)]
+                *((name, ctypes.c_int) for name in ("bits", "packed")),
+                *((name, ctypes.c_void_p) for name in ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift",
+                                                       "weight_sum", "weight_zero", "feedback"))]
 
 
 def serves(layer, x, state) -> bool:
@@ -167,13 +167,13 @@ def run(library, layer, x, state):
     about, threads = described(layer), torch.get_num_threads() if M * K * N > SMALL else 1
     state = None if state is None else state.contiguous()
     at = None if state is None else state.data_ptr()
-    rows = x.contiguous()
+    x = x.contiguous()
+    rows = x.float() if layer.mean is None else torch.empty(M, K)
     if layer.mean is not None:
-        rows = torch.empty(M, K)
-        library.centre(about, x.contiguous().data_ptr(), at, rows.data_ptr(), M, half, threads)
-    rows = apply_basis(rows.float(), layer.basis(rows.float())).contiguous()
+        library.centre(about, x.data_ptr(), at, rows.data_ptr(), M, half, threads)
+    rows = apply_basis(rows, layer.basis(rows)).contiguous()
     if (layer.d_m or layer.d_u) and rows.data_ptr() == x.data_ptr():
-        rows = rows.clone()  # the gates are applied in place
+        rows = rows.clone()  # which the gates change in place
     y = torch.empty(M, N, dtype=x.dtype)
     if library.linear(about, rows.data_ptr(), at, y.data_ptr(), M, half, threads):
         raise MemoryError(f"no memory for the codes of {M} tokens of {K} channels.")
@@ -181,18 +181,27 @@ def run(library, layer, x, state):
 
 
 def described(layer) -> ctypes.c_void_p:
-    """The address of the layer's `Layer`, which is kept with it for as long as it has the same tensors."""
-    identity = tuple(map(id, layer._buffers.values()))
+    """The address of the layer's `Layer`, which is kept with the layer for as long as it has the same tensors.
+
+    ValueError for a tensor of another size than the C code reads.
+    """
+    identity = layer.abits, *map(id, layer._buffers.values())
     if "C" not in layer._converted or layer._converted["C"][0] != identity:
-        dtypes = dict.fromkeys(Layer.TENSORS, torch.float32) | {
-            "weight_packed": layer.weight_packed.dtype, "weight_sum": torch.int32, "weight_zero": torch.int32,
-            "feedback": torch.bfloat16}
-        given = {name: getattr(layer, name) for name in Layer.TENSORS}
-        kept = {name: None if t is None else t.to(dtypes[name]).contiguous() for name, t in given.items()}
-        addresses = {name: None if t is None else t.data_ptr() for name, t in kept.items()}
-        about = Layer(K=layer.in_features, N=len(layer.weight_packed), d_m=layer.d_m, d_u=layer.d_u, bits=layer.abits,
-                      block=0 if layer.feedback is None else layer.feedback.shape[-1], packed=layer.packed, **addresses)
-        layer._converted["C"] = identity, ctypes.c_void_p(ctypes.addressof(about)), about, kept, tuple(given.values())
+        K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
+        block = 0 if layer.feedback is None else layer.feedback.shape[-1]
+        sizes = {"weight_packed": N * ((K + 1) // 2 if packed else K), "weight_scale": N, "bias": N, "clip": 2,
+                 "mean": 2 * K, "shift": 2 * N, "weight_sum": N, "weight_zero": N, "feedback": K * block}
+        dtypes = dict.fromkeys(sizes, torch.float32) | {"weight_sum": torch.int32, "weight_zero": torch.int32,
+                  "weight_packed": torch.uint8 if packed else torch.int8, "feedback": torch.bfloat16}
+        given = {name: getattr(layer, name) for name in sizes if getattr(layer, name) is not None}
+        kept = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in given.items()}
+        for name, tensor in kept.items():
+            if tensor.numel() != sizes[name]:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit a linear of {K} to {N} channels.")
+        about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed,
+                      **{name: tensor.data_ptr() for name, tensor in kept.items()})
+        # the structure lives as long as its address, and the tensors as long as theirs
+        layer._converted["C"] = identity, ctypes.c_void_p(ctypes.addressof(about)), about, kept, given
     return layer._converted["C"][1]
 
 

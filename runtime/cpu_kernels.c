@@ -1,143 +1,139 @@
-// The quantized linear on a CPU, in the order of the steps in cpu.py, which compiles this file, describes the layout of
-// a weight and checks every bit against the readable path. Plain C with vectors of 64 bytes, as gcc and clang have
-// them; only the integer dot product and the transposition are written in a machine's own instructions.
-//
-// M tokens, K channels, N outputs. Pad(K) is K rounded up to 64; codes of padding are zero. Floating point goes by the
-// readable path's operations in the readable path's order; cpu.py switches off what could change them.
+// The quantized linear on a CPU, in the order of the steps in cpu.py. That file compiles this one, draws a packed
+// weight and compares every bit with the readable path, whose operations floating point takes here in the same order.
+// M tokens, K channels, N outputs; 16 numbers make a vector.
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint16_t bf16;  // the upper half of an fp32
-
-typedef struct {  // the tensors of a QuantLinear; a null pointer stands for one that it does not have
-    long K, N, d_m, d_u, block;            // channels, outputs, gated channels, channels that share a feedback matrix
-    int bits, packed;                      // of activations; whether a byte of the weight holds two codes
-    const uint8_t *weight;                 // (N, K) int8 or (N, ceil(K / 2)), two codes a byte
-    const float *scale, *bias, *clip;      // (N,), (N,), (2,)
-    const float *mean, *shift;             // (2, K), (2, N): row 0 for unmasked, row 1 for masked tokens
-    const int32_t *sum, *zero;             // (N,): sums of the weight's codes, zero points of an asymmetric weight
-    const bf16 *feedback;                  // (K / block, block, block)
-} Layer;
-
 #ifdef _OPENMP
 #include <omp.h>
 #else
 #define omp_get_thread_num() 0
 #endif
 
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t bf16;  // the upper half of an fp32
+
+typedef struct {                       // the tensors of a QuantLinear; null where it does not have one
+    long K, N, d_m, d_u, block;        // block: the channels that share a matrix of feedback
+    int bits, packed;                  // bits of the activations; whether a byte of the weight holds two codes
+    const uint8_t *weight;             // (N, K), or packed (N, ceil(K / 2))
+    const float *scale, *bias, *clip;  // (N,), (N,), (2,)
+    const float *mean, *shift;         // (2, K), (2, N): row 0 for unmasked tokens, row 1 for masked ones
+    const int32_t *sum, *zero;         // (N,): sums of the weight's rows, zero points of an asymmetric weight
+    const bf16 *feedback;              // (K / block, block, block)
+} Layer;
+
 static inline long up(long n, long of) { return (n + of - 1) / of * of; }
 static inline long least(long a, long b) { return a < b ? a : b; }
-
-static inline void copy(void *to, const void *from, long bytes) {
-    if (bytes == 64)
-        memcpy(to, from, 64);  // one instruction instead of a call
-    else
-        memcpy(to, from, bytes);
-}
 static inline uint32_t bits(float x) { union { float x; uint32_t u; } both = {x}; return both.u; }
 static inline float number(uint32_t u) { union { uint32_t u; float x; } both = {u}; return both.x; }
 static inline float widen(bf16 x) { return number((uint32_t)x << 16); }
 static inline bf16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
     return x != x ? 0x7fc0 : (bits(x) + 0x7fff + (bits(x) >> 16 & 1)) >> 16;
 }
+static inline ints load(const void *from, long bytes) {  // what is missing of 64 bytes becomes zero
+    ints v = {0};
+    bytes < 64 ? memcpy(&v, from, bytes) : memcpy(&v, from, 64);  // the second is one instruction
+    return v;
+}
 
-// ---- what depends on the machine -----------------------------------------------------------------------------------
+// ---- what depends on the processor ---------------------------------------------------------------------------------
 
 #ifdef __AVX512VNNI__
-enum { TOKENS = 8, PANELS = 2 };  // a tile of the product: TOKENS x 16 PANELS sums, which fill the registers
+enum { TOKENS = 8, PANELS = 2 };  // the product's tile, TOKENS x 16 PANELS sums, fills the registers
 
-// acc[n] + the sum of four products: four unsigned codes of a token, and of each of 16 weight rows four signed ones
+// acc_n + four products: of four unsigned codes of a token with four signed ones of each of 16 rows of the weight
 static inline ints dot(ints acc, int32_t x, ints w) {
     return (ints)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(x), (__m512i)w);
 }
-static inline floats less_product(floats u, floats e, float v) {  // u - e v, where e v is exact
+static inline floats less_product(floats u, floats e, float v) {  // u - e v; e v is exact
     return (floats)_mm512_fnmadd_ps((__m512)e, _mm512_set1_ps(v), (__m512)u);
 }
-static inline void exchange(ints r[16], int s) {  // the off-diagonal quarters of every 2s x 2s block
-    ints i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, from = i + ((i & s) != 0 & 16 - s);
+static inline floats rounded(floats u, floats low, floats high) {  // clamp(round(u)); NaN stays NaN
+    __m512 r = _mm512_roundscale_ps((__m512)u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (floats)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, r));
+}
+static inline void exchange(ints r[16], int s) {  // corners of 2s x 2s blocks change places
+    ints i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, from = i + ((i & s) != 0 & (16 - s));
     #pragma GCC unroll 16
     for (int k = 0; k < 16; k++)
         if (!(k & s)) {
-            __m512i a = (__m512i)r[k], b = (__m512i)r[k + s];
-            r[k] = (ints)_mm512_permutex2var_epi32(a, (__m512i)from, b);
-            r[k + s] = (ints)_mm512_permutex2var_epi32(a, (__m512i)(from + s), b);
+            ints a = r[k], b = r[k + s];
+            r[k] = (ints)_mm512_permutex2var_epi32((__m512i)a, (__m512i)from, (__m512i)b);
+            r[k + s] = (ints)_mm512_permutex2var_epi32((__m512i)a, (__m512i)(from + s), (__m512i)b);
         }
 }
-static inline void transpose(ints r[16]) {  // 16 x 16 words
-    exchange(r, 1), exchange(r, 2), exchange(r, 4), exchange(r, 8);
-}
-#elif defined __AVX2__ && defined __FMA__
+static inline void transpose(ints r[16]) { exchange(r, 1), exchange(r, 2), exchange(r, 4), exchange(r, 8); }
+#elif defined __AVX2__
 enum { TOKENS = 4, PANELS = 1 };
 
+static inline __m256i dot8(__m256i acc, __m256i x, __m256i w) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(acc, x, w);
+#else  // two products are added in 16 bits, where those of half a byte fit: 2 * 15 * 128
+    __m256i half = _mm256_set1_epi8(15), low = _mm256_and_si256(x, half);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), half);
+    low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, w), _mm256_set1_epi16(1));
+    high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, w), _mm256_set1_epi16(16));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(low, high));
+#endif
+}
 static inline ints dot(ints acc, int32_t x, ints w) {
     union { ints all; __m256i half[2]; } a = {acc}, b = {w};
-    __m256i four = _mm256_set1_epi32(x);
-    for (int i = 0; i < 2; i++) {
-#ifdef __AVXVNNI__
-        a.half[i] = _mm256_dpbusd_avx_epi32(a.half[i], four, b.half[i]);
-#else  // pairs are added in 16 bits, which half bytes never fill: 2 * 15 * 128
-        __m256i nibbles = _mm256_set1_epi8(15), high = _mm256_and_si256(_mm256_srli_epi16(four, 4), nibbles);
-        __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(four, nibbles), b.half[i]);
-        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-        high = _mm256_maddubs_epi16(high, b.half[i]);
-        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-#endif
-    }
+    for (int i = 0; i < 2; i++) a.half[i] = dot8(a.half[i], _mm256_set1_epi32(x), b.half[i]);
     return a.all;
 }
 static inline floats less_product(floats u, floats e, float v) { return u - e * v; }
-static void transpose(ints r[16]) {
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < i; j++) {
-            int32_t t = r[i][j];
-            r[i][j] = r[j][i];
-            r[j][i] = t;
-        }
+static inline floats rounded(floats u, floats low, floats high) {
+    for (int t = 0; t < 16; t++) {
+        float r = rintf(u[t]), above = r < low[t] ? low[t] : r;
+        u[t] = above > high[t] ? high[t] : above;
+    }
+    return u;
+}
+static inline void transpose(ints r[16]) {
+    int32_t t[16][16];
+    memcpy(t, r, sizeof t);
+    for (int i = 0; i < 256; i++) r[i / 16][i % 16] = t[i % 16][i / 16];
 }
 #else
-#error "This file knows no integer dot product of this machine."
+#error "the file has no integer dot product for this processor"
 #endif
 
-// ---- 1. transform: a token loses the mean of its state, and channels of the other state are gated off ----------------
+// ---- 1. transform: tokens lose the mean of their state before P, and channels of the other state behind it ----------
 
 void centre(const Layer *l, const void *x, const uint8_t *state, float *rows, long M, int half, int threads) {
-    long K = l->K;
     #pragma omp parallel for num_threads(threads)
     for (long m = 0; m < M; m++) {
-        const float *mean = l->mean + (state[m] ? K : 0), *full = (const float *)x + m * K;
-        const bf16 *upper = (const bf16 *)x + m * K;
-        if (half)
-            for (long k = 0; k < K; k++) rows[m * K + k] = widen(upper[k]) - mean[k];
-        else
-            for (long k = 0; k < K; k++) rows[m * K + k] = full[k] - mean[k];
+        const float *mean = l->mean + (state[m] ? l->K : 0), *full = (const float *)x + m * l->K;
+        const bf16 *upper = (const bf16 *)x + m * l->K;
+        for (long k = 0; k < l->K; k++) rows[m * l->K + k] = (half ? widen(upper[k]) : full[k]) - mean[k];
     }
 }
 
-// G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u)
-static void gate(const Layer *l, float *x, int masked) {
+static void gate(const Layer *l, float *x, int masked) {  // G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u)
     long end = masked ? l->K : l->K - l->d_u;
     for (long k = end - (masked ? l->d_u : l->d_m); k < end; k++) x[k] *= 0;
 }
 
-// ---- 2. quantize: X_int = clamp(round(x / s) + z, 0, 2^b - 1), unsigned; s and z - 2^(b-1) as kernels.quantize_rows ---
+// ---- 2. quantize: X_int = clamp(round(x / s) + z, 0, 2^b - 1) -------------------------------------------------------
 
+// Scale and zero point, centred as in kernels.quantize_rows, and the codes unless feedback rounds them.
 static void quantize(const Layer *l, const float *restrict x, uint8_t *restrict codes, float *scale, float *zero) {
     float levels = (1 << l->bits) - 1, half = 1 << (l->bits - 1);
     long K = l->K;
-    // the bits of positive numbers are in order as signed integers, those of negative ones, backwards, as unsigned ones;
-    // NaN lies beyond infinity. Both start at 0, as the range does.
+    // The bits of positive numbers are ordered as signed integers, those of negative numbers, the other way round, as
+    // unsigned ones. NaN lies beyond infinity. The range starts at 0.
     int32_t highest = 0;
     uint32_t lowest = 0x80000000;
     for (long k = 0; k < K; k++) {
-        int32_t i = bits(x[k]);
-        uint32_t u = i;
-        highest = i > highest ? i : highest;
-        lowest = u > lowest ? u : lowest;
+        int32_t u = bits(x[k]);
+        highest = u > highest ? u : highest;
+        lowest = (uint32_t)u > lowest ? (uint32_t)u : lowest;
     }
     float low = number(lowest), high = number(highest);
     if (highest > 0x7f800000 || lowest > 0xff800000) low = high = NAN;
@@ -145,112 +141,78 @@ static void quantize(const Layer *l, const float *restrict x, uint8_t *restrict 
     if (l->clip && high * l->clip[1] < high) high *= l->clip[1];
     // s = (max - min) / (2^b - 1),  z = round(-min / s)
     float s = high / levels - low / levels;
-    s = s < 0x1p-126f ? 0x1p-126f : s;
-    float z = rintf(-low / s) - half, a = -half, c = levels - half;
-    *scale = s;
-    *zero = z;
+    *scale = s = s < 0x1p-126f ? 0x1p-126f : s;
+    float z = *zero = rintf(-low / s) - half, least = -half, most = levels - half;
     for (long k = 0; k < (l->feedback ? 0 : K); k++) {
         float v = x[k] < low ? low : x[k];
         v = rintf((v > high ? high : v) / s) + z;
-        v = v < a ? a : v;
-        codes[k] = (int)(v > c ? c : v) + (int)half;
+        v = v < least ? least : v;
+        codes[k] = (int)(v > most ? most : v) + (int)half;
     }
 }
 
-// r = clamp(round(u)), the error e = u - r in bf16; u becomes the code r + z. Returns e.
-static inline floats settle(floats *u, const floats *low, const floats *high, const floats *zero) {
-    floats e;
-    float *at = (float *)u, *error = (float *)&e;
-    const float *lo = (const float *)low, *hi = (const float *)high, *z = (const float *)zero;
-    #pragma omp simd
-    for (int t = 0; t < 16; t++) {
-        float r = rintf(at[t]);
-        r = r < lo[t] ? lo[t] : r;
-        r = r > hi[t] ? hi[t] : r;
-        error[t] = widen(narrow(at[t] - r));
-        at[t] = r + z[t];
-    }
-    return e;
-}
-
-// Codes by feedback of 32 tokens from m on in block n, as cpu.feedback_codes. The 16 numbers of a vector belong to 16
-// tokens. Eight channels at a time take the errors of all channels before them, then those of each other.
-static void feed_back(const Layer *l, const float *x, uint8_t *codes, const float *scale, const float *zero, long m,
-                      long n, long M, void *scratch) {
-    long b = l->block, B = up(b, 16);
+// The codes of block n in 16 tokens from m on, as cpu.feedback_codes; a vector holds one channel of all 16. Groups of
+// eight channels take the errors of the channels before them and then those of one another.
+static void feed_back(const Layer *l, const float *x, uint8_t *codes, long width, const float *scale, const float *zero,
+                      long m, long n, long M, void *scratch) {
+    long b = l->block, B = up(b, 16), count = least(M - m, 16);
     float half = 1 << (l->bits - 1);
-    floats *u = scratch, *e = u + 2 * B, s[2], z[2], low[2], high[2];  // u, e (2, B)
-    float *V = (float *)(e + 2 * B);                                   // (B, B)
-    memset(V, 0, 4 * B * B);
-    for (long i = 0; i < b; i++)
-        for (long j = 0; j < b; j++) V[i * B + j] = widen(l->feedback[(n * b + i) * b + j]);
-    for (int g = 0; g < 2; g++) {
-        for (int t = 0; t < 16; t++) {
-            long token = least(m + 16 * g + t, M - 1);
-            s[g][t] = scale[token];
-            z[g][t] = zero[token];
-        }
-        low[g] = -half - z[g];
-        high[g] = half - 1 - z[g];
-        for (long c = 0; c < B; c += 16) {
-            ints t[16] = {0};
-            for (int i = 0; i < 16; i++)
-                copy(&t[i], x + least(m + 16 * g + i, M - 1) * l->K + n * b + c, 4 * least(b - c, 16));
-            transpose(t);
-            for (int i = 0; i < 16; i++) u[g * B + c + i] = (floats)t[i] / s[g];
-        }
+    floats *u = scratch, *e = u + B, s = {0}, z = {0};
+    float *V = (float *)(e + B);  // (B, B)
+    for (long i = 0; i < b; i++) {
+        const bf16 *restrict row = l->feedback + (n * b + i) * b;
+        for (long j = 0; j < b; j++) V[i * B + j] = widen(row[j]);
     }
-    for (long j = 0; j < B; j += 8) {
-        floats a[2][8];
-        memcpy(a[0], u + j, sizeof a[0]);
-        memcpy(a[1], u + B + j, sizeof a[1]);
+    memcpy(&s, scale + m, 4 * count);
+    memcpy(&z, zero + m, 4 * count);
+    floats low = -half - z, high = half - 1 - z;
+    for (long c = 0; c < B; c += 16) {
+        ints r[16] = {0};
+        for (int t = 0; t < count; t++) r[t] = load(x + (m + t) * l->K + n * b + c, 4 * (b - c));
+        transpose(r);
+        for (int i = 0; i < 16; i++) u[c + i] = (floats)r[i] / s;
+    }
+    for (long j = 0; j < b; j += 8) {
+        floats a[8];
+        memcpy(a, u + j, sizeof a);
         for (long i = 0; i < j; i++)
             #pragma GCC unroll 8
-            for (int q = 0; q < 8; q++) {
-                a[0][q] = less_product(a[0][q], e[i], V[i * B + j + q]);
-                a[1][q] = less_product(a[1][q], e[B + i], V[i * B + j + q]);
-            }
+            for (int q = 0; q < 8; q++) a[q] = less_product(a[q], e[i], V[i * B + j + q]);
         #pragma GCC unroll 8
-        for (int q = 0; q < 8; q++)
-            #pragma GCC unroll 2
-            for (int g = 0; g < 2; g++) {
-                floats error = e[g * B + j + q] = settle(&a[g][q], low + g, high + g, z + g);
-                // u_j <- u_j - e V_ij
-                #pragma GCC unroll 8
-                for (int p = q + 1; p < 8; p++) a[g][p] = less_product(a[g][p], error, V[(j + q) * B + j + p]);
-            }
-        memcpy(u + j, a[0], sizeof a[0]);
-        memcpy(u + B + j, a[1], sizeof a[1]);
-    }
-    for (int g = 0; g < 2; g++)
-        for (long c = 0; c < B; c += 16) {
-            ints t[16];
-            for (int i = 0; i < 16; i++) t[i] = __builtin_convertvector(u[g * B + c + i], ints) + (int)half;
-            transpose(t);
-            for (int i = 0; i < 16 && m + 16 * g + i < M; i++) {
-                uint8_t *to = codes + (m + 16 * g + i) * up(l->K, 128) + n * b + c;
-                if (b - c >= 16)
-                    for (int k = 0; k < 16; k++) to[k] = t[i][k];
-                else
-                    for (int k = 0; k < b - c; k++) to[k] = t[i][k];
-            }
+        for (int q = 0; q < 8; q++) {
+            // r = clamp(round(u_i)),  e = u_i - r in bf16,  u_j <- u_j - e V_ij
+            floats r = rounded(a[q], low, high);
+            ints error = (ints)(a[q] - r);
+            error = (error + 0x7fff + (error >> 16 & 1)) & 0xffff0000;
+            e[j + q] = (floats)error;
+            #pragma GCC unroll 8
+            for (int p = q + 1; p < 8; p++) a[p] = less_product(a[p], (floats)error, V[(j + q) * B + j + p]);
+            a[q] = r + z;  // the code
         }
+        memcpy(u + j, a, sizeof a);
+    }
+    for (long c = 0; c < b; c += 16) {
+        ints r[16];
+        for (int i = 0; i < 16; i++) r[i] = __builtin_convertvector(u[c + i], ints) + (int)half;
+        transpose(r);
+        for (int t = 0; t < count; t++) {
+            bytes out = __builtin_convertvector(r[t], bytes);
+            uint8_t *to = codes + (m + t) * width + n * b + c;
+            b - c < 16 ? memcpy(to, &out, b - c) : memcpy(to, &out, 16);
+        }
+    }
 }
 
-// ---- 3. multiply: sum_k X_int W_c in int32 -----------------------------------------------------------------------------
+// ---- 3. multiply: sum_k X_int W_c -----------------------------------------------------------------------------------
 
 // 16 PANELS rows of the weight from n on, as `multiply` reads them: w (K / 4, PANELS, 16 rows, 4 channels). A word of a
-// packed row holds 8 codes; it becomes 16 times the even ones and 16 times the odd ones.
+// packed row holds eight codes and becomes 16 times the even ones and 16 times the odd ones.
 static void arrange(const Layer *l, long n, ints *w) {
-    long stride = l->packed ? (l->K + 1) / 2 : l->K, end = up(stride, 64);
+    long stride = l->packed ? (l->K + 1) / 2 : l->K;
     for (int p = 0; p < PANELS; p++, n += 16)
-        for (long b = 0; b < end; b += 64) {
+        for (long b = 0; b < stride; b += 64) {
             ints r[16] = {0};
-            for (int i = 0; i < least(16, l->N - n); i++) {
-                const uint8_t *row = l->weight + (n + i) * stride + b;
-                __builtin_prefetch(row + 16 * PANELS * stride);
-                copy(&r[i], row, least(stride - b, 64));
-            }
+            for (int i = 0; i < least(16, l->N - n); i++) r[i] = load(l->weight + (n + i) * stride + b, stride - b);
             transpose(r);
             for (int i = 0; i < 16; i++)
                 if (l->packed) {
@@ -261,21 +223,17 @@ static void arrange(const Layer *l, long n, ints *w) {
         }
 }
 
-// In every 8 codes the even ones before the odd ones, as `arrange` orders those of a packed weight.
-static void pair(uint8_t *codes, long width) {
-    for (long k = 0; k < width; k += 8) {
+static void pair(uint8_t *codes, long K) {  // of every eight codes the even ones first, as in a packed weight
+    for (long k = 0; k < K; k += 8) {
         uint8_t c[8];
         memcpy(c, codes + k, 8);
-        for (int j = 0; j < 4; j++) {
-            codes[k + j] = c[2 * j];
-            codes[k + 4 + j] = c[2 * j + 1];
-        }
+        for (int j = 0; j < 8; j++) codes[k + j] = c[j < 4 ? 2 * j : 2 * j - 7];
     }
 }
 
-static void multiply(const uint8_t *codes, const ints *w, long width, ints sums[TOKENS][PANELS]) {
+static void multiply(const uint8_t *codes, long width, const ints *w, long K, ints sums[TOKENS][PANELS]) {
     ints acc[TOKENS][PANELS] = {0};
-    for (long k = 0; k < width; k += 4, w += PANELS)
+    for (long k = 0; k < K; k += 4, w += PANELS)
         #pragma GCC unroll 16
         for (int t = 0; t < TOKENS; t++) {
             int32_t four;
@@ -286,77 +244,65 @@ static void multiply(const uint8_t *codes, const ints *w, long width, ints sums[
     memcpy(sums, acc, sizeof acc);
 }
 
-// ---- 4. finish: y = s_x s_w (sum_k X_int W_c - z_x sum_k W_c - z_w sum_k (X_int - z_x)) + bias + shift ---------------
+// ---- 4. finish: y = s_x s_w (sum_k X_int W_c - z_x sum_k W_c - z_w sum_k (X_int - z_x)) + bias + shift --------------
 
 static inline void finish(const Layer *l, const int32_t *sums, long n, long count, float scale, int zero, int rest,
-                          const float *shift, void *out, int half) {
-    float y[16 * PANELS];
+                          const float *shift, void *y, int half) {
+    float v[16 * PANELS];
     for (long j = 0; j < count; j++) {
         int32_t sum = (l->packed ? sums[j] >> 4 : sums[j]) - zero * l->sum[n + j];
         if (l->zero) sum -= rest * l->zero[n + j];
-        y[j] = sum * scale * l->scale[n + j];
+        v[j] = sum * scale * l->scale[n + j];
     }
-    if (l->bias)
-        for (long j = 0; j < count; j++) y[j] += l->bias[n + j];
-    if (shift)
-        for (long j = 0; j < count; j++) y[j] += shift[j];
-    for (long j = 0; j < count; j++)
-        if (half)
-            ((bf16 *)out)[j] = narrow(y[j]);
-        else
-            ((float *)out)[j] = y[j];
+    for (long j = 0; l->bias && j < count; j++) v[j] += l->bias[n + j];
+    for (long j = 0; shift && j < count; j++) v[j] += shift[n + j];
+    for (long j = 0; half && j < count; j++) ((bf16 *)y)[n + j] = narrow(v[j]);
+    if (!half) memcpy((float *)y + n, v, 4 * count);
 }
 
-// rows (M, K) fp32 behind the transform, which the gates change in place, state (M,) -> y (M, N), fp32 or bf16.
-// Returns 0, or 1 if there is no memory.
+// rows (M, K) fp32 behind P, which the gates change in place, state (M,) -> y (M, N), fp32 or, if half, bf16. Returns 1
+// if there is no memory for the codes, else 0.
 int linear(const Layer *l, float *rows, const uint8_t *state, void *y, long M, int half, int threads) {
-    long K = l->K, N = l->N, width = up(K, 128), T = up(M, TOKENS), blocks = l->feedback ? K / l->block : 0;
-    long B = up(l->block, 16), room = up(16 * PANELS * width, 64), needed = 4 * (64 * B + B * B);
-    if (blocks && room < needed) room = up(needed, 64);
-    uint8_t *memory = aligned_alloc(64, up(T * width, 64) + threads * room + up(12 * T, 64));
-    if (!memory) return 1;
-    uint8_t *codes = memory, *scratch = codes + up(T * width, 64);
-    float *scale = (float *)(scratch + threads * room), *zero = scale + T;
+    long K = l->K, N = l->N, width = up(K, 128), T = up(M, 16), B = up(l->block, 16);
+    long room = up(16 * PANELS * width + 4 * B * (B + 32), 64);  // a thread's own: rows of the weight, or a block
+    int middle = 1 << (l->bits - 1);
+    uint8_t *codes = aligned_alloc(64, T * width + threads * room + 12 * up(T, 64));
+    if (!codes) return 1;
+    float *scale = (float *)(codes + T * width + threads * room), *zero = scale + T;
     int32_t *rest = (int32_t *)(zero + T);
     #pragma omp parallel num_threads(threads)
     {
-        uint8_t *mine = scratch + omp_get_thread_num() * room;
+        void *mine = codes + T * width + omp_get_thread_num() * room;
         #pragma omp for
         for (long m = 0; m < T; m++) {
-            memset(codes + m * width + (m < M ? K : 0), 0, m < M ? width - K : width);
-            if (m < M && l->d_m + l->d_u) gate(l, rows + m * K, state[m]);
-            if (m < M) quantize(l, rows + m * K, codes + m * width, scale + m, zero + m);
+            memset(codes + m * width, 0, width);
+            if (m >= M) continue;
+            if (l->d_m + l->d_u) gate(l, rows + m * K, state[m]);
+            quantize(l, rows + m * K, codes + m * width, scale + m, zero + m);
         }
         #pragma omp for collapse(2)
-        for (long n = 0; n < blocks; n++)
-            for (long m = 0; m < M; m += 32) feed_back(l, rows, codes, scale, zero, m, n, M, mine);
+        for (long n = 0; n < (l->feedback ? K / l->block : 0); n++)
+            for (long m = 0; m < M; m += 16) feed_back(l, rows, codes, width, scale, zero, m, n, M, mine);
         #pragma omp for
         for (long m = 0; m < M; m++) {
-            if (l->zero) {
-                rest[m] = -K * (int)(zero[m] + (1 << (l->bits - 1)));
-                for (long k = 0; k < K; k++) rest[m] += codes[m * width + k];
-            }
-            if (l->packed) pair(codes + m * width, width);
+            rest[m] = -K * ((int)zero[m] + middle);
+            for (long k = 0; l->zero && k < K; k++) rest[m] += codes[m * width + k];
+            if (l->packed) pair(codes + m * width, K);
         }
-        #pragma omp for schedule(dynamic, 4)
+        #pragma omp for schedule(dynamic)
         for (long n = 0; n < N; n += 16 * PANELS) {
-            arrange(l, n, (ints *)mine);
+            arrange(l, n, mine);
             for (long m = 0; m < M; m += TOKENS) {
                 ints sums[TOKENS][PANELS];
-                multiply(codes + m * width, (ints *)mine, width, sums);
+                multiply(codes + m * width, width, mine, up(K, 8), sums);
                 for (long t = m; t < least(m + TOKENS, M); t++) {
-                    const float *shift = l->shift ? l->shift + (state[t] ? N : 0) + n : NULL;
-                    const int32_t *sum = (int32_t *)sums[t - m];
-                    int z = (int)zero[t] + (1 << (l->bits - 1)), r = l->zero ? rest[t] : 0;
-                    char *to = (char *)y + (t * N + n) * (half ? 2 : 4);
-                    if (N - n >= 16 * PANELS)
-                        finish(l, sum, n, 16 * PANELS, scale[t], z, r, shift, to, half);
-                    else
-                        finish(l, sum, n, N - n, scale[t], z, r, shift, to, half);
+                    const float *shift = l->shift ? l->shift + (state[t] ? N : 0) : NULL;
+                    finish(l, (int32_t *)sums[t - m], n, least(N - n, 16 * PANELS), scale[t], (int)zero[t] + middle,
+                           rest[t], shift, (char *)y + t * N * (half ? 2 : 4), half);
                 }
             }
         }
     }
-    free(memory);
+    free(codes);
     return 0;
 }

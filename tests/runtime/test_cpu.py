@@ -1,111 +1,327 @@
-"""The integer product as a CPU takes it for few tokens: the weight first, the activations transposed once; and weights
-unpacked by halves."""
+"""The compiled path gives the bits of the readable one, or the readable one serves."""
+
+import copy
+import os
+import stat
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import exact, integers, randn, seeds
+from test_kernels import integers, randn, seeds
 
-import kernels
+from runtime import cpu
+from runtime.layers import Centre, Grid, QuantLinear, Weight, quantize_weight
+from starquant import Kronecker
 
-
-def plain_int_mm(a, b):
-    """Exact, of any shape and layout; operands that PyTorch's own has got wrong on a CPU are refused."""
-    assert a.dtype == b.dtype == torch.int8
-    assert 0 not in a.stride() + b.stride()
-    assert 1 not in a.shape + b.shape, "strides of single rows and columns may be anything"
-    return (a.long() @ b.long()).to(torch.int32)
+ROOT = Path(cpu.__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch):
-    monkeypatch.setattr(torch, "_int_mm", plain_int_mm)
-    kernels.backend.cache_clear()  # what it finds of one product does not hold for another
-    yield
-    kernels.backend.cache_clear()
+def has_compiled() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cpu.compiled() is not None
 
 
-def test_for_few_tokens_on_a_cpu_alone():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert kernels.weights_first(cpu, 256)
-    assert not kernels.weights_first(cpu, 257)
-    assert not kernels.weights_first(gpu, 1)
+compiled = pytest.mark.skipif(not has_compiled(), reason="needs a C compiler and a processor that cpu_kernels.c knows")
 
 
-@given(M=st.integers(0, 70), K=st.integers(1, 40), N=st.integers(1, 40), seed=seeds)
-def test_exact_for_any_shape(M, K, N, seed):
-    a, w = integers(-128, 127, M, K, seed=seed), integers(-128, 127, N, K, seed=seed + 1)
-    assert torch.equal(kernels.int_mm(a, w).long(), exact(a, w))
-    assert torch.equal(kernels.int_mm(a, w, kernels.padded(a)).long(), exact(a, w))
+def linear(K, N, abits=4, wbits=4, symmetric=True, block=0, clip=False, bias=False, centre=False, gates=False, P=(),
+           seed=0):
+    rand = partial(randn, seed=seed)
+    return QuantLinear(
+        weight=quantize_weight(rand(N, K), wbits, symmetric), P=P, bias=rand(N) if bias else None,
+        grid=Grid(abits, torch.tensor([0.8, 0.9]) if clip else None,
+                  0.2 * rand(K // block, block, block) if block else None),
+        d_m=K // 3 if gates else 0, d_u=K // 4 if gates else 0,
+        centre=Centre(rand(2, K), rand(2, N)) if centre else None)
 
 
-@pytest.mark.parametrize("wrong", ["weight first", "activations first"])
-def test_the_self_check_sees_either_order(wrong, monkeypatch):
-    def faulty(a, b):
-        weight_is_first = b.stride(1) == 1  # the other order has a transposed weight there
-        return plain_int_mm(a, b) + int(weight_is_first == (wrong == "weight first"))
-
-    assert kernels._self_check("cpu")
-    monkeypatch.setattr(torch, "_int_mm", faulty)
-    assert not kernels._self_check("cpu")
+def states(M, seed=0):
+    return integers(0, 1, M, seed=seed).bool()
 
 
-@pytest.mark.parametrize("M", [1, 5, 256, 257, 300])
-def test_torchs_own_product_is_exact_in_either_order_where_it_serves(M, monkeypatch):
-    monkeypatch.undo()
-    kernels.backend.cache_clear()
-    a, w = integers(-128, 127, M, 40), integers(-128, 127, 24, 40, seed=1)
-    assert torch.equal(kernels.int_matmul(a, w).long(), exact(a, w))
+def check(layer, x, state=None):
+    """Both paths give the same bits, of which NaN's may differ, and leave x as it was."""
+    before = x.clone()
+    want = cpu.readable(layer, x, state)
+    got = cpu.run(cpu.compiled(), layer, x, state)
+    assert got.dtype == want.dtype == x.dtype
+    assert torch.equal(torch.nan_to_num(got, 12345.0), torch.nan_to_num(want, 12345.0))
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    return got
 
 
-@pytest.mark.parametrize(("M", "weight_is_first"), [(256, True), (257, False)])
-def test_an_aligned_weight_is_not_copied(M, weight_is_first, monkeypatch):
-    seen, w = [], integers(-8, 7, 32, 48)
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append((a.data_ptr(), b.data_ptr())) or plain_int_mm(a, b))
-    kernels.int_mm(integers(-8, 7, M, 48), w)
-    assert [pair.index(w.data_ptr()) for pair in seen] == [0 if weight_is_first else 1]
+@compiled
+class TestBits:
+    @given(M=st.integers(1, 70), n=st.integers(1, 5), block=st.sampled_from([0, 1, 3, 8, 20, 64]), N=st.integers(1, 90),
+           odd=st.integers(1, 60), abits=st.integers(2, 8), wbits=st.sampled_from([2, 3, 4, 5, 8]), clip=st.booleans(),
+           symmetric=st.booleans(), bias=st.booleans(), centre=st.booleans(), gates=st.booleans(), seed=seeds,
+           dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+    def test_of_the_readable_path(self, M, n, block, N, odd, abits, wbits, clip, symmetric, bias, centre, gates, dtype,
+                                  seed):
+        K = n * block or odd
+        layer = linear(K, N, abits, wbits, symmetric, block, clip, bias, centre, gates, seed=seed)
+        x = randn(M, K, seed=seed) * 4 * randn(M, 1, seed=seed + 1).exp()
+        check(layer, x.to(dtype), states(M, seed))
+
+    @pytest.mark.parametrize("M", [1, 7, 8, 9, 33, 128])
+    @pytest.mark.parametrize("wbits", [4, 8])
+    def test_of_wide_layers(self, M, wbits):
+        check(linear(576, 200, wbits=wbits, block=64, clip=True, centre=True), randn(M, 576).bfloat16(), states(M))
+
+    def test_behind_a_transform(self):
+        P = [Kronecker(randn(6, 6), randn(8, 8, seed=1))]
+        check(linear(48, 20, gates=True, P=P), randn(9, 48), states(9))
+
+    def test_of_packed_and_unpacked_weights(self):
+        layer, x = linear(95, 40, bias=True), randn(10, 95)
+        assert torch.equal(check(layer, x), check(copy.deepcopy(layer).unpack_weights(), x))
+
+    def test_of_the_largest_sums(self):
+        """Packed codes count 16-fold, which int32 holds up to `WIDEST` channels."""
+        codes = torch.full((3, cpu.WIDEST), -8, dtype=torch.int8)
+        x = torch.ones(2, cpu.WIDEST)
+        x[1, 0] = -1
+        check(QuantLinear(weight=Weight(codes, torch.ones(3)), grid=Grid(8)), x)
+
+    @pytest.mark.parametrize("value", [0.0, -0.0, 1e-41, 1e38, 3e38, -3e38, float("inf"), -float("inf")])
+    @pytest.mark.parametrize("block", [0, 8])
+    def test_of_awkward_numbers(self, value, block):
+        x = randn(6, 32)
+        x[1] = value
+        x[2, 5] = value
+        x[3] *= 1e-38
+        x[4, ::2], x[4, 1::2] = value, -value
+        x[5] = x[5].abs()
+        check(linear(32, 5, block=block, clip=True), x)
+
+    @pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7FFFFFFF, 0x7F800001, -1])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("block", [0, 8])
+    def test_a_token_with_nan_is_nan_and_no_other(self, bits, dtype, block):
+        x = randn(20, 32)
+        x[3, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        y = check(linear(32, 40, block=block, bias=True), x.to(dtype))
+        assert y[3].isnan().all()
+        assert not y[:3].isnan().any()
+        assert not y[4:].isnan().any()
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_of_any_number_of_threads(self, threads, monkeypatch):
+        layer, x, state = linear(128, 300, symmetric=False, block=64, centre=True), randn(50, 128), states(50)
+        monkeypatch.setattr(cpu, "SMALL", 0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        check(layer, x, state)
+
+    def test_of_strided_tokens_and_of_none(self):
+        layer = linear(24, 10, gates=True)
+        x, state = randn(24, 14).t(), states(28)[::2]
+        assert torch.equal(cpu.linear(layer, x, state), cpu.readable(layer, x, state))
+        assert cpu.linear(layer, x[:0], state[:0]).shape == (0, 10)
+        assert cpu.linear(layer, x[:0].reshape(2, 0, 24), state[:0].reshape(2, 0)).shape == (2, 0, 10)
+
+    def test_without_a_state(self):
+        check(linear(24, 10), randn(5, 24))
+
+    def test_of_a_layer_in_16_bit(self):
+        check(linear(64, 10, bias=True, centre=True, clip=True, block=8).bfloat16(), randn(5, 64).bfloat16(), states(5))
 
 
-def test_activations_are_laid_out_once_for_all_slices(monkeypatch):
-    calls, padded = [], kernels.padded
-    monkeypatch.setattr(kernels, "padded", lambda a: calls.append(a.shape) or padded(a))
-    monkeypatch.setattr(kernels, "SLICE", 16 * 64)
-    w = integers(-8, 7, 80, 64)
-    kernels.int_linear(randn(5, 64), kernels.pack_int4(w), torch.ones(80), kernels.row_sums(w), 4, 4, use="int_mm")
-    assert calls == [(5, 64)]
+@compiled
+class TestWhatIsKept:
+    """A layer's addresses are those of its present tensors."""
+
+    def test_tensors_that_are_replaced(self):
+        layer, x = linear(64, 10, block=8, clip=True, bias=True), randn(5, 64)
+        first = check(layer, x)
+        layer.feedback = None
+        second = check(layer, x)
+        layer.clip = torch.tensor([0.5, 0.5])
+        third = check(layer, x)
+        layer.unpack_weights()
+        assert torch.equal(check(layer, x), third)
+        layer.abits = 8
+        assert len({y.sum().item() for y in (first, second, third, check(layer, x))}) == 4
+
+    def test_tensors_that_change_in_place(self):
+        layer, x = linear(64, 10, bias=True), randn(5, 64)
+        before = check(layer, x)
+        layer.bias += 1
+        layer.load_state_dict(linear(64, 10, bias=True, seed=5).state_dict() | {"bias": layer.bias})
+        assert not torch.equal(check(layer, x), before)
+
+    def test_copies(self):
+        layer, x = linear(64, 10, bias=True), randn(5, 64)
+        want, other = check(layer, x), copy.deepcopy(layer)
+        layer.bias.zero_()
+        assert torch.equal(check(other, x), want)
+
+    def test_a_tensor_of_the_wrong_size_is_refused(self):
+        layer = linear(64, 10, bias=True)
+        layer.bias = torch.zeros(9)
+        with pytest.raises(ValueError, match=r"bias of shape \(9,\) does not fit a linear of 64 to 10 channels"):
+            cpu.linear(layer, randn(5, 64))
 
 
-class TestHalves:
-    @given(n=st.integers(1, 9), k=st.integers(1, 17), seed=seeds)
-    def test_columns_are_in_one_order_and_codes_16_fold(self, n, k, seed):
-        codes = integers(-8, 7, n, k, seed=seed)
-        out = torch.empty(n, 2 * ((k + 1) // 2), dtype=torch.int8)
-        assert kernels.unpack_halves(kernels.pack_int4(codes), out) is out
-        assert torch.equal(out.int(), 16 * kernels.halves(codes).int())
-        assert torch.equal(kernels.halves(codes)[:, : (k + 1) // 2], codes[:, 0::2])
+class TestWhoServes:
+    @pytest.fixture
+    def counted(self, monkeypatch):
+        calls, readable = [], cpu.readable
+        monkeypatch.setattr(cpu, "readable", lambda *args: calls.append(1) or readable(*args))
+        return calls
 
-    @given(M=st.sampled_from([1, 5, 256, 257]), K=st.integers(1, 40), N=st.integers(1, 20), seed=seeds,
-           bits=st.sampled_from([4, 8]), use=st.sampled_from(["int_mm", "float"]))
-    def test_packed_weights_give_the_bits_of_unpacked_ones(self, M, K, N, bits, seed, use):
-        x, w = randn(M, K, seed=seed), integers(-8, 7, N, K, seed=seed)
-        rest = randn(N, seed=1).abs(), kernels.row_sums(w), bits, 4, randn(N, seed=2), integers(-8, 7, N).int(), use
-        assert torch.equal(kernels.int_linear(x, kernels.pack_int4(w), *rest), kernels.int_linear(x, w, *rest))
+    def test_the_readable_path_takes_other_dtypes(self, counted):
+        assert cpu.linear(linear(24, 10), randn(5, 24).double()).dtype == torch.float64
+        assert counted
 
-    @pytest.mark.parametrize("use", ["int_mm", "float"])
-    def test_extreme_codes(self, use):
-        """In fp32, where 16-fold sums go beyond 2²⁴."""
-        K = 2**17
-        x, w = torch.ones(2, K), torch.full((3, K), -8, dtype=torch.int8)
-        x[:, 0] = -1
-        args = torch.ones(3), kernels.row_sums(w), 4, 4, None, None, use
-        assert torch.equal(kernels.int_linear(x, kernels.pack_int4(w), *args), kernels.int_linear(x, w, *args))
+    def test_the_readable_path_takes_wider_layers(self, counted, monkeypatch):
+        monkeypatch.setattr(cpu, "WIDEST", 23)
+        cpu.linear(linear(24, 10), randn(5, 24))
+        assert counted
+
+    @pytest.mark.parametrize("tensors", [{"centre": True}, {"gates": True}])
+    def test_a_state_that_is_missing_is_an_error_and_no_crash(self, tensors):
+        with pytest.raises((TypeError, AttributeError)):
+            cpu.linear(linear(24, 10, **tensors), randn(5, 24))
+
+    @pytest.mark.parametrize("tensors", [{"centre": True}, {"gates": True}])
+    def test_a_state_of_other_tokens_is_an_error_and_no_crash(self, tensors):
+        with pytest.raises((RuntimeError, IndexError)):
+            cpu.linear(linear(24, 10, **tensors), randn(5, 24), states(4))
+
+    @compiled
+    def test_the_compiled_path_takes_the_rest(self, counted):
+        cpu.linear(linear(24, 10, gates=True, centre=True), randn(5, 24), states(5))
+        cpu.linear(linear(24, 10), randn(5, 24).bfloat16())
+        assert not counted
 
 
-@pytest.mark.parametrize("M", [5, 300])
-def test_each_state_gets_its_shift_behind_the_bias(M):
-    x, w, state = randn(M, 32), integers(-8, 7, 20, 32), torch.arange(M) % 3 == 0
-    args = randn(20, seed=1).abs(), kernels.row_sums(w), 4, 4
-    bias, shift = randn(20, seed=2), randn(2, 20, seed=3)
-    want = kernels.int_linear(x, w, *args) + bias + shift[state.long()]
-    assert torch.equal(kernels.int_linear(x, w, *args, bias, shift=shift, state=state), want)
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch, tmp_path):
+        """A cache folder of its own; what a test finds there holds for that test."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cpu.compiled.cache_clear()
+        yield
+        cpu.compiled.cache_clear()
+
+    def test_without_a_compiler_the_readable_path_serves_and_it_is_said_once(self, monkeypatch):
+        monkeypatch.setenv("CC", "/nonexistent")
+        layer, x = linear(24, 10, block=8), randn(5, 24)
+        with pytest.warns(UserWarning, match="there is no C compiler named /nonexistent.*the readable path"):
+            y = cpu.linear(layer, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(cpu.linear(layer, x), y)
+        assert torch.equal(cpu.readable(layer, x), y)
+
+    def test_without_any_compiler_on_the_path(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.warns(UserWarning, match="there is no C compiler"):
+            assert cpu.compiled() is None
+
+    def test_a_compiler_that_fails(self, monkeypatch, tmp_path):
+        fails = tmp_path / "fails"
+        fails.write_text("#!/bin/sh\necho 'line 1: error: no such thing' >&2\nexit 1\n")
+        fails.chmod(0o755)
+        monkeypatch.setenv("CC", str(fails))
+        with pytest.warns(UserWarning, match="line 1: error: no such thing"):
+            assert cpu.compiled() is None
+        assert list((tmp_path / "star-quant").iterdir()) == []
+
+    @compiled
+    def test_a_processor_with_avx2_alone(self, monkeypatch):
+        monkeypatch.setattr(cpu, "FLAGS", tuple(flag.replace("native", "haswell") for flag in cpu.FLAGS))
+        assert cpu.agrees(cpu.load())
+
+    @compiled
+    def test_a_processor_without_an_integer_dot_product(self, monkeypatch):
+        monkeypatch.setattr(cpu, "FLAGS", tuple(flag.replace("native", "x86-64") for flag in cpu.FLAGS))
+        with pytest.warns(UserWarning, match="no integer dot product for this processor"):
+            assert cpu.compiled() is None
+
+    @compiled
+    @pytest.mark.parametrize(("line", "wrong"), [
+        ("rintf(-low / s)", "floorf(-low / s)"), ("u > highest ? u", "u > 0 ? u"), ("* B + j + p]", "* B + j]"),
+        ("v[j] += shift[n + j]", "v[j] += 0 * shift[n + j]"), ("rest[m] += codes", "rest[m] -= codes"),
+        ("state[m] ? l->K : 0", "0")])
+    def test_a_library_that_differs_does_not_serve(self, line, wrong, monkeypatch, tmp_path):
+        text, source = cpu.SOURCE.read_text(), tmp_path / "wrong.c"
+        assert line in text
+        source.write_text(text.replace(line, wrong, 1))
+        monkeypatch.setattr(cpu, "SOURCE", source)
+        with pytest.warns(UserWarning, match="its results differ"):
+            assert cpu.compiled() is None
+
+    @compiled
+    def test_the_library_is_kept_for_its_user_alone(self, tmp_path, monkeypatch):
+        cpu.load()
+        folder = tmp_path / "star-quant"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (kept,) = folder.iterdir()
+        monkeypatch.setattr(cpu, "build", lambda *args: pytest.fail("compiled twice"))
+        cpu.load()
+        assert list(folder.iterdir()) == [kept]
+
+    @compiled
+    @pytest.mark.parametrize("damage", ["cut", "empty", "one bit"])
+    def test_a_damaged_library_is_compiled_again(self, damage, tmp_path):
+        cpu.load()
+        (kept,) = (tmp_path / "star-quant").iterdir()
+        whole = kept.read_bytes()
+        flipped = bytes([whole[5000] ^ 1])
+        kept.unlink()  # the loaded one stays as it is
+        kept.write_bytes({"cut": whole[:3000], "empty": b"", "one bit": whole[:5000] + flipped + whole[5001:]}[damage])
+        assert not cpu.intact(kept)
+        assert cpu.agrees(cpu.load())
+        assert cpu.intact(kept)
+
+    def test_other_sources_compilers_and_processors_have_other_names(self, tmp_path, monkeypatch):
+        def compile_nothing(command, path):
+            path.write_bytes(b"no library")
+
+        monkeypatch.setattr(cpu, "build", compile_nothing)
+        monkeypatch.setattr(cpu, "compiler", lambda: [sys.executable])
+        for change in (None, ("SOURCE", Path(__file__)), ("FLAGS", ("-O1",)), ("processor", lambda: "another")):
+            if change:
+                monkeypatch.setattr(cpu, *change)
+            for _ in range(2):
+                with pytest.raises(OSError, match="cpu-"):
+                    cpu.load()
+        assert len(list((tmp_path / "star-quant").iterdir())) == 4
+
+    def test_a_folder_that_others_may_write_to_is_not_used(self, tmp_path):
+        with cpu.cache_folder() as folder:
+            assert folder == tmp_path / "star-quant"
+        folder.chmod(0o777)
+        with cpu.cache_folder() as other:
+            assert other != folder
+            assert stat.S_IMODE(other.stat().st_mode) == 0o700
+        assert not other.exists()
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with cpu.cache_folder() as folder:
+            assert tmp_path not in folder.parents
+
+    def test_a_relative_cache_home_does_not_count(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", "here")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with cpu.cache_folder() as folder:
+            assert folder == tmp_path / ".cache" / "star-quant"
+
+    @compiled
+    def test_two_processes_at_once(self, tmp_path):
+        command = [sys.executable, "-W", "error", "-c", "from runtime import cpu; assert cpu.compiled()"]
+        both = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+        assert [process.wait(timeout=300) for process in both] == [0, 0]
+        assert len(list((tmp_path / "star-quant").iterdir())) == 1
