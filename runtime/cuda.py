@@ -135,7 +135,7 @@ class Rotation(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of shared memory: P2 and the result of its product."""
-        return self.FIRST * 2 * self.N2**2 + kernels._multiple(self.N1, 16) * 2 * (self.N2 + 8)
+        return (self.FIRST * self.N2 + kernels._multiple(self.N1, 16)) * 2 * (self.N2 + 8)
 
 
 TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
@@ -238,7 +238,7 @@ def centred_blocks(x, mean, state, B):
     difference is rounded to bf16 before the product, as that of `centre`."""
     (M, K), x = x.shape, x.contiguous()
     out = torch.empty_like(x)
-    down = max(1, min(-(-M // (2 * THREADS)), 4 * _multiprocessors(x.device) * 64 // K))
+    down = max(1, min(-(-M // (THREADS // 2)), 6 * _multiprocessors(x.device) * 64 // K))  # two waves
     _launch("centred_blocks", x.dtype, (K // 64, down), [
         x, *((x, x) if mean is None else (state.contiguous(), mean)), B, out, M, K, int(mean is not None)])
     return out

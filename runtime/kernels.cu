@@ -148,36 +148,33 @@ struct Range {
 };
 // s = max / levels - min / levels,  z_c = round(-min / s) - 2^(b-1),  r = clamp(round(x / s)) = X_c - z_c
 struct Grid {
-    float low, high, s, z, least, most, inverse;
-    bool clipped, plain;
+    float s, z, least, most, up, scaled, inverse;
     __device__ Grid(Range range, const float* clip, int has_clip, int bits) {
-        low = range.low;
-        high = range.high;
-        clipped = has_clip;
-        if (clipped) {  // each token's range narrowed to (c_0 low, c_1 high)
+        float low = range.low, high = range.high, levels = (1 << bits) - 1, half = 1 << (bits - 1);
+        if (has_clip) {  // each token's range narrowed to (c_0 low, c_1 high)
             low = fmaxf(low, __fmul_rn(low, clip[0]));
             high = fminf(high, __fmul_rn(high, clip[1]));
         }
-        float levels = (1 << bits) - 1, half = 1 << (bits - 1);
         s = __fsub_rn(__fdiv_rn(high, levels), __fdiv_rn(low, levels));
         s = s > 1.17549435e-38f || s != s ? s : 1.17549435e-38f;
         float z_int = rintf(__fdiv_rn(-low, s));
         z = z_int - half;
         least = -z_int;
         most = levels - z_int;
-        inverse = __frcp_rn(s);
-        plain = s > 1e-24f && s < 1e24f;
+        if (has_clip) {  // the code of a clipped number is that of the limit
+            least = fmaxf(least, rintf(__fdiv_rn(low, s)));
+            most = fminf(most, rintf(__fdiv_rn(high, s)));
+        }
+        up = s < 1e-24f ? 0x1p64f : s > 1e24f ? 0x1p-64f : 1;  // nothing that matters overflows or underflows
+        scaled = s * up;
+        inverse = __frcp_rn(scaled);
     }
     __device__ float code(float v) const {  // less its zero point
-        if (clipped) v = fminf(fmaxf(v, low), high);
-        float q;
-        if (plain) {  // v / s correctly rounded from 1 / s correctly rounded (Markstein), while nothing underflows
-            q = __fmul_rn(v, inverse);
-            q = __fmaf_rn(__fmaf_rn(-q, s, v), inverse, q);
-            q = __fmaf_rn(__fmaf_rn(-q, s, v), inverse, q);
-        } else {
-            q = __fdiv_rn(v, s);
-        }
+        // v / s correctly rounded from 1 / s correctly rounded (Markstein)
+        v *= up;
+        float q = __fmul_rn(v, inverse);
+        q = __fmaf_rn(__fmaf_rn(-q, scaled, v), inverse, q);
+        q = __fmaf_rn(__fmaf_rn(-q, scaled, v), inverse, q);
         return fminf(fmaxf(__fsub_rn(__fadd_rn(q, ROUND), ROUND), least), most);
     }
 };
@@ -453,23 +450,26 @@ extern "C" __global__ void correct(const bf16* __restrict__ z, const float* __re
 #endif  // CORRECT
 
 #if defined BLOCKS || defined ROTATE
-// Fragments of P (N, N) for `multiply_bf16` in shared memory, one uint4 a lane for 16 channels and two tiles of 8
-// columns. Of each 32 channels lane t takes 8 t.., as a load of 16 bytes has them. Of each 64 columns tile j has 16 i +
-// 2 j and its neighbour for i = 0 to 3, so that lane t ends with columns 16 t.. of a row.
-template <int N> __device__ void stage(uint4* fragments, const bf16* P, int lanes) {
-    for (int i = threadIdx.x; i < N / 16 * N / 16 * 32; i += lanes) {
-        int step = i / (N / 16 * 32), tile = i / 32 % (N / 16) * 2, g = i % 32 / 4, t = i % 4;
-        int row = step / 2 * 32 + 8 * t + step % 2 * 4, column = tile / 8 * 64 + g / 2 * 16 + tile % 8 * 2 + g % 2;
-        unsigned v[4];
-        for (int j = 0; j < 4; j++) {
-            const bf16* at = P + (row + j % 2 * 2) * N + column + j / 2 * 2;
-            v[j] = at[0] | (unsigned)at[N] << 16;
-        }
-        fragments[i] = make_uint4(v[0], v[1], v[2], v[3]);
+// Rows of N columns into shared memory, PITCH apart, zeros from row `from` on. Of each 64 columns tile j of 8 has 16 i + 2 j
+// and its neighbour for i = 0 to 3: so lane 4 g + t of a product ends with columns 16 t.. of a row.
+template <int N, int PITCH> __device__ void spread(bf16* to, const bf16* in, int from, int rows, int lanes) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < rows * N / 8; i += lanes) {
+        int row = i / (N / 8), column = i % (N / 8) * 8;
+        uint4 v = row < from ? *(const uint4*)(in + row * N + column) : make_uint4(0, 0, 0, 0);
+        unsigned* at = (unsigned*)(to + row * PITCH + column / 64 * 64 + column % 16 / 2 * 8 + column % 64 / 16 * 2);
+        at[0] = v.x; at[4] = v.y; at[8] = v.z; at[12] = v.w;
     }
 }
-// c (16 x N) = a P: a holds the rows g and g + 8 of a lane, N / 32 times 8 channels each.
-template <int N> __device__ void times(float (*c)[4], const uint4 (*a)[2], const uint4* fragments) {
+// Lane 8 i + r names row r of matrix i, 8 numbers; lane 4 g + t receives rows 2 t, 2 t + 1 of column g of each.
+__device__ void load_columns(unsigned* v, const bf16* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(from)) : "memory");
+}
+// c (16 x N) = a P: a holds rows g and g + 8, of each 32 channels 8 t.., as loads of 16 bytes have them; P by `spread`.
+template <int N, int PITCH> __device__ void times(float (*c)[4], const uint4 (*a)[2], const bf16* P) {
+    int lane = threadIdx.x % 32, row = lane % 8 / 2 * 8 + lane % 2 + lane % 16 / 8 * 2;
 #pragma unroll
     for (int s = 0; s < N / 16; s++) {
         uint4 top = a[s / 2][0], bottom = a[s / 2][1];
@@ -477,46 +477,55 @@ template <int N> __device__ void times(float (*c)[4], const uint4 (*a)[2], const
                           s % 2 ? bottom.w : bottom.y};
 #pragma unroll
         for (int j = 0; j < N / 8; j += 2) {
-            uint4 p = fragments[(s * (N / 16) + j / 2) * 32 + threadIdx.x % 32];
-            multiply_bf16(c[j], in, p.x, p.y);
-            multiply_bf16(c[j + 1], in, p.z, p.w);
+            unsigned b[4];
+            load_columns(b, P + (s / 2 * 32 + s % 2 * 4 + row) * PITCH + 8 * j + lane / 16 * 8);
+            multiply_bf16(c[j], in, b[0], b[1]);
+            multiply_bf16(c[j + 1], in, b[2], b[3]);
         }
     }
 }
-
 #endif  // BLOCKS or ROTATE
 
 #ifdef BLOCKS
 // (x - mu_s) P for blocks P of 64 channels: a warp takes 16 tokens at a time, all warps the same block. Without mean, x P.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const float* __restrict__ mean,
                const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K, int has_mean) {
-    __shared__ uint4 fragments[64 / 16 * 64 / 16 * 32];
-    stage<64>(fragments, P + (long long)blockIdx.x * 64 * 64, THREADS);
-    __syncthreads();
+    __shared__ __align__(16) bf16 matrix[64 * 72];
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     x += 64 * blockIdx.x;
     out += 64 * blockIdx.x;
     mean += 64 * blockIdx.x;
     int tile = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
-    for (int m = 16 * tile; m < M; m += 16 * (THREADS / 32) * gridDim.y) {
+    for (int m = 16 * tile; m < M || m == 16 * tile; m += 16 * (THREADS / 32) * gridDim.y) {
         uint4 a[2][2];
         float c[8][4] = {};
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int p = 0; p < 2; p++) {
-                int row = m + g + 8 * i, k = 32 * p + 8 * t;
-                a[p][i] = row < M ? *(const uint4*)(x + (long long)row * K + k) : make_uint4(0, 0, 0, 0);
-                if (has_mean && row < M) {
-                    float v[8], mu[8];
-                    load8((const bf16*)&a[p][i], v);
-                    load8(mean + (state[row] ? K : 0) + k, mu);
-                    for (int j = 0; j < 8; j++) v[j] = __fsub_rn(v[j], mu[j]);
-                    store8((bf16*)&a[p][i], v);
-                }
+                int row = m + g + 8 * i;
+                a[p][i] = row < M ? *(const uint4*)(x + (long long)row * K + 32 * p + 8 * t) : make_uint4(0, 0, 0, 0);
             }
-        times<64>(c, a, fragments);
+        if (m == 16 * tile) {  // while the first tokens are on their way
+            spread<64, 72>(matrix, P + (long long)blockIdx.x * 64 * 64, 64, 64, THREADS);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = m + g + 8 * i;
+            if (!has_mean || row >= M) continue;
+            const float* mu_s = mean + (state[row] ? K : 0) + 8 * t;
+#pragma unroll
+            for (int p = 0; p < 2; p++) {
+                float v[8], mu[8];
+                load8((const bf16*)&a[p][i], v);
+                load8(mu_s + 32 * p, mu);
+                for (int j = 0; j < 8; j++) v[j] = __fsub_rn(v[j], mu[j]);
+                store8((bf16*)&a[p][i], v);
+            }
+        }
+        times<64, 72>(c, a, matrix);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (m + g + 8 * i >= M) continue;
@@ -546,7 +555,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
-    bf16* between = (bf16*)(tiles + FIRST * N2 * N2 * 2);  // (ROWS, N2), columns in the order of the tiles
+    bf16* between = (bf16*)tiles + FIRST * N2 * PITCH;  // (ROWS, N2), as by `spread`; before it P2
     int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16, g = lane / 4, t = lane % 4;
     unsigned p1[ROWS / 16][4];  // rows first + g, first + g + 8 of P1^T
 #pragma unroll
@@ -557,8 +566,20 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
             p1[s][j] = row < N1 && k < N1 ? P1[k * N1 + row] | (unsigned)P1[(k + 1) * N1 + row] << 16 : 0;
         }
 #if FIRST
-    uint4* fragments = (uint4*)tiles;
-    stage<N2>(fragments, P2, LANES);
+    uint4 a[N2 / 32][2];  // X of a token, asked for while the one before is at work
+    auto ask = [&](int m) {
+#pragma unroll
+        for (int p = 0; p < N2 / 32; p++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int row = first + g + 8 * i;
+                a[p][i] = row < N1 && m < M ? *(const uint4*)(x + (long long)m * K + row * N2 + 32 * p + 8 * t)
+                                            : make_uint4(0, 0, 0, 0);
+            }
+    };
+    ask(blockIdx.x);
+    spread<N2, PITCH>((bf16*)tiles, P2, N2, N2, LANES);
+    __syncthreads();
 #endif
     for (int m = blockIdx.x; m < rows; m += gridDim.x) {
         if (m >= M) {
@@ -566,48 +587,27 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
                 *(uint4*)(codes + (long long)m * K + k) = make_uint4(0, 0, 0, 0);
             continue;
         }
-        const bf16* in = x + (long long)m * K;
+        float c[N2 / 8][4] = {};
 #if FIRST
-        if (m == blockIdx.x) __syncthreads();
-        uint4 a[N2 / 32][2];
-        float product[N2 / 8][4] = {};
-#pragma unroll
-        for (int p = 0; p < N2 / 32; p++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = first + g + 8 * i;
-                a[p][i] = row < N1 ? *(const uint4*)(in + row * N2 + 32 * p + 8 * t) : make_uint4(0, 0, 0, 0);
-            }
-        times<N2>(product, a, fragments);
+        times<N2, PITCH>(c, a, (const bf16*)tiles);
+        ask(m + gridDim.x);
 #pragma unroll
         for (int j = 0; j < N2 / 8; j++)
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                *(unsigned*)(between + (first + g + 8 * i) * PITCH + 8 * j + 2 * t) =
-                    pair_bf16(product[j][2 * i], product[j][2 * i + 1]);
+            for (int i = 0; i < 2; i++) {
+                *(unsigned*)(between + (first + g + 8 * i) * PITCH + 8 * j + 2 * t) = pair_bf16(c[j][2 * i], c[j][2 * i + 1]);
+                c[j][2 * i] = c[j][2 * i + 1] = 0;
+            }
 #else
-        for (int i = threadIdx.x; i < ROWS * N2 / 8; i += LANES) {
-            int row = i / (N2 / 8), column = i % (N2 / 8) * 8;
-            uint4 v = row < N1 ? *(const uint4*)(in + row * N2 + column) : make_uint4(0, 0, 0, 0);
-            unsigned part[4] = {v.x, v.y, v.z, v.w};
-            // columns 16 i + 2 j, 16 i + 2 j + 1 of every 64 lie at 8 j + 2 i
-            for (int j = 0; j < 4; j++)
-                *(unsigned*)(between + row * PITCH + column / 64 * 64 + (column % 16 / 2 + j) * 8 + column % 64 / 16 * 2) =
-                    part[j];
-        }
+        spread<N2, PITCH>(between, x + (long long)m * K, N1, ROWS, LANES);
 #endif
         __syncthreads();
-        float c[N2 / 8][4] = {};
 #pragma unroll
         for (int s = 0; s < ROWS / 16; s++)
 #pragma unroll
             for (int j = 0; j < N2 / 8; j += 2) {
                 unsigned b[4];
-                const bf16* from = between + (16 * s + lane % 16) * PITCH + 8 * j + lane / 16 * 8;
-                // lane 8 i + r names row r of matrix i; lane 4 g + t receives rows 2 t, 2 t + 1 of column g
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                             : "r"((unsigned)__cvta_generic_to_shared(from)) : "memory");
+                load_columns(b, between + (16 * s + lane % 16) * PITCH + 8 * j + lane / 16 * 8);
                 multiply_bf16(c[j], p1[s], b[0], b[1]);
                 multiply_bf16(c[j + 1], p1[s], b[2], b[3]);
             }
@@ -618,14 +618,21 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < N2 / 8; j++)
+            for (int q = 0; q < N2 / 64; q++) {
+                int k = (first + g + 8 * i) * N2 + 64 * q + 16 * t;
+                bool gates = k + 16 > from && k < to;
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    int k = (first + g + 8 * i) * N2 + j / 8 * 64 + 16 * t + j % 8 * 2 + h;
-                    float& v = c[j][2 * i + h];
-                    v = k >= from && k < to ? 0 : rounded(v, x);
-                    range.see(v);
+                for (int j = 0; j < 8; j++) {
+                    float* v = c[8 * q + j] + 2 * i;
+                    unsigned u = pair_bf16(v[0], v[1]);
+                    v[0] = __uint_as_float(u << 16);
+                    v[1] = __uint_as_float(u & 0xffff0000u);
+                    if (gates && k + 2 * j >= from && k + 2 * j < to) v[0] = 0;
+                    if (gates && k + 2 * j + 1 >= from && k + 2 * j + 1 < to) v[1] = 0;
+                    range.see(v[0]);
+                    range.see(v[1]);
                 }
+            }
         range.join<LANES / 32>(warps);
         Grid grid(range, clip, has_clip, bits);
 #pragma unroll
