@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from checkpoint.folder import offline
 from methods import dllmquant
 from methods.settings import Settings
 from runtime import sampling
@@ -71,10 +72,10 @@ def find_texts(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(**WINOGRANDE))
+        return Path(hf_hub_download(**WINOGRANDE, local_files_only=offline()))
     except Exception as error:  # network, proxy, removed repository: many types, one meaning
         raise Refused(f"WinoGrande could not be downloaded ({type(error).__name__}); fetch {WINOGRANDE['filename']} "
-                        f"of the data set {WINOGRANDE['repo_id']} elsewhere and give the file: --data FILE.") from None
+                      f"of the data set {WINOGRANDE['repo_id']} elsewhere and give the file: --data FILE.") from None
 
 
 def read_texts(path: Path) -> list[str]:

@@ -15,7 +15,11 @@ Writing
 import hashlib
 import json
 import os
+import socket
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,10 +55,29 @@ def resolve(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+                                      local_files_only=offline()))
     except Exception as error:  # the library has many types for a lost network, a missing permission, an unknown id
         raise Refused(f"could not download {name} ({type(error).__name__}); download it elsewhere and give "
                       f"the folder instead: --model FOLDER.") from None
+
+
+@cache
+def offline() -> bool:
+    """Whether the hub cannot be reached. It is asked once, for five seconds at most; the library would ask five times.
+
+    Behind a proxy the hub is taken to be there. Offline, what was downloaded before still serves.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return False
+    url = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError:
+        return True
+    return False
 
 
 def read_json(path: Path) -> dict:

@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 
+from checkpoint import folder as folder_module
 from checkpoint.folder import INDEX, sha256
 
 ROOT = Path(__file__).parents[2]
@@ -131,3 +132,13 @@ def test_a_model_that_does_not_exist_is_one_sentence(hub, tmp_path):
     code, said = resolve(hub[0], tmp_path / "home", "someone/else")
     assert code == 1
     assert said.startswith("said: could not download someone/else (RepositoryNotFoundError)")
+
+
+def test_the_hub_is_asked_once_whether_it_is_there(hub, monkeypatch):
+    server, _ = hub
+    for port, proxies, said in ((server.server_port, {}, False), (9, {}, True), (9, {"https": "http://proxy"}, False)):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(folder_module, "getproxies", lambda proxies=proxies: proxies)
+        folder_module.offline.cache_clear()
+        assert folder_module.offline() is said
+    folder_module.offline.cache_clear()
