@@ -129,13 +129,19 @@ class Rotation(NamedTuple):
     part = "rotate"
 
     @property
+    def resident(self) -> int:
+        """CUDA blocks at a time on a multiprocessor: so many leave 80 registers to a thread, or 96."""
+        return 5 if self.threads <= 128 else max(1, 768 // self.threads)
+
+    @property
     def threads(self) -> int:
-        return 2 * kernels._multiple(self.N1, 16)
+        return kernels._multiple(self.N1, 16) * self.N2 // 32
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: P2 and the result of its product."""
-        return (self.FIRST * self.N2 + kernels._multiple(self.N1, 16)) * 2 * (self.N2 + 8)
+        """Bytes of shared memory: P1, P2 and the result of its product, in bf16."""
+        rows = kernels._multiple(self.N1, 16)
+        return 2 * (rows * (rows + 8) + (self.FIRST * self.N2 + rows) * (self.N2 + 8))
 
 
 TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
@@ -148,6 +154,8 @@ def source(dtype, *parts: str, tile: Tile | Grouped | Rotation | None = None) ->
                "FEEDBACK_THREADS": FEEDBACK_THREADS, "WARPS": WARPS,
                "GPTQ_BLOCK": GPTQ_BLOCK}
     sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
+    if isinstance(tile, Rotation):
+        sizes["RESIDENT"] = tile.resident
     names = {"REAL": TYPES[dtype], **numbers, **sizes, **{part.upper(): "" for part in parts}}
     return "".join(f"#define {name} {value}\n" for name, value in names.items()) + "".join(
         path.read_text(encoding="utf-8") for path in (SOURCE, PRODUCTS_SOURCE))
@@ -269,7 +277,7 @@ def rotated_codes(rotation: Rotation, x, factor, state, d_m: int, d_u: int, bits
     zero = torch.empty(M, dtype=torch.int32, device=x.device)
     y = torch.empty_like(x) if to_y else None
     gates = state.contiguous() if d_m or d_u else codes  # never read without gates
-    _launch("rotated_codes", x.dtype, (min(rows, 4 * _multiprocessors(x.device)),),
+    _launch("rotated_codes", x.dtype, (min(rows, rotation.resident * _multiprocessors(x.device)),),
             [x, P[0], P[-1], gates, y if to_y else x, codes, scale, zero, scale if clip is None else clip, M, rows, d_m,
              d_u, bits, int(clip is not None), int(to_y), ORDERS.index(order)], rotation.threads, rotation)
     return y, codes.view(torch.float8_e4m3fn) if order == "e4m3" else codes, scale, zero

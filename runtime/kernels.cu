@@ -467,7 +467,8 @@ __device__ void load_columns(unsigned* v, const bf16* from) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"((unsigned)__cvta_generic_to_shared(from)) : "memory");
 }
-// c (16 x N) = a P: a holds rows g and g + 8, of each 32 channels 8 t.., as loads of 16 bytes have them; P by `spread`.
+// c (16 x 64) = a P: a holds rows g and g + 8, of each 32 of N channels 8 t.., as loads of 16 bytes have them; P by
+// `spread`.
 template <int N, int PITCH> __device__ void times(float (*c)[4], const uint4 (*a)[2], const bf16* P) {
     int lane = threadIdx.x % 32, row = lane % 8 / 2 * 8 + lane % 2 + lane % 16 / 8 * 2;
 #pragma unroll
@@ -476,7 +477,7 @@ template <int N, int PITCH> __device__ void times(float (*c)[4], const uint4 (*a
         unsigned in[4] = {s % 2 ? top.z : top.x, s % 2 ? bottom.z : bottom.x, s % 2 ? top.w : top.y,
                           s % 2 ? bottom.w : bottom.y};
 #pragma unroll
-        for (int j = 0; j < N / 8; j += 2) {
+        for (int j = 0; j < 8; j += 2) {
             unsigned b[4];
             load_columns(b, P + (s / 2 * 32 + s % 2 * 4 + row) * PITCH + 8 * j + lane / 16 * 8);
             multiply_bf16(c[j], in, b[0], b[1]);
@@ -543,30 +544,27 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 #endif  // BLOCKS
 
 #ifdef ROTATE
-const int ROWS = (N1 + 15) / 16 * 16, LANES = 2 * ROWS, PITCH = N2 + 8;  // a warp for 16 rows
+const int ROWS = (N1 + 15) / 16 * 16, LANES = ROWS * N2 / 32;  // a warp for 16 rows and 64 columns
+const int PITCH = N2 + 8, PITCH_1 = ROWS + 8;  // of matrices in shared memory, so that eight rows do not meet in a bank
 
 // A token is a matrix X (N1, N2): P1^T X P2, or P1^T X where FIRST is 0, both products rounded to bf16 as those of
 // PyTorch are; then what quantize_rows does. With y the result goes there, and of the grid only scale and zero point are
 // found. A block takes one token after the other.
-extern "C" __global__ void __launch_bounds__(LANES)
+extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf16* __restrict__ P2,
               const unsigned char* state, bf16* y, signed char* codes, float* scale, int* zero, const float* clip, int M,
               int rows, int d_m, int d_u, int bits, int has_clip, int to_y, int order) {
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
-    bf16* between = (bf16*)tiles + FIRST * N2 * PITCH;  // (ROWS, N2), as by `spread`; before it P2
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16, g = lane / 4, t = lane % 4;
-    unsigned p1[ROWS / 16][4];  // rows first + g, first + g + 8 of P1^T
-#pragma unroll
-    for (int s = 0; s < ROWS / 16; s++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int row = first + g + j % 2 * 8, k = 16 * s + 2 * t + j / 2 * 8;
-            p1[s][j] = row < N1 && k < N1 ? P1[k * N1 + row] | (unsigned)P1[(k + 1) * N1 + row] << 16 : 0;
-        }
+    bf16* p1 = (bf16*)tiles;                     // (ROWS, ROWS), zeros around P1
+    bf16* p2 = p1 + ROWS * PITCH_1;              // P2 and
+    bf16* between = p2 + FIRST * N2 * PITCH;     // (ROWS, N2), both as by `spread`
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int first = warp % (ROWS / 16) * 16, part = warp / (ROWS / 16) * 64;  // of rows and of columns
 #if FIRST
-    uint4 a[N2 / 32][2];  // X of a token, asked for while the one before is at work
+    const bool AHEAD = N2 == 64;  // X of a token is asked for while the one before is at work, as far as registers allow
+    uint4 a[N2 / 32][2];
     auto ask = [&](int m) {
 #pragma unroll
         for (int p = 0; p < N2 / 32; p++)
@@ -577,25 +575,33 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
                                             : make_uint4(0, 0, 0, 0);
             }
     };
-    ask(blockIdx.x);
-    spread<N2, PITCH>((bf16*)tiles, P2, N2, N2, LANES);
-    __syncthreads();
+    if (AHEAD) ask(blockIdx.x);
+    spread<N2, PITCH>(p2, P2, N2, N2, LANES);
 #endif
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * ROWS / 8; i += LANES) {
+        int row = i / (ROWS / 8), column = i % (ROWS / 8) * 8;
+        *(uint4*)(p1 + row * PITCH_1 + column) =
+            row < N1 && column < N1 ? *(const uint4*)(P1 + row * N1 + column) : make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
     for (int m = blockIdx.x; m < rows; m += gridDim.x) {
         if (m >= M) {
             for (int k = 16 * threadIdx.x; k < K; k += 16 * LANES)
                 *(uint4*)(codes + (long long)m * K + k) = make_uint4(0, 0, 0, 0);
             continue;
         }
-        float c[N2 / 8][4] = {};
+        float c[8][4] = {};
 #if FIRST
-        times<N2, PITCH>(c, a, (const bf16*)tiles);
-        ask(m + gridDim.x);
+        if (!AHEAD) ask(m);
+        times<N2, PITCH>(c, a, p2 + part);
+        if (AHEAD) ask(m + gridDim.x);
 #pragma unroll
-        for (int j = 0; j < N2 / 8; j++)
+        for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                *(unsigned*)(between + (first + g + 8 * i) * PITCH + 8 * j + 2 * t) = pair_bf16(c[j][2 * i], c[j][2 * i + 1]);
+                *(unsigned*)(between + (first + g + 8 * i) * PITCH + part + 8 * j + 2 * t) =
+                    pair_bf16(c[j][2 * i], c[j][2 * i + 1]);
                 c[j][2 * i] = c[j][2 * i + 1] = 0;
             }
 #else
@@ -603,56 +609,53 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #endif
         __syncthreads();
 #pragma unroll
-        for (int s = 0; s < ROWS / 16; s++)
+        for (int s = 0; s < ROWS / 16; s++) {
+            unsigned left[4];  // rows first + g, first + g + 8 of P1^T
+            load_columns(left, p1 + (16 * s + lane / 16 * 8 + lane % 8) * PITCH_1 + first + lane % 16 / 8 * 8);
 #pragma unroll
-            for (int j = 0; j < N2 / 8; j += 2) {
+            for (int j = 0; j < 8; j += 2) {
                 unsigned b[4];
-                load_columns(b, between + (16 * s + lane % 16) * PITCH + 8 * j + lane / 16 * 8);
-                multiply_bf16(c[j], p1[s], b[0], b[1]);
-                multiply_bf16(c[j + 1], p1[s], b[2], b[3]);
+                load_columns(b, between + (16 * s + lane % 16) * PITCH + part + 8 * j + lane / 16 * 8);
+                multiply_bf16(c[j], left, b[0], b[1]);
+                multiply_bf16(c[j + 1], left, b[2], b[3]);
             }
-        // this lane's channels: of rows g and g + 8 of the warp, 16 t.. of every 64
+        }
+        // this lane's channels: 16 t.. of the warp's 64, in rows g and g + 8
         bool masked = d_m + d_u > 0 && state[m];
         int from = masked ? K - d_u : K - d_u - d_m, to = masked ? K : K - d_u;
         Range range;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
+            int k = (first + g + 8 * i) * N2 + part + 16 * t;
+            bool gates = k + 16 > from && k < to;
 #pragma unroll
-            for (int q = 0; q < N2 / 64; q++) {
-                int k = (first + g + 8 * i) * N2 + 64 * q + 16 * t;
-                bool gates = k + 16 > from && k < to;
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    float* v = c[8 * q + j] + 2 * i;
-                    unsigned u = pair_bf16(v[0], v[1]);
-                    v[0] = __uint_as_float(u << 16);
-                    v[1] = __uint_as_float(u & 0xffff0000u);
-                    if (gates && k + 2 * j >= from && k + 2 * j < to) v[0] = 0;
-                    if (gates && k + 2 * j + 1 >= from && k + 2 * j + 1 < to) v[1] = 0;
-                    range.see(v[0]);
-                    range.see(v[1]);
-                }
+            for (int j = 0; j < 8; j++) {
+                float* v = c[j] + 2 * i;
+                unsigned u = pair_bf16(v[0], v[1]);
+                v[0] = gates && k + 2 * j >= from && k + 2 * j < to ? 0 : __uint_as_float(u << 16);
+                v[1] = gates && k + 2 * j + 1 >= from && k + 2 * j + 1 < to ? 0 : __uint_as_float(u & 0xffff0000u);
+                range.see(v[0]);
+                range.see(v[1]);
             }
+        }
         range.join<LANES / 32>(warps);
         Grid grid(range, clip, has_clip, bits);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
+            int row = first + g + 8 * i, k = row * N2 + part + 16 * t;
+            float v[16];
 #pragma unroll
-            for (int q = 0; q < N2 / 64; q++) {
-                int row = first + g + 8 * i, k = row * N2 + 64 * q + 16 * t;
-                float v[16];
-#pragma unroll
-                for (int j = 0; j < 16; j++) v[j] = c[8 * q + j / 2][2 * i + j % 2];
-                if (row >= N1) continue;
-                if (to_y) {
-                    store8(y + (long long)m * K + k, v);
-                    store8(y + (long long)m * K + k + 8, v + 8);
-                    continue;
-                }
-#pragma unroll
-                for (int j = 0; j < 16; j++) v[j] = grid.code(v[j]);
-                store_codes(codes + (long long)m * K, k, v, grid.z, order);
+            for (int j = 0; j < 16; j++) v[j] = c[j / 2][2 * i + j % 2];
+            if (row >= N1) continue;
+            if (to_y) {
+                store8(y + (long long)m * K + k, v);
+                store8(y + (long long)m * K + k + 8, v + 8);
+                continue;
             }
+#pragma unroll
+            for (int j = 0; j < 16; j++) v[j] = grid.code(v[j]);
+            store_codes(codes + (long long)m * K, k, v, grid.z, order);
+        }
         if (threadIdx.x == 0) {
             scale[m] = grid.s;
             zero[m] = (int)grid.z;
