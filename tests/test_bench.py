@@ -164,7 +164,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_peak_while_loading(tmp_path):
     """The process grows by at most 1.2x of the model, counting the file's pages, which a CPU maps into it, too."""
-    raw = published._LLADA | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
+    raw = published.LLADA_8B | {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 24, "mlp_hidden_size": 1536,
                           "vocab_size": 16000, "embedding_size": 16000, "mask_token_id": 15000, "eos_token_id": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(published.SHAPES, "small", raw)

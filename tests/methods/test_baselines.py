@@ -320,7 +320,7 @@ class TestAllMethods:
                             lambda self, name: (read.add(name), object.__getattribute__(self, name))[1])
         quantize_model(small_model(), tokens(), config)
         monkeypatch.undo()
-        assert settings_of(method).keys() - read == ({"embed_bits"} if config.head_bits == 16 else set())
+        assert settings_of(method).keys() <= read
 
     @pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75, 1])
     @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "quarot", "flatquant", "dllmquant+", "dllmquant++"])
