@@ -1,18 +1,15 @@
-"""The CUDA kernels without a GPU: compiled by nvcc where there is one, their sources run as C++ on the CPU (same
-text, same launches), their indexing emulated in Python; on a GPU: `test_kernels_on_gpu.py`."""
+"""The CUDA kernels without a GPU: nvcc and NVRTC compile them, and `ptx.py` runs them one instruction at a time, with
+the block sizes of a GPU. On a GPU: `test_cuda_on_gpu.py`."""
 
 import ctypes
-import ctypes.util
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
+import ptx
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_checks import (
     DTYPES,
     check_feedback,
@@ -25,44 +22,56 @@ from kernel_checks import (
 )
 
 import kernels
+import model
+from methods.gptq import gptq, hessian
 from runtime import cuda
 from runtime.layers import TAC
 
-HERE = Path(__file__).parent
-
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = [name for names in cuda.PARTS.values() for name in names]
+# of LLaDA-8B (4096 and 12288 channels), of Dream-7B (3584), and what is not whole tiles
+ROTATIONS = [cuda.Rotation(64, 64, 1), cuda.Rotation(96, 128, 1), cuda.Rotation(64, 64, 0), cuda.Rotation(192, 64, 0),
+             cuda.Rotation(56, 64, 1), cuda.Rotation(56, 64, 0)]
+READY = cuda.ready.__wrapped__
+SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0)]
 
 
 # ---- the sources compile -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-@pytest.mark.parametrize(("dtype", "architecture"), [(torch.float32, "sm_80"), (torch.bfloat16, "sm_90")])
-def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architecture):
+def compile_cubin(tmp_path, source, architecture) -> str:
+    """What ptxas says of every kernel; warnings are errors."""
     file = tmp_path / "kernels.cu"
-    file.write_text(cuda.source(dtype, *cuda.PARTS))
+    file.write_text(source)
     done = subprocess.run(["nvcc", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
                            "-o", str(tmp_path / "out"), str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize(("dtype", "architecture"), [(torch.float32, "sm_80"), (torch.bfloat16, "sm_90")])
+def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architecture):
+    said = compile_cubin(tmp_path, cuda.source(dtype, *cuda.PARTS), architecture)
     for name in NAMES:
-        assert f"entry function '{name}'" in done.stderr
-    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == len(NAMES)
+        assert f"entry function '{name}'" in said
+    assert said.count("0 bytes spill stores, 0 bytes spill loads") == len(NAMES)
 
 
-def nvrtc():
-    """NVRTC, which compiles the sources when they are used; PyTorch's CUDA builds bring it, its CPU builds do not."""
-    found = [p for folder in map(Path, sys.path) for p in folder.glob("nvidia/*/lib/libnvrtc.so.*")]
-    try:
-        return ctypes.CDLL(str(found[0]) if found else ctypes.util.find_library("nvrtc") or "libnvrtc.so")
-    except OSError:
-        return None
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_compile_without_warnings_or_spills(tmp_path, rotation):
+    said = compile_cubin(tmp_path, cuda.source(torch.bfloat16, "rotate", tile=rotation), "sm_90")
+    assert sum(map(int, re.findall(r"(\d+) bytes spill", said))) < 32  # a few, so that another block fits beside it
+    assert rotation.shared < 227 * 1024
+    assert rotation.threads <= 1024
 
 
-@pytest.mark.skipif(nvrtc() is None, reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.skipif(not ptx.nvrtc(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize("part", cuda.PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
-    library, program = nvrtc(), ctypes.c_void_p()
+    library, program = ctypes.CDLL(str(ptx.nvrtc())), ctypes.c_void_p()
     code = cuda.source(dtype, part).encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None) == 0
     options = (ctypes.c_char_p * 2)(b"--gpu-architecture=sm_90", b"--ptxas-options=-v")
@@ -77,108 +86,103 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
     library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-# ---- the sources run, as C++ ---------------------------------------------------------------------------------------
-
-
-def cpp_library(folder: Path, dtype, parts=tuple(cuda.PARTS), optimize="-O1"):
-    lines = [f"#include \"{HERE / 'cuda_on_cpu.h'}\"", cuda.source(dtype, *parts)]
-    for name in (name for part in parts for name in cuda.PARTS[part]):
-        meets = "true" if name in ("quantize_rows", "feedback", "packed_product") else "false"
-        lines.append(f"extern \"C\" void launch_{name}(int gx, int gy, int threads, void** args) "
-                     f"{{ launch({name}, gx, gy, threads, {meets}, args); }}")
-    source, library = folder / f"{cuda.TYPES[dtype]}.cpp", folder / f"{cuda.TYPES[dtype]}.so"
-    source.write_text("\n".join(lines))
-    subprocess.run(["g++", "-std=c++20", optimize, "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC",
-                    "-pthread", "-w", "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
+# ---- the kernels run -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory, strict_int_mm):
-    """Launches of `cuda_kernels` run its sources on the CPU; arguments are checked and passed as PyTorch does."""
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder, libraries = tmp_path_factory.mktemp("cpp"), {}
-
-    def launch(name, dtype, grid, args, threads=None):
-        grid = (*grid, 1)
-        assert 0 < grid[0] < 2**31
-        assert 0 < grid[1] < 2**16
-        values = []
-        for a in args:
-            assert isinstance(a, torch.Tensor) or -(2**31) <= a < 2**31
-            values.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a))
-        pointers = (ctypes.c_void_p * len(args))(*(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values))
-        getattr(libraries[dtype], f"launch_{name}")(grid[0], grid[1], threads or cuda.THREADS, pointers)
-
+def on_cpu(strict_int_mm):
+    """Launches of `runtime.cuda` go to the interpreter of PTX; `_int_mm` is as strict as Hopper's."""
+    if not shutil.which("nvcc") and not ptx.nvrtc():
+        pytest.skip("needs nvcc or NVRTC (pip install nvidia-cuda-nvrtc)")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "THREADS", 16)  # few real threads; every loop and every grid gets longer
-        patch.setattr(cuda, "WARPS", 2)
-        patch.setattr(cuda, "_launch", launch)
-        libraries |= {dtype: cpp_library(folder, dtype) for dtype in DTYPES}
-        yield libraries
+        patch.setattr(cuda, "_launch", ptx.launcher())
+        patch.setattr(cuda, "_multiprocessors", lambda device: 1)
+        patch.setattr(cuda, "ready", lambda *_: True)
+        yield
 
 
+def planted(monkeypatch, tmp_path, old, new):
+    """A fault in the sources."""
+    text, changed = cuda.SOURCE.read_text(), tmp_path / "kernels.cu"
+    assert old in text
+    changed.write_text(text.replace(old, new))
+    monkeypatch.setattr(cuda, "SOURCE", changed)
+
+
+@pytest.mark.usefixtures("on_cpu")
 class TestOnCpu:
-    """`int_linear` whole, under Hopper's rules for `_int_mm`."""
-
-    pytestmark = pytest.mark.usefixtures("on_cpu")
-
-    @pytest.mark.parametrize("part", cuda.PARTS)
+    @pytest.mark.parametrize("part", [part for part in cuda.PARTS if part not in ("blocks", "correct", "gptq")])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_self_check_accepts_the_kernels(self, dtype, part):
         assert cuda.self_check(torch.device("cpu"), dtype, part) is None
 
-    @pytest.mark.parametrize(("name", "broken", "wrong"), [
-        ("quantize_rows", "half = 1 << (bits - 1)", "half = 1 << bits"), ("quantize_rows", "clip[1]", "clip[0]"),
-        ("unpack_int4", "0x5140", "0x5410"), ("centre", "(state[row] ? K : 0)", "(state[row] ? 0 : K)"),
-        ("feedback", "-= e * w.x", "+= e * w.x"), ("epilogue", "zero[m] * wu", "zero[m] + wu"),
-        ("epilogue", "(state[m] ? N : 0)", "0"), ("tac", "sum += m[j + i]", "sum += m[j]"),
-        ("packed_product", "0x7531", "0x7513"), ("packed_product", "sum[j] >>= 4", "sum[j] >>= 3"),
-        ("packed_product", "128 * warp; k", "0; k"), ("packed_product", "mma(c[1][j], a[1]", "mma(c[1][j], a[0]")])
-    def test_self_check_names_a_broken_kernel(self, name, broken, wrong, on_cpu, tmp_path, monkeypatch):
-        part = next(part for part, names in cuda.PARTS.items() if name in names)
-        text, changed = cuda.SOURCE.read_text(), tmp_path / "kernels.cu"
-        assert broken in text
-        changed.write_text(text.replace(broken, wrong))
-        monkeypatch.setattr(cuda, "SOURCE", changed)
-        parts = ("linear", part) if part != "linear" else ("linear",)
-        monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32, parts, "-O0"))
-        assert cuda.self_check(torch.device("cpu"), torch.float32, part) == name
+    @pytest.mark.parametrize("part", ["blocks", "correct", "gptq", *SMALL])
+    def test_self_check_accepts_the_passes_of_one_type(self, part):
+        assert cuda.self_check(torch.device("cpu"), torch.bfloat16, part) is None
 
-    @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.sampled_from(DTYPES),
-           st.booleans(), st.sampled_from([None, True, False]), st.booleans(), st.booleans(), st.booleans(),
-           st.booleans())
-    def test_any_shape(self, seed, M, K16, N16, dtype, packed, masked, asymmetric, has_bias, clipped, shifted):
-        check_linear("cpu", seed, M, 16 * K16, 16 * N16, dtype, 4, packed, masked, asymmetric, has_bias,
-                     clipped=clipped, shifted=shifted)
+    @pytest.mark.parametrize(("part", "name", "broken", "wrong"), [
+        ("linear", "quantize_rows", "clip[1]", "clip[0]"), ("linear", "centre", "(state[row] ? K : 0) + k", "k"),
+        ("linear", "epilogue", "(state[m] ? N : 0)", "0"), ("glue", "rms_norm", "__fmul_rn(v[j], r)", "v[j]"),
+        ("glue", "rope", "-second[a]", "second[a]"), ("glue", "silu_up", "expf(-v[j])", "expf(v[j])"),
+        ("packed", "packed_product", "sum[j] >>= 4", "sum[j] >>= 3"),
+        ("correct", "correct", "4 * (g / 2) + 2 * j", "2 * (g / 2) + 4 * j"),
+        ("gptq", "gptq_columns", "int j = i + 1; j < GPTQ_BLOCK", "int j = i + 2; j < GPTQ_BLOCK"),
+        (SMALL[0], "rotated_codes", "gates && k + 2 * j >= from", "false && k + 2 * j >= from")])
+    def test_self_check_names_a_broken_kernel(self, part, name, broken, wrong, tmp_path, monkeypatch):
+        planted(monkeypatch, tmp_path, broken, wrong)
+        assert cuda.self_check(torch.device("cpu"), torch.bfloat16, part) == name
+
+    @pytest.mark.parametrize(("part", "old", "new"), [
+        # races, out of bounds, what is never written: their values may be right by chance
+        ("linear", "__syncthreads();\n        for (int w = 0; w < WARPS_OF", "for (int w = 0; w < WARPS_OF"),
+        ("linear", "    if (k >= K) return;", ""), ("linear", "if (n >= width) return;", ""),
+        ("packed", "    __syncthreads();\n    for (int o", "    for (int o"), ("packed", "if (m >= M) return;", ""),
+        ("correct", "r + 8 < rows ? ", "true ? "), ("blocks", "row < M ? ", "true ? "),
+        ("blocks", "THREADS);\n            __syncthreads();", "THREADS);"),
+        ("gptq", "    __syncthreads();\n    int c", "    int c"), ("glue", "__syncthreads();\n    sum = 0", "sum = 0"),
+        (SMALL[1], "column / 64 * 64", "0"),
+        (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
+        (SMALL[0], "#endif\n        __syncthreads();", "#endif"), (SMALL[0], "if (row >= N1) continue;", "")])
+    def test_the_interpreter_finds_planted_faults(self, part, old, new, tmp_path, monkeypatch):
+        planted(monkeypatch, tmp_path, old, new)
+        with pytest.raises(ptx.Fault):
+            cuda.self_check(torch.device("cpu"), torch.bfloat16, part)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("masked", [None, True, False])
+    def test_ragged_linears(self, dtype):
+        check_linear("cpu", 0, 33, 1056, 96, dtype, 4, True, None, True, True, width=32, clipped=True, shifted=True)
+        check_linear("cpu", 1, 1, 64, 48, dtype, 8, False, True, False, False)
+
+    def test_rows_and_columns_longer_than_a_block(self):
+        check_linear("cpu", 2, 2, 4112, 16, torch.bfloat16, 4, True, False, False, True)
+        check_linear("cpu", 2, 2, 16, 4 * cuda.THREADS + 16, torch.float32, 4, True, None, False, True)
+
+    @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.bfloat16, 4)])
+    def test_feedback(self, dtype, bits):
+        check_feedback("cpu", 0, 7, 1, dtype, bits, bits == 4)
+
+    def test_more_tokens_than_a_block_of_feedback(self, monkeypatch):
+        monkeypatch.setattr(cuda, "FEEDBACK_THREADS", 32)
+        check_feedback("cpu", 1, 33, 1, torch.bfloat16, 4, True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_packed_product(self, dtype):
+        check_packed("cpu", 0, 33, 1152, 96, dtype, 4, True, True, True)
+        check_packed("cpu", 0, 3, 384, 32, dtype, 8, False, False, False, extreme=True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("masked", [None, True])
     def test_starquant_plus_layer(self, dtype, masked):
         check_plus("cpu", dtype, masked)
 
-    @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 3), st.sampled_from(DTYPES),
-           st.sampled_from([2, 4, 8]), st.booleans())
-    def test_feedback(self, seed, M, blocks, dtype, bits, clipped):
-        check_feedback("cpu", seed, M, blocks, dtype, bits, clipped)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nan_stays_nan_in_its_token(self, dtype):
+        check_nan("cpu", dtype)
 
-    @given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 5), st.integers(1, 2), st.sampled_from(DTYPES),
-           st.sampled_from([2, 4, 8]), st.booleans(), st.booleans(), st.booleans())
-    @settings(max_examples=25)
-    def test_packed_product(self, seed, M, K128, N32, dtype, bits, asymmetric, has_bias, shifted):
-        check_packed("cpu", seed, M, 128 * K128, 32 * N32, dtype, bits, asymmetric, has_bias, shifted)
-
-    @pytest.mark.parametrize("bits", [4, 8])
-    def test_packed_product_of_extreme_codes(self, bits):
-        check_packed("cpu", 0, 3, 384, 32, torch.float32, bits, False, False, False, extreme=True)
-
-    def test_packed_product_with_as_many_warps_as_on_a_gpu(self, on_cpu, tmp_path, monkeypatch):
-        """With fewer chunks than warps, and with more."""
-        monkeypatch.setattr(cuda, "WARPS", 8)
-        monkeypatch.setitem(on_cpu, torch.float32, cpp_library(tmp_path, torch.float32, ("linear", "packed")))
-        for K in (128, 1152):
-            check_packed("cpu", 0, 5, K, 32, torch.float32, 4, True, True, True)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (39, 17)])
+    def test_tac(self, dtype, rows, blocks):
+        check_tac("cpu", dtype, rows, blocks)
 
     def test_what_is_clipped_has_the_code_of_the_limit(self):
         """s = 1, z = 6 (a tie), limit 8.5: its code is 8 + 6 (a tie, too), where an unclipped 17 would end at 15."""
@@ -188,9 +192,29 @@ class TestOnCpu:
         assert float(scale[0]) == 1
         assert int(codes[0, 0]) == int(kernels.quantize_rows(x, 4, clip)[0][0, 0]) == 14 - 8
 
-    @pytest.mark.parametrize("packed", [True, False])
-    def test_slices_along_n_and_rows_longer_than_a_block(self, packed):
-        check_linear("cpu", 0, 5, 1056, 96, torch.bfloat16, 4, packed, None, True, True, width=32, shifted=True)
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_codes_of_any_size_of_numbers_are_those_of_true_divisions(self, bits):
+        """Every exponent, numbers that are halfway between two codes, and tokens that are too small or too large for a
+        division by the reciprocal."""
+        g = torch.Generator().manual_seed(bits)
+        x = torch.randn(64, 64, generator=g)
+        x[::2] = torch.randint(-2**bits, 2**bits, (32, 64), generator=g) / 2  # ties
+        x[::2, 0], x[::2, 1] = 2.0**bits - 1, 0
+        x = x * 2.0 ** torch.linspace(-140, 120, 64)[:, None].round()
+        x[0] = 0
+        codes, scale, zero = cuda.quantize_rows(x, None, 0, 0, bits)
+        want = kernels.quantize_rows(x, bits)
+        assert torch.equal(scale[:, None], want[1])
+        assert torch.equal(zero[:, None], want[2].int())
+        assert torch.equal(codes, want[0])
+
+    def test_bf16_rounding_is_pytorchs(self):
+        values = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])))
+        values = torch.cat((values, values.new_zeros(-len(values) % 8)))
+        y = torch.empty(1, len(values), dtype=torch.bfloat16)
+        ones = torch.ones(1, len(values), dtype=torch.int32)
+        cuda.epilogue(ones, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, values, ones[0], None, None, y)
+        assert torch.equal(y.view(torch.int16), values.to(torch.bfloat16)[None].view(torch.int16))
 
     def test_a_slice_that_int_mm_refuses_is_exact_as_well(self, monkeypatch):
         def choosy(a, b, checked=torch._int_mm):
@@ -203,29 +227,96 @@ class TestOnCpu:
         with pytest.warns(UserWarning, match="refuses 32 x 64 times 64 x 16"):
             check_linear("cpu", 3, 5, 64, 80, torch.bfloat16, 4, True, None, True, True, width=32)
 
-    def test_eight_bit_weights(self):
-        check_linear("cpu", 1, 33, 64, 48, torch.float32, 8, False, None, False, False)
+    @pytest.mark.parametrize("fill", [None, True, False])
+    def test_forward_through_the_kernels_equals_eager(self, monkeypatch, fill):
+        linear, tac = layer(), TAC(torch.randn(3, 16, 16), torch.randn(3, 16))
+        x = torch.randn(2, 5, 64)
+        state = torch.rand(2, 5) < 0.5 if fill is None else torch.full((2, 5), fill)
+        want = tac(linear(x, state))
+        monkeypatch.setattr(cuda, "usable", lambda x, N, V=None: True)
+        assert torch.allclose(tac(linear(x, state)), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(linear.unpack_weights()(x, state), layer()(x, state))
 
-    def test_more_columns_than_one_block_covers(self):
-        check_linear("cpu", 2, 2, 16, 4 * cuda.THREADS + 16, torch.float32, 4, True, None, False, True)
+    def test_codes_of_a_kronecker_layer_in_bf16(self):
+        """Fused into one kernel or not: a code may move by one where the order of a sum decides, and in few places."""
+        linear, g = layer(K=24 * 64, sizes=(24, 64)), torch.Generator().manual_seed(0)
+        x, state = torch.randn(6, 24 * 64, generator=g).bfloat16(), torch.rand(6, generator=g) < 0.5
+        codes, scale, zero = cuda.codes(linear, x, state)
+        rows = x.float() @ linear.P[0].to(torch.bfloat16).dense().float()
+        rows = rows * torch.where(state[:, None], *linear.gates(rows))
+        want = kernels.quantize_rows(rows, 4)
+        assert torch.allclose(scale[:, None], want[1], rtol=0.02)
+        off = (codes[:6].int() - zero[:, None] - (want[0].int() - want[2].int())).abs()
+        assert off.max() <= 1
+        assert (off > 0).float().mean() < 0.03
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_nan_stays_nan_in_its_token(self, dtype):
-        check_nan("cpu", dtype)
+    @pytest.mark.parametrize("family", ["llada", "dream"])
+    def test_norm_rope_and_silu_of_a_model(self, family, dtype, monkeypatch):
+        """RoPE bit for bit, with both kinds of tables, grouped heads and positions that skip padding. A norm's sum has
+        another order, and e^x another last bit."""
+        m = model.load_model(FIXTURES / family, "cpu", dtype).requires_grad_(False)
+        block, c, g = m.blocks[0], m.config, torch.Generator().manual_seed(0)
+        qkv = torch.randn(2, 7, block.qkv.weight.shape[0], generator=g).to(dtype)
+        x, gate_up = torch.randn(2, 7, c.d_model, generator=g).to(dtype), torch.randn(2, 7, 2 * c.d_ffn, generator=g)
+        gate_up, keep = gate_up.to(dtype), torch.ones(2, 7, dtype=torch.long)
+        keep[1, :3] = 0
+        ropes = [m.context(torch.zeros(2, 7, dtype=torch.long), mask)[0] for mask in (None, keep)]
+        eager = [block.attn_norm(x), model.swiglu(gate_up), *(t for rope in ropes for t in block.heads(qkv, rope))]
+        monkeypatch.setattr(cuda, "glues", lambda *_: True)
+        norm, silu = block.attn_norm(x), model.swiglu(gate_up)
+        turned = [t for rope in ropes for t in block.heads(qkv, rope)]
+        assert torch.allclose(norm, eager[0], rtol=2 * torch.finfo(dtype).eps)
+        assert torch.allclose(silu, eager[1], rtol=2 * torch.finfo(dtype).eps)
+        assert all(map(torch.equal, turned, eager[2:]))
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (7, 3), (1030, 2), (3, 33)])
-    def test_tac(self, dtype, rows, blocks):
-        check_tac("cpu", dtype, rows, blocks)
+    def test_gptq_rounds_as_without_a_kernel(self):
+        class SaysCuda(torch.Tensor):
+            is_cuda = True
 
-    def test_bf16_rounding_is_pytorchs(self):
-        values = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])))
-        values = torch.cat((values, values.new_zeros(-len(values) % 8)))
-        y = torch.empty(1, len(values), dtype=torch.bfloat16)
-        ones = torch.ones(1, len(values), dtype=torch.int32)
-        cuda.epilogue(ones, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, values, ones[0], None, None,
-                              y)
-        assert torch.equal(y.view(torch.int16), values.to(torch.bfloat16)[None].view(torch.int16))
+        g = torch.Generator().manual_seed(0)
+        weight, x = torch.randn(70, 80, generator=g), torch.randn(500, 80, generator=g)
+        H = hessian(x @ torch.randn(80, 80, generator=g))
+        codes, scale = gptq(weight, H, 4)
+        got = [t.as_subclass(torch.Tensor) for t in gptq(weight.as_subclass(SaysCuda), H, 4)]
+        assert torch.equal(got[0], codes)
+        assert torch.equal(got[1], scale)
+
+
+@pytest.mark.parametrize("why", ["off", "cpu", "gradient", "dtype"])
+def test_glue_is_eager_where_a_kernel_cannot_serve(why, monkeypatch):
+    monkeypatch.setattr(cuda, "ready", lambda *_: True)
+    x, gain = torch.randn(3, 32), torch.ones(32)
+    with torch.device("meta"):
+        on_gpu = torch.empty(3, 32, requires_grad=why == "gradient"), torch.empty(32)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda", 0)))
+    assert cuda.glues(x, gain)
+    if why == "off":
+        with cuda.eager_glue():
+            assert not cuda.glues(x, gain)
+        assert cuda.glues(x, gain)
+    elif why == "gradient":
+        assert not cuda.glues(*on_gpu)
+    elif why == "dtype":
+        assert not cuda.glues(x, gain.bfloat16())
+    else:
+        monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cpu")))
+        assert not cuda.glues(x, gain)
+
+
+def test_an_error_that_ends_the_context_ends_the_run(monkeypatch):
+    """A kernel that does not start is replaced; after an illegal access every later call fails, under other names."""
+    def dead(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "backend", lambda _: "int_mm")
+    monkeypatch.setattr(cuda, "self_check", dead)
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        READY(0, torch.float32, "linear")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    with pytest.warns(UserWarning, match="do not compile or start here"):
+        assert not READY(0, torch.float32, "linear")
 
 
 def test_slices_fit_the_cache():
@@ -241,66 +332,6 @@ def test_slices_fit_the_cache():
                 assert width == N or (width + 256) * M > cuda.WAVE
 
 
-# ---- indexing, emulated --------------------------------------------------------------------------------------------
-
-
-def test_unpack_indexing():
-    """Thread i takes 16 bytes and writes 32 codes, by the same word arithmetic, here in numpy on 32-bit words."""
-    codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    words = kernels.pack_int4(codes).numpy().view("<u4").reshape(-1, 4)
-    out = np.zeros(8 * len(words), "<u4")
-    u = np.uint32
-
-    def sign_extend(n):
-        return (((n ^ u(0x08080808)) | u(0x80808080)) - u(0x08080808)) ^ u(0x80808080)
-
-    def byte_perm(a, b, selector):
-        pool = [a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)]
-        return sum(pool[selector >> 4 * i & 7] << 8 * i for i in range(4))
-
-    for i, thread in enumerate(words):
-        for j, word in enumerate(thread):
-            low = int(sign_extend(word & u(0x0F0F0F0F)))
-            high = int(sign_extend((word >> u(4)) & u(0x0F0F0F0F)))
-            out[8 * i + 2 * j] = byte_perm(low, high, 0x5140)
-            out[8 * i + 2 * j + 1] = byte_perm(low, high, 0x7362)
-    assert np.array_equal(out.view(np.int8), codes.numpy().ravel())
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 1024), (2, 1032), (5, 2056)])
-def test_every_element_belongs_to_one_thread(rows, columns):
-    """quantize_rows (a block strides along its row), epilogue (4 columns a thread), tac (a column a thread)."""
-    T = cuda.THREADS
-    strided = [k + j for t in range(T) for k in range(4 * t, columns, 4 * T) for j in range(4)]
-    assert sorted(strided) == list(range(columns))
-    grid = cuda._blocks(columns // 4)
-    fours = [n + j for y in range(grid) for t in range(T) if (n := 4 * (y * T + t)) < columns for j in range(4)]
-    assert sorted(fours) == list(range(columns))
-    walkers = max(1, min(rows, 1024 // cuda._blocks(columns)))
-    walked = [(r, c) for x in range(walkers) for y in range(cuda._blocks(columns)) for t in range(T)
-              if (c := y * T + t) < columns for r in range(x, rows, walkers)]
-    assert sorted(walked) == [(r, c) for r in range(rows) for c in range(columns)]
-
-
-def test_lanes_of_the_packed_product_meet_the_same_channels():
-    """What lane 4 g + t of `packed_product` hands to `mma` for row and column g: every channel once, and in the places
-    that are multiplied with each other, the same channel of both."""
-    K, codes = 256, torch.arange(256).remainder(16).sub(8).to(torch.int8)
-    packed = kernels.pack_int4(codes[None])[0].numpy()
-    met = []
-    for k in range(0, K, 128):
-        for t in range(4):
-            for s in range(4):
-                x = [k + 32 * t + 8 * s + i for i in range(8)]  # channels in in[.][2 s] and in[.][2 s + 1]
-                a = [x[i] for i in (0, 2, 4, 6)], [x[i] for i in (1, 3, 5, 7)]  # __byte_perm 0x6420 and 0x7531
-                word = packed[k // 2 + 16 * t + 4 * s :][:4].astype(np.int32)
-                b = (word << 4 & 0xF0).astype(np.uint8).view(np.int8), (word & 0xF0).astype(np.uint8).view(np.int8)
-                for channels, values in zip(a, b, strict=True):
-                    assert values.tolist() == [16 * int(codes[c]) for c in channels]
-                    met += channels
-    assert sorted(met) == list(range(K))
-
-
 # ---- the layers ----------------------------------------------------------------------------------------------------
 
 
@@ -311,17 +342,6 @@ def test_unpacked_weights_change_nothing_but_bytes():
     assert torch.equal(a(x, state), b(x, state))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert torch.equal(b.unpack_weights()(x, state), a(x, state))  # twice is once
-
-
-@pytest.mark.parametrize("fill", [None, True, False])
-def test_forward_through_the_kernels_equals_eager(on_cpu, monkeypatch, fill):
-    linear, tac = layer(), TAC(torch.randn(3, 16, 16), torch.randn(3, 16))
-    x = torch.randn(2, 5, 64)
-    state = torch.rand(2, 5) < 0.5 if fill is None else torch.full((2, 5), fill)
-    want = tac(linear(x, state))
-    monkeypatch.setattr(cuda, "usable", lambda x, N, V=None: True)
-    assert torch.allclose(tac(linear(x, state)), want, rtol=1e-5, atol=1e-5)
-    assert torch.equal(linear.unpack_weights()(x, state), layer()(x, state))
 
 
 def test_empty_batch():
