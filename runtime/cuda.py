@@ -144,8 +144,9 @@ class Rotation(NamedTuple):
         return 2 * (rows * (rows + 8) + (self.FIRST * self.N2 + rows) * (self.N2 + 8))
 
 
-TILES = {"tiled 32": Tile(32, 128), "tiled 64": Tile(64, 128, WN=64), "tiled 128": Tile(128, 128, WM=64, WN=64),
-         "grouped 128": Grouped(128, 128, RESIDENT=2), "grouped 256": Grouped(128, 256)}
+# of 24 sizes, those that were the fastest somewhere on an H200 (results/gpu-h200.md); other GPUs have no "grouped"
+TILES = {"tiled 32": Tile(32, 128, TK=256), "tiled 128": Tile(128, 128, WM=64, WN=64),
+         "grouped": Grouped(128, 128, RESIDENT=2), "grouped deep": Grouped(128, 128, STAGES=6)}
 
 
 def source(dtype, *parts: str, tile: Tile | Grouped | Rotation | None = None) -> str:
@@ -537,9 +538,10 @@ def ways(layer, x) -> list[Way]:
     """
     (M, K), N, index = x.shape, len(layer.weight_scale), x.device.index
     found = []
-    if layer.packed and x.is_cuda and K % 128 == 0 and M * K < 2**31:
+    if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in TILES.items()
-                  if suits(tile, M, torch.cuda.get_device_capability(index)) and ready(index, x.dtype, name)]
+                  if K % tile.TK == 0 and suits(tile, M, torch.cuda.get_device_capability(index))
+                  and ready(index, x.dtype, name)]
     if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
             and x.is_cuda and fp8_is_exact(index)):
         if not layer.packed:
@@ -711,7 +713,7 @@ def self_check(device, dtype, part: str) -> str | None:
     if part in ("glue", "correct", "blocks", "gptq") or isinstance(part, Rotation):
         return _check_pass(device, dtype, part, g)
     M, d_m, d_u = 19, 24, 40
-    K, N = (1152, 288) if part in ("packed", "fp8", *TILES) else (1088, 272)
+    K, N = (1280, 288) if part in ("packed", "fp8", *TILES) else (1088, 272)
     state = (torch.rand(M, generator=g) < 0.5).to(device)
     x = torch.randn(M, K, generator=g).to(device, dtype)
     x[3] = 0
