@@ -1,38 +1,39 @@
-"""The integer linear on a GPU: one-pass CUDA kernels around `torch._int_mm`, and a product of our own for few tokens.
+"""The quantized model on a GPU: CUDA kernels for everything between the integer products, and products of our own.
 
-PyTorch operations would walk over the activations about ten times (gate, minimum, maximum, divide, round, add, clamp,
-cast, ... and again after the product), and on a GPU these walks cost more than the int8 product saves. So there is
+Passes over activations
+-----------------------
+PyTorch's operations would walk over the activations about ten times to quantize them (gate, minimum, maximum, divide,
+round, ...) and again after the product. On a GPU these walks cost more than the integer product saves. Every kernel
+here reads its input once and writes its output once.
 
-    centre           x less the mean of its token's state (starquant+)               one read, one write
-    quantize_rows    gate by token state, clip, scale and zero point of a token, codes one read of x, one write of codes
-                     (only scale and zero point where feedback follows)
-    feedback         the same codes rounded by feedback (starquant+)                 one read of x, one write of codes
-    unpack_int4      two codes a byte -> int8, into a scratch                        one read, one write
-    torch._int_mm    int8 tensor cores, int32 out                                    (cuBLAS)
-    epilogue         zero point, both scales, bias, mean's output, int32 -> bf16     one read, one write
-    packed_product   few tokens: unpack_int4, product and epilogue at once           a read of the packed weights, half
-                     a byte each, for every 32 tokens
-    tac              Eq. 17 for blocks of 16                                         one read, one write
+    centre           x less the mean of its token's state (starquant+)
+    centred_blocks   the same, times blocks of 64 (bf16 tensor cores)
+    quantize_rows    the gate of the token's state, the token's range, scale, zero point and codes
+    rotated_codes    a Kronecker or an Across factor and then `quantize_rows` (bf16 tensor cores)
+    feedback         codes rounded by feedback (starquant+)
+    tac, correct     Eq. 17 for blocks of 16; `correct` uses bf16 tensor cores
+    rms_norm, rope, silu_up   what both models do between their linears ("glue")
+    gptq_columns     the inner loop of GPTQ, for calibration
 
-Their source is `kernels.cu`, plain CUDA C++ without headers. It is compiled at first use, as
-`torch.cuda._compile_kernel` does it, with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed.
-Every kernel has its eager twin (`kernels.py`, `starquant.tac_apply`); the integer ones agree with it bit for bit,
-because they use the same IEEE operations in the same order (`__fdiv_rn`, `rintf`: no fused multiply-add, no fast
-division). `ready` compares both once per device.
+Products
+--------
+    torch._int_mm    int8 tensor cores of cuBLAS, between `unpack_int4` and `epilogue`: the readable way, of any shape
+    packed_product   unpacking, product and epilogue at once, for few tokens
+    tiled_product, grouped_product   the same for any number of tokens (`products.cu`)
+    fp8              `torch._scaled_mm` on 4-bit codes less their zero point, which fp8 numbers hold exactly
 
-The weight is walked in slices along N, so that what one slice writes and the next kernel reads (int32 accumulators,
-unpacked codes) is still in the L2 cache. Scratch memory comes from PyTorch's caching allocator, which hands out the
-same block again; inside a CUDA graph nothing is allocated at all, and the launch cost (some 10 us from Python) is gone.
+All of them give the same integers. `fastest` times those that serve a shape when it is first met and keeps one.
+`torch._int_mm` walks over the weight in slices along N, so that what one slice writes and the next kernel reads (int32
+sums, unpacked codes) is still in the L2 cache.
 
-With a few tens of tokens a linear takes as long as its weights take to be read, and reading four bits, writing eight
-and reading them again is more than the sixteen that a bf16 product reads. `packed_product` unpacks in registers and
-ends in the epilogue, so that neither int8 weights nor int32 sums ever leave the chip. It is written for the bytes that
-come from memory, not for the operations: each 32 tokens read the weights again, and each 32 columns the activations,
-both from the L2. Up to `FEW` tokens `fastest` times both products at the first use of a shape and keeps the faster one;
-their integers are the same.
-
-What a production library does beyond this: such a product for many tokens as well, its tiles staged in shared memory
-and multiplied by a whole warp group (Hopper's wgmma).
+How a kernel gets onto the GPU
+------------------------------
+The sources are plain CUDA C++ without headers. They are compiled at first use, as `torch.cuda._compile_kernel` does it,
+with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Every kernel has a readable twin
+(`kernels.py`, `runtime/cpu.py`, `model.py`, `starquant.tac_apply`). Kernels of integers agree with their twins bit for
+bit, because they use the same IEEE operations in the same order. Kernels that sum real numbers have another order.
+`ready` compares a kernel with its twin once per device. Inside a CUDA graph nothing is allocated, and the cost of a
+launch (some 10 us from Python) is gone.
 """
 
 import math

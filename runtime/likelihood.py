@@ -101,8 +101,9 @@ def _losses(model, batch: list[Rows], cfg_scale: float):
     logit_row = (asked.flatten().cumsum(0) - 1).view(groups, L)
     group_of_row, masked, targets = (x.to(model.device) for x in (group_of_row, masked, ids[masked]))
     ce = F.cross_entropy(logits[logit_row[group_of_row][masked]], targets, reduction="none").double()  # (n,)
-    sums = torch.zeros(R, dtype=torch.float64, device=ce.device).index_add_(0, masked.nonzero()[:, 0], ce)
-    return sums.cpu() * torch.cat([r.weights for r in batch])
+    # on the CPU, which adds in order: a GPU adds in any order, and the last bits would change from run to run
+    sums = torch.zeros(R, dtype=torch.float64).index_add_(0, masked.nonzero()[:, 0].cpu(), ce.cpu())
+    return sums * torch.cat([r.weights for r in batch])
 
 
 def _score(model, requests, batch_size: int, cfg_scale: float, out: list[float]):

@@ -15,14 +15,19 @@ from kernel_checks import (
 from references import fake_quantized
 
 import kernels
+import model
+from checkpoint.families import read_config
+from checkpoint.published import published
+from methods.gptq import gptq, hessian
 from runtime import cuda
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_refused():
-    """The exact fallback would give the same integers."""
+def nothing_is_refused(monkeypatch):
+    """The exact fallback would give the same integers. fp8 products round before they add a bias: they are left out."""
+    monkeypatch.setattr(cuda, "fp8_is_exact", lambda _: False)
     yield
     refused = set(kernels._REFUSED)
     kernels._REFUSED.clear()  # the next test is judged by itself
@@ -33,6 +38,41 @@ def nothing_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_are_in_use(dtype, part):
     assert cuda.ready(torch.cuda.current_device(), dtype, part)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0)])
+def test_rotations_are_in_use(sizes):
+    assert cuda.ready(torch.cuda.current_device(), torch.bfloat16, cuda.Rotation(*sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "L"), [(1, 1), (2, 333), (4, 1024)])
+def test_norm_rope_and_silu_of_llada(dtype, B, L):
+    """One kernel each against PyTorch's operations: RoPE bit for bit, the others but for few last bits."""
+    c, g = read_config(published("llada-8b", 1)), torch.Generator("cuda").manual_seed(0)
+    with torch.device("meta"):
+        block = model.Block(c)
+    norm = model.RMSNorm(4096, 1e-5).to("cuda", dtype).requires_grad_(False)
+    norm.weight.normal_(generator=g)
+    x, qkv, gate_up = (torch.randn(B, L, n, generator=g, device="cuda").to(dtype) for n in (4096, 12288, 24576))
+    rope = model.rope_table(torch.arange(L, device="cuda"), c, dtype)
+    got = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)
+    with cuda.eager_glue():
+        want = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)
+    for ours, theirs in zip(got[:2], want[:2], strict=True):
+        assert torch.allclose(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert (ours != theirs).float().mean() < (0.01 if dtype == torch.bfloat16 else 1)
+    assert all(map(torch.equal, got[2:], want[2:]))
+
+
+def test_gptq_rounds_as_on_the_cpu():
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(500, 300, generator=g), torch.randn(2000, 300, generator=g)
+    H = hessian(x @ torch.randn(300, 300, generator=g))
+    codes, scale = gptq(weight, H, 4)
+    on_gpu = gptq(weight.cuda(), H.cuda(), 4)
+    assert (on_gpu[0].cpu() != codes).float().mean() < 1e-3  # fp64, in another order
+    assert torch.equal(on_gpu[1].cpu(), scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +124,6 @@ def test_starquant_plus_layer(dtype, masked):
 
 
 def test_layer_equals_its_fake_quantized_reference():
-    linear = layer().cuda()
-    x, state = torch.randn(2, 50, 64, device="cuda"), torch.rand(2, 50, device="cuda") < 0.5
+    linear, g = layer().cuda(), torch.Generator().manual_seed(0)
+    x, state = torch.randn(2, 50, 64, generator=g).cuda(), (torch.rand(2, 50, generator=g) < 0.5).cuda()
     assert torch.allclose(linear(x, state), fake_quantized(linear, x, state), rtol=1e-4, atol=1e-4)
