@@ -162,7 +162,7 @@ class TestOnCpu:
         check_feedback("cpu", 0, 7, 1, dtype, bits, bits == 4)
 
     def test_more_tokens_than_a_block_of_feedback(self, monkeypatch):
-        monkeypatch.setattr(cuda, "FEEDBACK_THREADS", 32)
+        monkeypatch.setattr(cuda, "THREADS", 32)
         check_feedback("cpu", 1, 33, 1, torch.bfloat16, 4, True)
 
     @pytest.mark.parametrize("dtype", DTYPES)
