@@ -155,38 +155,42 @@ class Layer(ctypes.Structure):
 
 def serves(layer, x, state) -> bool:
     """Whether cpu_kernels.c is written for these tokens x (M, d) of this layer."""
-    needs_state = layer.d_m or layer.d_u or layer.mean is not None or layer.shift is not None
-    return (x.device.type == "cpu" == layer.weight_packed.device.type and x.dtype in (torch.float32, torch.bfloat16)
-            and layer.in_features <= WIDEST
-            and (not needs_state or (state is not None and state.dtype == torch.bool and len(state) == len(x))))
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or layer.in_features > WIDEST:
+        return False
+    about = described(layer)
+    needs_state = about.d_m or about.d_u or about.mean or about.shift
+    return not needs_state or (state is not None and state.dtype == torch.bool and len(state) == len(x))
 
 
 def run(library, layer, x, state):
     """`readable` by the compiled functions."""
-    (M, K), N, half = x.shape, len(layer.weight_packed), x.dtype == torch.bfloat16
-    about, threads = described(layer), torch.get_num_threads() if M * K * N > SMALL else 1
-    state = None if state is None else state.contiguous()
-    at = None if state is None else state.data_ptr()
-    x = x.contiguous()
-    rows = x.float() if layer.mean is None else torch.empty(M, K)
-    if layer.mean is not None:
-        library.centre(about, x.data_ptr(), at, rows.data_ptr(), M, half, threads)
+    about, half = described(layer), x.dtype == torch.bfloat16
+    M, K, N = len(x), about.K, about.N
+    threads = torch.get_num_threads() if M * K * N > SMALL else 1
+    x, state = x.contiguous(), None if state is None else state.contiguous()
+    states = None if state is None else state.data_ptr()
+    if about.mean:
+        rows = torch.empty(M, K)
+        library.centre(about.address, x.data_ptr(), states, rows.data_ptr(), M, half, threads)
+    else:
+        rows = x.float()
     rows = apply_basis(rows, layer.basis(rows)).contiguous()
-    if (layer.d_m or layer.d_u) and rows.data_ptr() == x.data_ptr():
+    if (about.d_m or about.d_u) and rows.data_ptr() == x.data_ptr():
         rows = rows.clone()  # which the gates change in place
     y = torch.empty(M, N, dtype=x.dtype)
-    if library.linear(about, rows.data_ptr(), at, y.data_ptr(), M, half, threads):
+    if library.linear(about.address, rows.data_ptr(), states, y.data_ptr(), M, half, threads):
         raise MemoryError(f"no memory for the codes of {M} tokens of {K} channels.")
     return y
 
 
-def described(layer) -> ctypes.c_void_p:
-    """The address of the layer's `Layer`, which is kept with the layer for as long as it has the same tensors.
+def described(layer) -> Layer:
+    """The layer as the C code sees it, kept with the layer for as long as it has the same tensors.
 
     ValueError for a tensor of another size than the C code reads.
     """
     identity = layer.abits, *map(id, layer._buffers.values())
-    if "C" not in layer._converted or layer._converted["C"][0] != identity:
+    about = layer._converted.get("C")
+    if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
         block = 0 if layer.feedback is None else layer.feedback.shape[-1]
         sizes = {"weight_packed": N * ((K + 1) // 2 if packed else K), "weight_scale": N, "bias": N, "clip": 2,
@@ -194,15 +198,16 @@ def described(layer) -> ctypes.c_void_p:
         dtypes = dict.fromkeys(sizes, torch.float32) | {"weight_sum": torch.int32, "weight_zero": torch.int32,
                   "weight_packed": torch.uint8 if packed else torch.int8, "feedback": torch.bfloat16}
         given = {name: getattr(layer, name) for name in sizes if getattr(layer, name) is not None}
-        kept = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in given.items()}
+        kept = {name: tensor.to("cpu", dtypes[name]).contiguous() for name, tensor in given.items()}
         for name, tensor in kept.items():
             if tensor.numel() != sizes[name]:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit a linear of {K} to {N} channels.")
         about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed,
                       **{name: tensor.data_ptr() for name, tensor in kept.items()})
-        # the structure lives as long as its address, and the tensors as long as theirs
-        layer._converted["C"] = identity, ctypes.c_void_p(ctypes.addressof(about)), about, kept, given
-    return layer._converted["C"][1]
+        about.address, about.identity = ctypes.addressof(about), identity
+        about.tensors = given, kept  # they live as long as their addresses are used
+        layer._converted["C"] = about
+    return about
 
 
 @cache

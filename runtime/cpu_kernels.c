@@ -37,7 +37,10 @@ static inline bf16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
 }
 static inline ints load(const void *from, long bytes) {  // what is missing of 64 bytes becomes zero
     ints v = {0};
-    bytes < 64 ? memcpy(&v, from, bytes) : memcpy(&v, from, 64);  // the second is one instruction
+    if (bytes >= 64)
+        memcpy(&v, from, 64);  // one instruction
+    else if (bytes > 0)
+        memcpy(&v, from, bytes);
     return v;
 }
 
@@ -107,11 +110,14 @@ static inline void transpose(ints r[16]) {
 // ---- 1. transform: tokens lose the mean of their state before P, and channels of the other state behind it ----------
 
 void centre(const Layer *l, const void *x, const uint8_t *state, float *rows, long M, int half, int threads) {
+    long K = l->K;
     #pragma omp parallel for num_threads(threads)
     for (long m = 0; m < M; m++) {
-        const float *mean = l->mean + (state[m] ? l->K : 0), *full = (const float *)x + m * l->K;
-        const bf16 *upper = (const bf16 *)x + m * l->K;
-        for (long k = 0; k < l->K; k++) rows[m * l->K + k] = (half ? widen(upper[k]) : full[k]) - mean[k];
+        const float *restrict mean = l->mean + (state[m] ? K : 0), *restrict full = (const float *)x + m * K;
+        const bf16 *restrict upper = (const bf16 *)x + m * K;
+        float *restrict row = rows + m * K;
+        for (long k = 0; half && k < K; k++) row[k] = widen(upper[k]) - mean[k];
+        for (long k = 0; !half && k < K; k++) row[k] = full[k] - mean[k];
     }
 }
 
@@ -151,56 +157,62 @@ static void quantize(const Layer *l, const float *restrict x, uint8_t *restrict 
     }
 }
 
-// The codes of block n in 16 tokens from m on, as cpu.feedback_codes; a vector holds one channel of all 16. Groups of
-// eight channels take the errors of the channels before them and then those of one another.
+// The codes of block n in 32 tokens from m on, as cpu.feedback_codes. A vector holds one channel of 16 tokens. Eight
+// channels at a time take the errors of the channels before them and then those of one another.
 static void feed_back(const Layer *l, const float *x, uint8_t *codes, long width, const float *scale, const float *zero,
                       long m, long n, long M, void *scratch) {
-    long b = l->block, B = up(b, 16), count = least(M - m, 16);
-    float half = 1 << (l->bits - 1);
-    floats *u = scratch, *e = u + B, s = {0}, z = {0};
-    float *V = (float *)(e + B);  // (B, B)
+    long b = l->block, B = up(b, 16);
+    float half = 1 << (l->bits - 1), *V = scratch;  // V (b, B)
+    floats (*u)[2] = (void *)(V + B * B), (*e)[2] = u + B, low[2], high[2], z[2];
     for (long i = 0; i < b; i++) {
         const bf16 *restrict row = l->feedback + (n * b + i) * b;
         for (long j = 0; j < b; j++) V[i * B + j] = widen(row[j]);
     }
-    memcpy(&s, scale + m, 4 * count);
-    memcpy(&z, zero + m, 4 * count);
-    floats low = -half - z, high = half - 1 - z;
-    for (long c = 0; c < B; c += 16) {
-        ints r[16] = {0};
-        for (int t = 0; t < count; t++) r[t] = load(x + (m + t) * l->K + n * b + c, 4 * (b - c));
-        transpose(r);
-        for (int i = 0; i < 16; i++) u[c + i] = (floats)r[i] / s;
+    for (int g = 0; g < 2; g++) {
+        long first = m + 16 * g, count = least(M - first, 16);
+        floats s = (floats)load(scale + first, 4 * count);
+        z[g] = (floats)load(zero + first, 4 * count);
+        low[g] = -half - z[g];
+        high[g] = half - 1 - z[g];
+        for (long c = 0; c < B; c += 16) {
+            ints r[16] = {0};
+            for (int t = 0; t < count; t++) r[t] = load(x + (first + t) * l->K + n * b + c, 4 * (b - c));
+            transpose(r);
+            for (int i = 0; i < 16; i++) u[c + i][g] = (floats)r[i] / s;
+        }
     }
     for (long j = 0; j < b; j += 8) {
-        floats a[8];
+        floats a[8][2];
         memcpy(a, u + j, sizeof a);
         for (long i = 0; i < j; i++)
-            #pragma GCC unroll 8
-            for (int q = 0; q < 8; q++) a[q] = less_product(a[q], e[i], V[i * B + j + q]);
-        #pragma GCC unroll 8
-        for (int q = 0; q < 8; q++) {
+            #pragma GCC unroll 16
+            for (int q = 0; q < 16; q++)
+                a[q / 2][q % 2] = less_product(a[q / 2][q % 2], e[i][q % 2], V[i * B + j + q / 2]);
+        #pragma GCC unroll 16
+        for (int q = 0; q < 16; q++) {
+            int i = q / 2, g = q % 2;
             // r = clamp(round(u_i)),  e = u_i - r in bf16,  u_j <- u_j - e V_ij
-            floats r = rounded(a[q], low, high);
-            ints error = (ints)(a[q] - r);
+            floats r = rounded(a[i][g], low[g], high[g]);
+            ints error = (ints)(a[i][g] - r);
             error = (error + 0x7fff + (error >> 16 & 1)) & 0xffff0000;
-            e[j + q] = (floats)error;
+            e[j + i][g] = (floats)error;
             #pragma GCC unroll 8
-            for (int p = q + 1; p < 8; p++) a[p] = less_product(a[p], (floats)error, V[(j + q) * B + j + p]);
-            a[q] = r + z;  // the code
+            for (int p = i + 1; p < 8; p++) a[p][g] = less_product(a[p][g], (floats)error, V[(j + i) * B + j + p]);
+            a[i][g] = r + z[g];  // the code
         }
         memcpy(u + j, a, sizeof a);
     }
-    for (long c = 0; c < b; c += 16) {
-        ints r[16];
-        for (int i = 0; i < 16; i++) r[i] = __builtin_convertvector(u[c + i], ints) + (int)half;
-        transpose(r);
-        for (int t = 0; t < count; t++) {
-            bytes out = __builtin_convertvector(r[t], bytes);
-            uint8_t *to = codes + (m + t) * width + n * b + c;
-            b - c < 16 ? memcpy(to, &out, b - c) : memcpy(to, &out, 16);
+    for (int g = 0; g < 2; g++)
+        for (long c = 0; c < b; c += 16) {
+            ints r[16];
+            for (int i = 0; i < 16; i++) r[i] = __builtin_convertvector(u[c + i][g], ints) + (int)half;
+            transpose(r);
+            for (int t = 0; t < 16 && m + 16 * g + t < M; t++) {
+                bytes out = __builtin_convertvector(r[t], bytes);
+                uint8_t *to = codes + (m + 16 * g + t) * width + n * b + c;
+                b - c < 16 ? memcpy(to, &out, b - c) : memcpy(to, &out, 16);
+            }
         }
-    }
 }
 
 // ---- 3. multiply: sum_k X_int W_c -----------------------------------------------------------------------------------
@@ -264,7 +276,7 @@ static inline void finish(const Layer *l, const int32_t *sums, long n, long coun
 // if there is no memory for the codes, else 0.
 int linear(const Layer *l, float *rows, const uint8_t *state, void *y, long M, int half, int threads) {
     long K = l->K, N = l->N, width = up(K, 128), T = up(M, 16), B = up(l->block, 16);
-    long room = up(16 * PANELS * width + 4 * B * (B + 32), 64);  // a thread's own: rows of the weight, or a block
+    long room = up(16 * PANELS * width + 4 * B * (B + 64), 64);  // a thread's own: rows of the weight, or a block
     int middle = 1 << (l->bits - 1);
     uint8_t *codes = aligned_alloc(64, T * width + threads * room + 12 * up(T, 64));
     if (!codes) return 1;
@@ -282,7 +294,7 @@ int linear(const Layer *l, float *rows, const uint8_t *state, void *y, long M, i
         }
         #pragma omp for collapse(2)
         for (long n = 0; n < (l->feedback ? K / l->block : 0); n++)
-            for (long m = 0; m < M; m += 16) feed_back(l, rows, codes, width, scale, zero, m, n, M, mine);
+            for (long m = 0; m < M; m += 32) feed_back(l, rows, codes, width, scale, zero, m, n, M, mine);
         #pragma omp for
         for (long m = 0; m < M; m++) {
             rest[m] = -K * ((int)zero[m] + middle);
