@@ -53,7 +53,6 @@ from starquant import Across, Blocks, Kronecker, apply_basis
 
 THREADS = 256
 TAC_BLOCK = 16
-FEEDBACK_THREADS = 128  # tokens of a CUDA block of feedback
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
 GPTQ_BLOCK = 32  # columns that a thread of gptq_columns has in its registers
 FUSED_GLUE = True  # norms, rope and SiLU of both models by one kernel each; `eager_glue` turns it off
@@ -152,8 +151,7 @@ TILES = {"tiled 32": Tile(32, 128, TK=256), "tiled 128": Tile(128, 128, WM=64, W
 
 def source(dtype, *parts: str, tile: Tile | Grouped | Rotation | None = None) -> str:
     """The CUDA source of some parts for activations of this dtype, `tiled_product` with the sizes of a tile."""
-    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK,
-               "FEEDBACK_THREADS": FEEDBACK_THREADS, "WARPS": WARPS,
+    numbers = {"THREADS": THREADS, "TAC_BLOCK": TAC_BLOCK, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "WARPS": WARPS,
                "GPTQ_BLOCK": GPTQ_BLOCK}
     sizes = {name: size for name, size in tile._asdict().items() if name.isupper()} if tile else {}
     if isinstance(tile, Rotation):
@@ -256,8 +254,8 @@ def centred_blocks(x, mean, state, B):
 
 def rotation_of(x, P: list) -> Rotation | None:
     """The sizes of `rotated_codes` for rows x (M, K) and the factors P, or None where it does not serve."""
-    if x.dtype != torch.bfloat16 or len(P) != 1:
-        return None
+    if x.dtype != torch.bfloat16 or len(P) != 1 or (x.shape[1] > 8192 and len(x) > 1024):
+        return None  # the last: two passes are faster then (results/gpu-h200.md)
     (factor,), (n1, *_) = P, P[0][0].shape
     if isinstance(factor, Kronecker) and len(factor.P2) in (64, 128) and n1 <= 128:
         rotation = Rotation(n1, len(factor.P2), 1)
@@ -291,8 +289,8 @@ def feedback(x, V, scale, zero, codes, bits: int, order: str = "plain"):
     The integers of `cpu.feedback_codes`.
     """
     (M, K), x = x.shape, x.contiguous()
-    _launch("feedback", x.dtype, (-(-M // FEEDBACK_THREADS), K // FEEDBACK_BLOCK),
-            [x, scale, zero, V, codes, M, K, bits, ORDERS.index(order)], FEEDBACK_THREADS)
+    _launch("feedback", x.dtype, (_blocks(M), K // FEEDBACK_BLOCK),
+            [x, scale, zero, V, codes, M, K, bits, ORDERS.index(order)])
 
 
 def unpack_int4(packed, out, dtype=torch.float32):
@@ -635,7 +633,7 @@ _FASTEST = {}  # (device, ...) -> name of a way
 def chosen() -> dict:
     """Which product serves which shape so far: "M x K -> N" and the residency of the weights -> its name."""
     return {f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}": name
-            for (_, _, M, N, K, packed), name in _FASTEST.items()}
+            for (_, _, M, N, K, packed, _), name in _FASTEST.items()}
 
 
 def fastest(calls: dict, key: tuple) -> str:
@@ -644,6 +642,7 @@ def fastest(calls: dict, key: tuple) -> str:
     One that fails for want of memory is not taken, unless it is the last one.
     """
     *others, last = calls
+    key = (*key, tuple(calls))  # another layer of the same shape may have other products
     if key in _FASTEST or not others:
         return _FASTEST.get(key, last)
     if torch.cuda.is_current_stream_capturing():

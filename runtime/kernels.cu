@@ -354,18 +354,18 @@ extern "C" __global__ void tac(const real* __restrict__ z, const float* __restri
 
 #ifdef FEEDBACK  // by itself: its unrolled loops take seconds to compile
 // Codes of x on the grid that quantize_rows found, rounded by feedback: a thread goes through the channels of one token's
-// part of a block. All threads of a CUDA block read the same V from shared memory, which is where the time goes: eight
-// numbers at once, in bf16. Products of two bf16 numbers are exact in fp32: whether the compiler fuses them with the
-// subtraction changes no bit.
-extern "C" __global__ void __launch_bounds__(FEEDBACK_THREADS)
+// part of a block. All threads of a CUDA block read the same V, from shared memory. Products of two bf16 numbers are exact
+// in fp32: whether the compiler fuses them with the subtraction changes no bit. Two tokens a thread, and V in bf16, were
+// tried and were slower (results/gpu-h200.md).
+extern "C" __global__ void __launch_bounds__(THREADS)
 feedback(const real* x, const float* scale, const int* zero, const bf16* V, signed char* codes, int M, int K, int bits,
          int order) {
-    __shared__ uint4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 8];  // 0 on and below the diagonal
+    __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
     const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
-    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += FEEDBACK_THREADS)
-        ((bf16*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? mine[k] : 0;
+    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
+        ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
     __syncthreads();
-    int m = blockIdx.x * FEEDBACK_THREADS + threadIdx.x;
+    int m = blockIdx.x * THREADS + threadIdx.x;
     if (m >= M) return;
     long long at = (long long)m * K + blockIdx.y * FEEDBACK_BLOCK;
     float v[FEEDBACK_BLOCK], s = scale[m], z = zero[m], half = 1 << (bits - 1);
@@ -380,14 +380,12 @@ feedback(const real* x, const float* scale, const int* zero, const bf16* V, sign
         float e = rounded(__fsub_rn(v[i], r), (const bf16*)0);
         v[i] = r;
 #pragma unroll
-        for (int j = (i + 1) / 8; j < FEEDBACK_BLOCK / 8; j++) {  // eight at a time; finished ones lose e * 0
-            uint4 w = shared_V[i][j];
-            unsigned pairs[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                v[8 * j + 2 * n] -= e * __uint_as_float(pairs[n] << 16);
-                v[8 * j + 2 * n + 1] -= e * __uint_as_float(pairs[n] & 0xffff0000u);
-            }
+        for (int j = (i + 1) / 4; j < FEEDBACK_BLOCK / 4; j++) {  // four at a time; finished ones lose e * 0
+            float4 w = shared_V[i][j];
+            v[4 * j] -= e * w.x;
+            v[4 * j + 1] -= e * w.y;
+            v[4 * j + 2] -= e * w.z;
+            v[4 * j + 3] -= e * w.w;
         }
     }
 #pragma unroll
