@@ -250,7 +250,8 @@ class TestCompiling:
 
     @compiled
     @pytest.mark.parametrize(("line", "wrong"), [
-        ("rintf(-low / s)", "floorf(-low / s)"), ("u > highest ? u", "u > 0 ? u"), ("V[(j + i) * B + j + p]", "V[(j + i) * B + j]"),
+        ("rintf(-low / s)", "floorf(-low / s)"), ("u > highest ? u", "u > 0 ? u"),
+        ("V[(j + i) * B + j + p]", "V[(j + i) * B + j]"),
         ("v[j] += shift[n + j]", "v[j] += 0 * shift[n + j]"), ("rest[m] += codes", "rest[m] -= codes"),
         ("l->mean + (state[m] ? K : 0)", "l->mean")])
     def test_a_library_that_differs_does_not_serve(self, line, wrong, monkeypatch, tmp_path):
