@@ -61,6 +61,10 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     tokens (S, L): clean calibration segments. config: a `QuantConfig(...)`. region (S, L) bool: where [MASK] may
     stand, everywhere by default. Raises Refused if activations become NaN or Inf.
     """
+    if "quantization_config" in model.config.raw:
+        raise Refused("the model is quantized already; give the 16-bit model.")
+    if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.is_floating_point():
+        raise Refused("tokens must be a tensor of token ids, one row a segment: (segments, length).")
     noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
     quantized = rebuilt(model)
     if config.head_bits < 16:

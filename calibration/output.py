@@ -45,7 +45,7 @@ from methods.rtn import quantize_outer
 from model import load_block, load_outer
 from runtime.processes import Refused, watched
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 STATE = "starquant.json"
 OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
                             *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
@@ -197,6 +197,8 @@ def _difference(key: str, old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         return f"{key} {changed[0]} was {old.get(changed[0])!r} and is {new.get(changed[0])!r} now"
+    if key == "tokens":
+        return "the calibration segments are others now (--segments, --length, --data, --seed)"
     return f"{key} was {old!r} and is {new!r} now"
 
 

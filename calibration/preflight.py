@@ -94,7 +94,7 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
                               f"some or choose another --out.")
     if spill is not None:
         if not spill.is_dir() or not os.access(spill, os.W_OK | os.X_OK):
-            raise Refused(f"--spill {spill} is not a folder that can be written to.")
+            raise Refused(f"--spill {spill} is not a folder that can be written to; make it first or choose another.")
         room, free_there = spilled_bytes(c, tokens, dtype.itemsize), shutil.disk_usage(spill).free
         if room > free_there:
             raise Refused(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "

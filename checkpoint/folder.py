@@ -85,6 +85,8 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if (path.parent / "starquant.json").is_file():
+            raise Refused(f"{path.parent} is unfinished; run the same calibrate.py command with --resume.") from None
         raise Refused(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} cannot be read as JSON ({error}).") from None

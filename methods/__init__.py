@@ -60,6 +60,9 @@ def QuantConfig(method: str = "starquant", **values) -> Settings:
         if others and method not in others:
             *some, last = others
             raise Refused(f"{name} is for {', '.join(some) + ' and ' * bool(some) + last}, not for {method}.")
+    unknown = values.keys() - settings_of(method).keys()
+    if unknown:
+        raise Refused(f"{min(unknown)} is no setting of {method}, which has {', '.join(settings_of(method))}.")
     return METHODS[method].settings(method=method, **values)
 
 

@@ -1,4 +1,4 @@
-"""Settings of temporal-aware compensation (TAC, Section 3.3 and Appendix C), and a paired variant of its fit.
+"""Settings of Temporal Attention Compensation (TAC, Section 3.3 and Appendix C), and a paired variant of its fit.
 
 The paper's fit is `starquant.tac_fit` (Eq. 18). `calibrate.py` collects what both are fitted on.
 """

@@ -135,10 +135,10 @@ class TestSettings:
         assert written.items() <= said.items()
         assert QuantConfig(**written) == calibrate.config_from(calibrate.parse(fast("--method", method)))
 
-    def test_another_method_s_setting_is_refused_and_an_unknown_one_is_an_error(self):
+    def test_another_method_s_setting_is_refused_and_an_unknown_one_too(self):
         with pytest.raises(Refused, match=r"^transform is for starquant, not for rtn\.$"):
             QuantConfig("rtn", transform="dense")
-        with pytest.raises(TypeError, match="colour"):
+        with pytest.raises(Refused, match="^colour is no setting of rtn"):
             QuantConfig("rtn", colour="red")
 
     def test_help_lists_settings_with_their_methods(self, capsys):
@@ -346,3 +346,30 @@ class TestSpill:
         assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path)) == 2
         assert "lower --segments or --length or choose another folder" in capsys.readouterr().err
         assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("values", "sentence"), [
+    ({"epoch": 1}, "epoch is no setting of starquant, which has method, wbits"),
+    ({"balance": "dense"}, "balance is for starquant"), ({"wbits": 9}, "wbits 9 is not between 2 and 8")])
+def test_a_setting_that_is_not_there_is_named(values, sentence):
+    with pytest.raises(Refused, match=sentence):
+        QuantConfig("starquant", **values)
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], torch.ones(2, 3), torch.ones(3, dtype=torch.long)])
+def test_what_are_no_segments_is_refused(tokens, small_folder):
+    with pytest.raises(Refused, match="one row a segment"):
+        quantize_model(load_model(small_folder, "cpu"), tokens, QuantConfig("rtn"))
+
+
+def test_a_quantized_model_is_not_quantized_again(small_folder):
+    tokens = torch.randint(1000, (4, 12), generator=torch.Generator().manual_seed(0))
+    once = quantize_model(load_model(small_folder, "cpu"), tokens, QuantConfig("rtn"))
+    with pytest.raises(Refused, match="quantized already"):
+        quantize_model(once, tokens, QuantConfig("rtn"))
+
+
+def test_an_unfinished_folder_says_how_to_go_on(tmp_path):
+    (tmp_path / "starquant.json").write_text("{}")
+    with pytest.raises(Refused, match="unfinished; run the same"):
+        load_model(tmp_path)

@@ -158,9 +158,9 @@ def stopped(calibration, tmp_path_factory):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--method", "rtn"], "config method was 'starquant' and is 'rtn' now"),
     (["--wbits", "3"], "config wbits was 4 and is 3 now"),
-    (["--seed", "7"], "tokens was"),
+    (["--seed", "7"], "segments are others now"),
     (["--set", "lr=0.01"], "config lr was 0.001 and is 0.01 now"),
-    (["--length", "25"], "tokens was"),
+    (["--length", "25"], "segments are others now"),
 ])
 def test_other_arguments_are_refused(arguments, words, stopped, calibration):
     model, out = stopped

@@ -280,7 +280,7 @@ def test_look_alikes_are_refused_by_name():
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(st.sampled_from((LLADA, DREAM, A2D)), st.data())
 def test_any_json_value_is_read_or_refused(base, data):
-    """No value of any key leads to a traceback other than ConfigError."""
+    """No value of any key leads to a traceback other than Refused."""
     key = data.draw(st.sampled_from(sorted(base)))
     value = data.draw(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
                       | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.integers()))

@@ -159,7 +159,7 @@ class TestTokens:
         answers = {p.answer for s in SPLITS for p in tasks.problems(task, s, 1000, 11)}
         longest = max(len(e.ids) for e in tokenizer.encode_batch(sorted(answers)))
         assert longest <= tasks.GEN_LENGTH
-        assert longest == {"math": 20, "code": 22}[task]  # digits are tokens of their own; what data.py's comment says
+        assert longest == {"math": 20, "code": 22}[task]  # digits are tokens of their own; as `tasks.GEN_LENGTH` says
 
     @pytest.mark.parametrize("task", TASKS)
     def test_problem_tokens(self, tokenizer, task):

@@ -1,7 +1,7 @@
 """Our models, samplers and likelihoods against the authors' own files, draw by draw, on tiny random models.
 
-    python tests/against_official.py llada FOLDER [--trials 100] [--seed 0]
-    python tests/against_official.py dream FOLDER [--trials 100] [--seed 0]
+    python tests/tools/against_official.py llada FOLDER [--trials 100] [--seed 0]
+    python tests/tools/against_official.py dream FOLDER [--trials 100] [--seed 0]
 
 FOLDER holds the authors' files, of which no copy is kept here (they need `python -m pip install transformers==4.46.2`):
 

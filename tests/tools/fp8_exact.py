@@ -1,7 +1,7 @@
 """Is an fp8 product of 4-bit codes exact? On a GPU: python tests/tools/fp8_exact.py
 
 With scales of one the product of `cuda.fp8_product` must equal the integers, rounded to bf16 once. With real scales it
-may differ where the order of the two scales decides a rounding. Both are counted over 16.8 million outputs of each width.
+may differ where the order of the two scales decides a rounding. Both are counted over 16.8 million outputs a width.
 """
 
 import json

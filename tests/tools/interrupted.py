@@ -1,4 +1,4 @@
-"""Calibrations that end badly, each in a forked child of one process that has torch loaded (see test_interruption.py).
+"""Calibrations that end badly, each in a forked child of one process that has torch loaded (for test_output.py).
 
 Reads one JSON object a line: {"argv": [...], "out": folder, ...} with at most one of
     "after": s          SIGKILL after s seconds
