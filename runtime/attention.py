@@ -6,8 +6,8 @@ since its error is what is studied here, not its speed.
 """
 
 import torch
-from torch import nn
 
+from runtime.layers import Quantized
 from starquant import dequantize, fake_quantize, quantize
 
 
@@ -23,7 +23,7 @@ def softmax_scores(q, k, mask=None):
     return torch.softmax(scores, -1).nan_to_num(0)
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(Quantized):
     """Eq. 16 between quantizers.
 
     K has a scale per token and head, V the same or a static scale per channel, the softmax output one per row. Bits of

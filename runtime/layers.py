@@ -71,7 +71,17 @@ class Centre(NamedTuple):
     shift: torch.Tensor | None = None
 
 
-class QuantLinear(nn.Module):
+class Quantized(nn.Module):
+    """A module that moves between devices as a whole, and whose tensors keep their types.
+
+    A model may be cast to bf16. Its scales and transforms stay what they were fitted as.
+    """
+
+    def _apply(self, function, recurse=True):
+        return super()._apply(lambda tensor: tensor.to(function(tensor[:0]).device), recurse)
+
+
+class QuantLinear(Quantized):
     """Eq. 13 on integers, for every method; the module's docstring says what runs."""
 
     def __init__(self, *, weight: Weight, grid: Grid, P=(), d_m: int = 0, d_u: int = 0, bias=None,
@@ -184,8 +194,11 @@ class QuantLinear(nn.Module):
         self._converted.clear()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        name = f"{prefix}weight_packed"
+        if self.wbits <= 4 and not self.packed and name in state_dict:
+            state_dict = state_dict | {name: kernels.unpack_int4(state_dict[name], self.in_features)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._converted.clear()
         self.weight_sum = kernels.row_sums(self.weight_packed if self.packed else self.codes(), self.in_features)
 
@@ -221,7 +234,7 @@ def factor_kinds(shapes: dict, d: int) -> list:
             return kinds
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(Quantized):
     """An embedding of integer rows with one scale each; a look-up dequantizes the rows it takes, and only those."""
 
     def __init__(self, weight_packed, scale, width: int, bits=8, dtype=torch.float32):
@@ -236,6 +249,10 @@ class QuantEmbedding(nn.Module):
         """Round an embedding (V, D) to nearest."""
         codes, scale = quantize_weight(weight, bits)[:2]
         return cls(kernels.pack_int4(codes) if bits <= 4 else codes, scale, weight.shape[1], bits, weight.dtype)
+
+    def _apply(self, function, recurse=True):
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(function, recurse)
 
     def forward(self, ids):
         """ids (...) -> (..., D)."""
@@ -256,7 +273,7 @@ def quantize_weight(weight, bits: int, symmetric: bool = True) -> Weight:
     return Weight(torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros), bits)
 
 
-class TAC(nn.Module):
+class TAC(Quantized):
     """Eq. 17 as a layer between softmax·V and the attention output projection: M (B, g, g), bias (B, g).
 
     The same correction could be applied to V, because the rows of the softmax sum to one. After softmax·V it costs no

@@ -138,7 +138,7 @@ class TestSettings:
     def test_another_method_s_setting_is_refused_and_an_unknown_one_too(self):
         with pytest.raises(Refused, match=r"^transform is for starquant, not for rtn\.$"):
             QuantConfig("rtn", transform="dense")
-        with pytest.raises(Refused, match="^colour is no setting of rtn"):
+        with pytest.raises(Refused, match=r"^colour is no setting of rtn"):
             QuantConfig("rtn", colour="red")
 
     def test_help_lists_settings_with_their_methods(self, capsys):

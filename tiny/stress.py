@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.families import FUSED
-from checkpoint.folder import Checkpoint, read_json, resolve
+from checkpoint.folder import Checkpoint, read_json, resolve, sha256, write_json
 from checkpoint.loading import part_rows
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
@@ -97,12 +97,18 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     source = Checkpoint(resolve(name))
     if source.quantization:
         raise Refused(f"{name} is quantized already; give the 16-bit model.")
-    # the same model stressed before is written again, anything else is not ours to replace
+    # the same model stressed before is written again, anything else, the source above all, is not ours to replace
     empty = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
-    old = folder / "config.json"
-    if not empty and (not old.is_file() or read_json(old) != source.config.raw):
+    about = {"c": c, "source": {file: sha256(source.folder / file) for file in sorted(set(source.files.values()))}}
+    mark = folder / "stress.json"
+    if not empty and (not mark.is_file() or read_json(mark).get("source") != about["source"]):
         raise Refused(f"{folder} exists and is not this model stressed; move it away first.")
-    stress(load_model(name, "cpu", torch.float32), c).save(folder)
+    stressed = stress(load_model(name, "cpu", torch.float32), c)
+    if not all(p.isfinite().all() for p in stressed.parameters()):
+        raise Refused(f"stress {c:g} makes weights infinite; give a smaller one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, about)
+    stressed.save(folder)
 
 
 def run(args) -> dict:

@@ -115,6 +115,9 @@ def run(args) -> dict:
             raise Refused(f"--{name} {getattr(args, name)} is not between {least} and {most}.")
     if not (args.minutes > 0 and 0 < args.lr < 1):
         raise Refused("--minutes must be above 0, and --lr between 0 and 1.")
+    ours = args.init and args.out.resolve() == Path(args.init).resolve()
+    if not (args.overwrite or ours) and args.out.is_dir() and any(args.out.iterdir()):
+        raise Refused(f"--out {args.out} is not empty; choose another folder, or add --overwrite to replace the model.")
     device = pick_device(args.device)
     model = (trained_model(args.init) if args.init else fresh_model(args.seed)).to(device)
     earlier = Path(args.init or "", "training.json")
@@ -156,6 +159,7 @@ def run(args) -> dict:
 def main(argv=None) -> int:
     parser = Parser("python -m tiny.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/trained"), help="folder of the model (out/trained)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")

@@ -8,6 +8,7 @@ import torch
 
 from calibrate import run_block
 from checkpoint.families import FUSED
+from checkpoint.folder import sha256
 from model import load_model
 from tiny import stress
 
@@ -94,3 +95,15 @@ def test_write_stressed_keeps_the_function(tmp_path, monkeypatch):
     again = load_model(tmp_path / "s", "cpu", torch.float32)
     assert torch.allclose(again(noisy).double(), model(noisy), atol=1e-4)
     assert not torch.equal(again.blocks[0].attn_norm.weight.double(), model.blocks[0].attn_norm.weight)
+
+
+def test_the_source_and_other_models_are_not_replaced(small_folder, tmp_path, capsys):
+    before = sha256(small_folder / "model.safetensors")
+    assert stress.main(["--model", str(small_folder), "--out", str(small_folder)]) == 2
+    assert "is not this model stressed" in capsys.readouterr().err
+    assert sha256(small_folder / "model.safetensors") == before
+    for _ in range(2):  # the same once more is written again
+        assert stress.main(["--model", str(small_folder), "--out", str(tmp_path / "s")]) == 0
+    assert stress.main(["--model", str(small_folder), "--c", "1e39", "--out", str(tmp_path / "huge")]) == 2
+    assert "makes weights infinite" in capsys.readouterr().err
+    assert not (tmp_path / "huge").exists()

@@ -91,3 +91,10 @@ def test_a_model_without_its_history_is_trained_on(small_folder, tmp_path):
     assert train.main(["--init", str(tmp_path / "old"), "--steps", "1", "--tokens", "96", "--device", "cpu", "--out",
                        str(tmp_path / "new")]) == 0
     assert json.loads((tmp_path / "new" / "training.json").read_text())["steps"] == 1
+
+
+def test_what_is_there_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    assert train.main(["--steps", "1", "--tokens", "96", "--out", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
