@@ -188,7 +188,7 @@ def described(layer) -> Layer:
 
     ValueError for a tensor of another size than the C code reads.
     """
-    identity = layer.abits, *map(id, layer._buffers.values())
+    identity = layer.abits, *(None if t is None else t.data_ptr() for t in layer._buffers.values())
     about = layer._converted.get("C")
     if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
@@ -228,7 +228,10 @@ def compiled():
 
 def compiler() -> list[str]:
     """The command of the C compiler: $CC where it is set, else cc, gcc or clang. OSError if there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"$CC cannot be read ({error})") from None
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]

@@ -326,3 +326,17 @@ class TestCompiling:
         both = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
         assert [process.wait(timeout=300) for process in both] == [0, 0]
         assert len(list((tmp_path / "star-quant").iterdir())) == 1
+
+
+def test_a_cc_that_cannot_be_read_is_no_compiler(monkeypatch):
+    monkeypatch.setenv("CC", 'gcc "x')
+    with pytest.raises(OSError, match="cannot be read"):
+        cpu.compiler()
+
+
+def test_new_storage_of_a_tensor_is_seen():
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    layer, x = QuantLinear.fold(weight), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    y = layer(x)
+    layer.weight_scale.data = 2 * layer.weight_scale.data
+    assert torch.equal(layer(x), 2 * y)
