@@ -160,7 +160,8 @@ class QuantLinear(Quantized):
 
     def gates(self, x):
         """The diagonals of G_m and G_u (Eq. 9), (d,) each, in the dtype and on the device of x."""
-        return self._once("G", x, lambda: subspace_gates(self.in_features, self.d_m, self.d_u, x.device, x.dtype))
+        sizes = self.in_features, self.d_m, self.d_u
+        return self._once(f"G {sizes}", x, lambda: subspace_gates(*sizes, x.device, x.dtype))
 
     def codes(self):
         """Weight codes (C, d) int8."""

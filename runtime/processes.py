@@ -42,7 +42,8 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept: str =
     smaller: the flags that lower the memory a run needs. kept: a sentence that says what an interrupted run leaves.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack a character, such as ░
+        if hasattr(stream, "reconfigure"):  # what stands in for a terminal may not have it
+            stream.reconfigure(errors="replace")  # a terminal may lack a character, such as ░
     try:
         result = function(args)
     except Refused as error:
