@@ -188,7 +188,8 @@ def described(layer) -> Layer:
 
     ValueError for a tensor of another size than the C code reads.
     """
-    identity = layer.abits, layer.d_m, layer.d_u, layer.packed, *(None if t is None else t.data_ptr() for t in layer._buffers.values())
+    addresses = (None if t is None else t.data_ptr() for t in layer._buffers.values())
+    identity = layer.abits, layer.d_m, layer.d_u, layer.packed, *addresses
     about = layer._converted.get("C")
     if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed

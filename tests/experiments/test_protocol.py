@@ -94,6 +94,7 @@ class TestRefusals:
 
     def test_without_lm_eval_the_sentence_names_the_command(self, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, "experiments.harness", raising=False)
+        monkeypatch.delattr("experiments.harness", raising=False)
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
         assert "pip install lm-eval" in self.refused(capsys, "--tasks", "piqa")
