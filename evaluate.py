@@ -229,6 +229,8 @@ def run(args) -> dict:
     file = args.out if args.use in ("judge", "prompt", "tasks") else None
     if file and (file.is_dir() or not next(p for p in file.absolute().parents if p.exists()).is_dir()):
         raise Refused(f"--out {file} cannot be a file there.")
+    if args.use in ("table", "figure") and args.out and args.out.is_file():
+        raise Refused(f"--out {args.out} is a file; a {args.use} is written into a folder.")
     record = {"judge": judge, "prompt": prompt, "table": table, "figure": figure, "tasks": benchmarks}[args.use](args)
     if file and processes.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)

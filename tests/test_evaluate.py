@@ -229,3 +229,11 @@ class TestCommand:
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["tiny"]["tokens"] == [1.0, 1.0, 1.0]
         assert record["tiny"]["nelbo_difference"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("use", [["--table", "1", "--quick"], ["--figure", "hero"]])
+def test_a_file_is_no_folder_for_tables_and_figures(use, tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    assert evaluate.main([*use, "--out", str(tmp_path / "mine")]) == 2
+    assert "is a file; a" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "x"
