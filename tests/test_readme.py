@@ -107,7 +107,7 @@ def test_commands_parse(line, monkeypatch, tmp_path):
         program, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
         if program in ("pip", "pytest", "coverage"):
             assert all((ROOT / word).exists() for word in rest if word.startswith("tests/"))
-        elif program in ("calibrate.py", "evaluate.py", "bench.py", "tiny.train"):
+        elif program in ("calibrate.py", "evaluate.py", "bench.py", "tiny.train", "experiments.gates"):
             module = importlib.import_module(program.removesuffix(".py"))
             if hasattr(module, "parse"):
                 module.parse(rest)
