@@ -27,7 +27,7 @@ from checkpoint.published import write_checkpoint
 from experiments.twins import eager, peers, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model, swiglu
-from runtime import cpu, cuda, processes
+from runtime import cpu, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.processes import Parser, Refused, pick_device, synchronize
@@ -210,8 +210,8 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
 
 def codes(linear: QuantLinear, x, state):
     """The first half of an integer linear: transform, gates, and integer codes of x (B, L, d)."""
-    if cuda.serves(linear, x):
-        return cuda.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
+    if products.serves(linear, x):
+        return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
     rows = linear.phi(x, state).reshape(-1, x.shape[-1])
     return cpu.token_codes(rows, linear.abits, linear.clip, linear.feedback)
 
@@ -359,7 +359,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
             where[name] = shares(m, batch, length, repeats)
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
-    result["products"] = cuda.chosen()
+    result["products"] = products.chosen()
     keep(result)
     return result
 

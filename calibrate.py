@@ -63,8 +63,12 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     """
     if "quantization_config" in model.config.raw:
         raise Refused("the model is quantized already; give the 16-bit model.")
-    if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.is_floating_point():
-        raise Refused("tokens must be a tensor of token ids, one row a segment: (segments, length).")
+    if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise Refused("tokens must be an integer tensor of token ids, one row a segment: (segments, length).")
+    if not tokens.numel() or not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
+        raise Refused(f"tokens must be at least one id, each between 0 and {model.config.vocab_size - 1}.")
+    if region is not None and (region.shape != tokens.shape or region.dtype != torch.bool):
+        raise Refused(f"region must be a bool tensor of the shape of tokens, {tuple(tokens.shape)}.")
     noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
     quantized = rebuilt(model)
     if config.head_bits < 16:

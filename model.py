@@ -224,6 +224,8 @@ def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -
     weights: "packed" keeps 4-bit weights two a byte, "int8" one a byte (nothing to unpack; often a little faster).
     Raises Refused with one sentence about what is wrong with the folder.
     """
+    if weights not in ("packed", "int8"):
+        raise Refused(f'weights {weights!r} is neither "packed" nor "int8".')
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))
     check_tensors(checkpoint)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

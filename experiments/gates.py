@@ -6,10 +6,11 @@ same P without gates,
     it gains    the rounding noise of those channels, ‖(Q(z) − z) G_s^⊥ P_e Wᵀ‖²    about d_s/d of all noise: 1/32
     it loses    what those channels carried, the leakage of Eq. 28, ‖z G_s^⊥ P_e Wᵀ‖²
 
-So it pays where the leakage is below the noise of the gated channels, and it never wins more than the share d_s/d of
-the noise. (The range of a token may shrink as well, but only by the outlier that was gated away.) This program measures
-both sides, predicts by them, and compares with what quantizing with and without the gate really costs. P is drawn,
-trained (App. B) or allocated in closed form on calibration text. All is measured on held-out text, with exact weights.
+G_s^⊥ = I − G_s keeps the channels that the gate zeroes; P_e = P⁻¹. A gate pays where the leakage is below the noise
+of the gated channels. It wins about the share d_s/d of the noise at most, unless it removes a token's outlier and so
+its range. This program measures both sides, predicts by them, and compares with what quantizing with and without the
+gate really costs. P is drawn, trained (App. B) or allocated in closed form on calibration text. All is measured on
+held-out text, with exact weights.
 """
 
 import json
@@ -115,10 +116,10 @@ def summarize(measured: dict[str, list[dict]]) -> str:
 
 
 def run(args) -> dict:
+    args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     model = load_model(args.model, args.device, torch.float32)
     measured = measure(model if args.stress == 1 else stress(model, args.stress))
     text = summarize(measured)
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / ("gates" if args.stress == 1 else f"gates-stress{args.stress:g}")
     note = (f"`python -m experiments.gates --model {args.model} --stress {args.stress:g}`: one seed, 4,096 held-out "
             f"tokens, medians over 20 linears and 2 states; torch {torch.__version__} on {args.device}.")

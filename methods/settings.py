@@ -48,6 +48,9 @@ class Settings:
             value, (low, high) = getattr(self, f.name), f.metadata.get("range", (None, None))
             if "choices" in f.metadata and value not in f.metadata["choices"]:
                 raise Refused(f"{f.name} {value!r} is not one of {', '.join(map(str, f.metadata['choices']))}.")
+            kind = type(f.default)
+            if low is not None and not (type(value) is kind or (kind is float and type(value) is int)):
+                raise Refused(f"{f.name} {value!r} is no {kind.__name__}.")
             if low is not None and not low <= value <= high:
                 raise Refused(f"{f.name} {value} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:

@@ -13,8 +13,9 @@ What runs when an INT4 linear runs
    (`kernels.int_linear` has the formulas).
 4. Finish. The sums are scaled back to real numbers; `finish` adds the bias and the output of the mean of step 1.
 
-Two implementations do these steps: `runtime.cuda.linear` on a GPU that passes its self-checks and `runtime.cpu.linear`
-everywhere else. Both give the integers of the readable `kernels.int_linear`.
+Two implementations do these steps: `runtime.products.linear` on a GPU that passes its self-checks and
+`runtime.cpu.linear` everywhere else. For the same transformed tokens both give the
+integers of the readable `kernels.int_linear`.
 
 Every quantization method of this project is a way to choose the tensors of a `QuantLinear` (`methods/`). Their names
 are the names of the tensors in a checkpoint.
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 import kernels
-from runtime import cpu, cuda
+from runtime import cpu, cuda, products
 from starquant import (
     Across,
     Blocks,
@@ -132,7 +133,7 @@ class QuantLinear(Quantized):
 
     def forward(self, x, state=None):
         """x (..., d), state (...) -> (..., C) in x's dtype. `state` may be None where no gate or mean depends on it."""
-        return cuda.linear(self, x, state) if cuda.serves(self, x) else cpu.linear(self, x, state)
+        return products.linear(self, x, state) if products.serves(self, x) else cpu.linear(self, x, state)
 
     def phi(self, x, state=None):
         """Φ_s(x) of Eq. 11 for every token, (..., d) fp32; tokens lose the mean of their state first."""

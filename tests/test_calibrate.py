@@ -356,10 +356,31 @@ def test_a_setting_that_is_not_there_is_named(values, sentence):
         QuantConfig("starquant", **values)
 
 
-@pytest.mark.parametrize("tokens", [[[1, 2]], torch.ones(2, 3), torch.ones(3, dtype=torch.long)])
-def test_what_are_no_segments_is_refused(tokens, small_folder):
-    with pytest.raises(Refused, match="one row a segment"):
+@pytest.mark.parametrize(("tokens", "sentence"), [
+    ([[1, 2]], "one row a segment"), (torch.ones(2, 3), "one row a segment"),
+    (torch.ones(3).long(), "one row a segment"), (torch.ones(2, 3).bool(), "one row a segment"),
+    (torch.ones(0, 3).long(), "at least one id"),
+    (torch.full((2, 3), -1), "between 0 and"), (torch.full((2, 3), 10**6), "between 0 and")])
+def test_what_are_no_segments_is_refused(tokens, sentence, small_folder):
+    with pytest.raises(Refused, match=sentence):
         quantize_model(load_model(small_folder, "cpu"), tokens, QuantConfig("rtn"))
+
+
+@pytest.mark.parametrize("region", [torch.ones(2, 2).bool(), torch.ones(2, 3)])
+def test_a_region_that_does_not_fit_is_refused(region, small_folder):
+    with pytest.raises(Refused, match="region must be a bool tensor of the shape of tokens"):
+        quantize_model(load_model(small_folder, "cpu"), torch.ones(2, 3).long(), QuantConfig("rtn"), region)
+
+
+@pytest.mark.parametrize("values", [{"wbits": 4.5}, {"abits": "4"}, {"seed": 1.5}, {"kv_bits": None}])
+def test_a_setting_of_another_type_is_refused(values):
+    with pytest.raises(Refused, match="is no int"):
+        QuantConfig("rtn", **values)
+
+
+def test_another_residency_is_refused(small_folder):
+    with pytest.raises(Refused, match="neither"):
+        load_model(small_folder, "cpu", weights="int4")
 
 
 def test_a_quantized_model_is_not_quantized_again(small_folder):

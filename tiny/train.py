@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint.families import read_config
-from checkpoint.folder import read_json, write_json
+from checkpoint.folder import INDEX, read_json, resolve, write_json
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
 from runtime.layers import QuantLinear
@@ -115,9 +115,14 @@ def run(args) -> dict:
             raise Refused(f"--{name} {getattr(args, name)} is not between {least} and {most}.")
     if not (args.minutes > 0 and 0 < args.lr < 1):
         raise Refused("--minutes must be above 0, and --lr between 0 and 1.")
-    ours = args.init and args.out.resolve() == Path(args.init).resolve()
+    if args.out.exists() and not args.out.is_dir():
+        raise Refused(f"--out {args.out} is not a folder; choose another one.")
+    ours = args.init and args.out.resolve() == resolve(args.init).resolve()
     if not (args.overwrite or ours) and args.out.is_dir() and any(args.out.iterdir()):
         raise Refused(f"--out {args.out} is not empty; choose another folder, or add --overwrite to replace the model.")
+    if (args.out / INDEX).exists():
+        raise Refused(f"--out {args.out} holds {INDEX} of another model, which would hide the trained one; choose "
+                      f"another folder.")
     device = pick_device(args.device)
     model = (trained_model(args.init) if args.init else fresh_model(args.seed)).to(device)
     earlier = Path(args.init or "", "training.json")

@@ -1,16 +1,28 @@
 """What the CUDA kernels are held against, on the CPU (`test_cuda.py`) and on a GPU (`test_cuda_on_gpu.py`): their eager
 twins."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import kernels
 from methods.plus import feedback_matrix
-from runtime import cpu, cuda
+from runtime import cpu, cuda, products
 from runtime.layers import Centre, Grid, QuantLinear, Weight
 from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
+               clip=None, V=None, shift=None):
+    """`products.linear` of transformed activations x (M, K) by tensors."""
+    layer = SimpleNamespace(
+        weight_packed=weight, weight_scale=w_scale, weight_sum=w_sum, weight_zero=w_zero, bias=bias, shift=shift,
+        clip=clip, feedback=V, mean=None, d_m=d_m, d_u=d_u, abits=bits, wbits=4 if packed else 8, packed=packed,
+        in_features=x.shape[1], basis=lambda x: [])
+    return products.linear(layer, x, state)
 
 
 def gated(x, state, d_m, d_u):
@@ -46,8 +58,8 @@ def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric
     weight = kernels.pack_int4(w) if packed else w
     with pytest.MonkeyPatch.context() as patch:
         if width:
-            patch.setattr(cuda, "slice_width", lambda *_: width)
-        y = cuda.int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero,
+            patch.setattr(products, "slice_width", lambda *_: width)
+        y = int_linear(x, state, d_m, d_u, weight, w_scale, kernels.row_sums(w), 4, packed, bias, w_zero,
                                     clip, None, shift)
     want = kernels.int_linear(rows, w, w_scale, 4, w_zero, bias, clip)
     want = want if shift is None else want + shift[state.long()]
@@ -76,7 +88,7 @@ def check_feedback(device, seed, M, blocks, dtype, bits, clipped):
     cuda.feedback(x, V, scale, zero, codes, bits)
     assert torch.equal(codes[:M], cpu.feedback_codes(x.float(), scale[:, None], zero[:, None].float(), V, bits))
     assert not codes[M:].any()
-    y = cuda.int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
+    y = int_linear(x, None, 0, 0, kernels.pack_int4(w), ones, sums, bits, True, clip=clip, V=V)
     want = with_feedback(x, w, ones, bits, None, clip, V)
     assert torch.equal(y, want.to(dtype))
 
@@ -94,8 +106,9 @@ def check_packed(device, seed, M, K, N, dtype, bits, asymmetric, has_bias, shift
     w_zero = w[:, 0].int() if asymmetric else None
     shift = torch.randn(2, N, generator=g).to(device) if shifted else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "ways", lambda *_: [cuda.Way("packed_product", "plain", cuda._by_packed_product)])
-        y = cuda.int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
+        way = products.Way("packed_product", "plain", products._by_packed_product)
+        patch.setattr(products, "ways", lambda *_: [way])
+        y = int_linear(x, state, 0, 0, kernels.pack_int4(w), w_scale, kernels.row_sums(w), bits, True,
                                     bias, w_zero, None, None, shift)
     want = kernels.int_linear(x, w, w_scale, bits, w_zero, bias)
     assert torch.equal(y, (want if shift is None else want + shift[state.long()]).to(dtype))
@@ -110,7 +123,7 @@ def check_nan(device, dtype):
     broken[3, 5], broken[17, 127], broken[18, 0] = torch.nan, torch.nan, torch.nan
     ones, sums, clip = torch.ones(32, device=device), kernels.row_sums(w), torch.full((2,), 0.9, device=device)
     for options in ({}, {"V": V}, {"clip": clip}):
-        got, want = (cuda.int_linear(t, None, 0, 0, w, ones, sums, 4, False, **options) for t in (broken, x))
+        got, want = (int_linear(t, None, 0, 0, w, ones, sums, 4, False, **options) for t in (broken, x))
         nan = got.isnan()
         assert nan.any(-1).nonzero()[:, 0].tolist() == nan.all(-1).nonzero()[:, 0].tolist() == [3, 17, 18]
         assert torch.equal(got[~nan], want[~nan])

@@ -24,7 +24,7 @@ from kernel_checks import (
 import kernels
 import model
 from methods.gptq import gptq, hessian
-from runtime import cuda
+from runtime import cuda, products
 from runtime.layers import TAC
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -241,7 +241,7 @@ class TestOnCpu:
         """Fused into one kernel or not: a code may move by one where the order of a sum decides, and in few places."""
         linear, g = layer(K=24 * 64, sizes=(24, 64)), torch.Generator().manual_seed(0)
         x, state = torch.randn(6, 24 * 64, generator=g).bfloat16(), torch.rand(6, generator=g) < 0.5
-        codes, scale, zero = cuda.codes(linear, x, state)
+        codes, scale, zero = products.codes(linear, x, state)
         rows = x.float() @ linear.P[0].to(torch.bfloat16).dense().float()
         rows = rows * torch.where(state[:, None], *linear.gates(rows))
         want = kernels.quantize_rows(rows, 4)
@@ -323,13 +323,13 @@ def test_slices_fit_the_cache():
     for M in (32, 128, 1024, 4096):
         for N, K in ((12288, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (126464, 4096), (37888, 3584)):
             for packed in (True, False):
-                width = cuda.slice_width(M, N, K, packed)
+                width = products.slice_width(M, N, K, packed)
                 assert 0 < width <= N
                 assert width == N or width % 256 == 0
-                busy = M * width <= cuda.WAVE  # narrower slices would leave multiprocessors idle
-                assert width == N or busy or 4 * M * width <= cuda.L2_BYTES
-                assert width == N or busy or not packed or K * width <= cuda.L2_BYTES
-                assert width == N or (width + 256) * M > cuda.WAVE
+                busy = M * width <= products.WAVE  # narrower slices would leave multiprocessors idle
+                assert width == N or busy or 4 * M * width <= products.L2_BYTES
+                assert width == N or busy or not packed or K * width <= products.L2_BYTES
+                assert width == N or (width + 256) * M > products.WAVE
 
 
 # ---- the layers ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import model
 from checkpoint.families import read_config
 from checkpoint.published import published
 from methods.gptq import gptq, hessian
-from runtime import cuda
+from runtime import cuda, products
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def nothing_is_refused(monkeypatch):
     """The exact fallback would give the same integers. fp8 products round before they add a bias: they are left out."""
-    monkeypatch.setattr(cuda, "fp8_is_exact", lambda _: False)
+    monkeypatch.setattr(products, "fp8_is_exact", lambda _: False)
     yield
     refused = set(kernels._REFUSED)
     kernels._REFUSED.clear()  # the next test is judged by itself
@@ -99,11 +99,11 @@ def test_packed_product(dtype, M, K, N, asymmetric):
 
 @pytest.mark.parametrize("M", [32, 256])
 def test_the_faster_product_is_chosen_and_kept(M, monkeypatch):
-    monkeypatch.setattr(cuda, "_FASTEST", {})
+    monkeypatch.setattr(products, "_FASTEST", {})
     check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, True, None, False, True)
-    (choice,) = cuda._FASTEST.items()
+    (choice,) = products._FASTEST.items()
     check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, True, None, False, True)
-    assert list(cuda._FASTEST.items()) == [choice]
+    assert list(products._FASTEST.items()) == [choice]
     check_linear("cuda", 0, M, 4096, 4096, torch.bfloat16, 4, False, None, False, True)  # int8: one way
 
 

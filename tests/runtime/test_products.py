@@ -9,7 +9,7 @@ import torch
 from kernel_checks import plus_layer
 
 import kernels
-from runtime import cuda
+from runtime import cuda, products
 
 TILES = {"tiled": cuda.Tile(32, 64, WM=16), "tiled, long": cuda.Tile(32, 64, 256, 3),
          "tiled, wide": cuda.Tile(64, 64, WM=64, STAGES=3), "grouped": cuda.Grouped(128, 128, STAGES=3),
@@ -125,12 +125,13 @@ def test_a_whole_linear_of_starquant_plus_by_every_product(launch, monkeypatch):
     """Centre, blocks, clip, feedback, bias and the mean's output. fp8 rounds the product before it adds the latter."""
     linear, g = plus_layer(), torch.Generator().manual_seed(1)
     x, state = torch.randn(2, 5, 128, generator=g).bfloat16(), torch.rand(2, 5, generator=g) < 0.5
-    every = {"slices": cuda.Way("slices", "plain", cuda._in_slices), "fp8": cuda.Way("fp8", "e4m3", cuda._by_fp8)} | {
-        name: cuda.Way(name, "paired", partial(cuda._by_tiles, TILES[name])) for name in ("tiled", "grouped")}
+    every = {"slices": products.Way("slices", "plain", products._in_slices),
+             "fp8": products.Way("fp8", "e4m3", products._by_fp8)} | {
+        name: products.Way(name, "paired", partial(products._by_tiles, TILES[name])) for name in ("tiled", "grouped")}
     y = {}
     for name, way in every.items():
-        monkeypatch.setattr(cuda, "ways", lambda *_, way=way: [way])
-        y[name] = cuda.linear(linear, x, state)
+        monkeypatch.setattr(products, "ways", lambda *_, way=way: [way])
+        y[name] = products.linear(linear, x, state)
         assert name == "fp8" or torch.equal(y[name], y["slices"])
     shift = linear.bias + linear.shift[state.long()]
     assert torch.allclose(y["fp8"].float(), y["slices"].float(), rtol=2**-7, atol=2**-7 * shift.abs().max())
@@ -139,39 +140,39 @@ def test_a_whole_linear_of_starquant_plus_by_every_product(launch, monkeypatch):
 class TestFastest:
     @pytest.fixture(autouse=True)
     def timed(self, monkeypatch):
-        monkeypatch.setattr(cuda, "_FASTEST", {})
+        monkeypatch.setattr(products, "_FASTEST", {})
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(cuda, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
+        monkeypatch.setattr(products, "_gpu_seconds", lambda way, device: self.timings.append(way) or way())
         self.timings = []
 
     def test_the_fastest_one_is_kept_for_its_shape(self):
         calls, key = {"a": lambda: 2.0, "b": lambda: 1.0}, ("cuda", torch.float32, 32, 96, 128, True)
-        assert cuda.fastest(calls, key) == "b"
+        assert products.fastest(calls, key) == "b"
         assert self.timings == list(calls.values())
-        assert cuda.fastest(calls, key) == "b"
+        assert products.fastest(calls, key) == "b"
         assert len(self.timings) == 2
         later = {"a": lambda: 1.0, "b": lambda: 2.0}
-        assert cuda.fastest(later, (*key[:2], 64, *key[3:])) == "a"
-        assert cuda.fastest(later, key) == "b"  # as its shape was
-        assert cuda.chosen() == {"32 x 128 -> 96, packed": "b", "64 x 128 -> 96, packed": "a"}
+        assert products.fastest(later, (*key[:2], 64, *key[3:])) == "a"
+        assert products.fastest(later, key) == "b"  # as its shape was
+        assert products.chosen() == {"32 x 128 -> 96, packed": "b", "64 x 128 -> 96, packed": "a"}
 
     def test_one_way_needs_no_clock(self):
-        assert cuda.fastest({"only": object()}, "key") == "only"
+        assert products.fastest({"only": object()}, "key") == "only"
         assert not self.timings
 
     def test_nothing_is_timed_while_a_graph_is_recorded(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert cuda.fastest({"a": lambda: 1.0, "b": lambda: 2.0}, ("cuda",)) == "b"  # the one that always serves
+        assert products.fastest({"a": lambda: 1.0, "b": lambda: 2.0}, ("cuda",)) == "b"  # the one that always serves
         assert not self.timings
-        assert not cuda._FASTEST  # and nothing is kept that was not timed
+        assert not products._FASTEST  # and nothing is kept that was not timed
 
     def test_a_way_without_memory_is_not_taken(self):
         def fails():
             raise torch.OutOfMemoryError
 
-        assert cuda.fastest({"a": fails, "b": lambda: 2.0}, ("cuda", 1)) == "b"
-        assert cuda.fastest({"a": lambda: 2.0, "b": fails}, ("cuda", 2)) == "a"
-        assert cuda.fastest({"a": fails, "b": fails}, ("cuda", 3)) == "b"
+        assert products.fastest({"a": fails, "b": lambda: 2.0}, ("cuda", 1)) == "b"
+        assert products.fastest({"a": lambda: 2.0, "b": fails}, ("cuda", 2)) == "a"
+        assert products.fastest({"a": fails, "b": fails}, ("cuda", 3)) == "b"
 
 
 def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
@@ -183,11 +184,11 @@ def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch)
 
     asked = []
     monkeypatch.setattr(cuda, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
-    assert cuda.few(Rows(cuda.FEW, 4096), 4096)
+    assert products.few(Rows(products.FEW, 4096), 4096)
     assert asked == [(0, torch.bfloat16, "packed")]
-    for rows, N in ((Rows(cuda.FEW + 1, 4096), 4096), (Rows(32, 4160), 4096), (Rows(32, 4096), 4112),
+    for rows, N in ((Rows(products.FEW + 1, 4096), 4096), (Rows(32, 4160), 4096), (Rows(32, 4096), 4112),
                     (Rows(32, 4096, False), 4096)):
-        assert not cuda.few(rows, N)
+        assert not products.few(rows, N)
     assert len(asked) == 1  # nothing is compiled that cannot serve
     monkeypatch.setattr(cuda, "ready", lambda *_: False)
-    assert not cuda.few(Rows(32, 4096), 4096)
+    assert not products.few(Rows(32, 4096), 4096)

@@ -62,7 +62,7 @@ def test_command_trains_saves_and_continues(tmp_path, capsys):
     (["--device", "nope"], "device 'nope' is not available"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--seed", "-1"], "--seed -1 is not between 0 and"),
-    (["--out", "file"], "File exists: file")])
+    (["--out", "file"], "is not a folder")])
 def test_bad_input_is_one_sentence_and_exit_2(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
@@ -98,3 +98,12 @@ def test_what_is_there_is_not_replaced(tmp_path, capsys):
     assert train.main(["--steps", "1", "--tokens", "96", "--out", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
+    for out, sentence in (("file", "is not a folder"), ("sharded", "of another model")):
+        assert train.main(["--steps", "1", "--tokens", "96", "--overwrite", "--out", str(tmp_path / out)]) == 2
+        assert sentence in capsys.readouterr().err

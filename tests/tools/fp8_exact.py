@@ -1,7 +1,7 @@
 """Is an fp8 product of 4-bit codes exact? On a GPU: python tests/tools/fp8_exact.py
 
-With scales of one the product of `cuda.fp8_product` must equal the integers, rounded to bf16 once. With real scales it
-may differ where the order of the two scales decides a rounding. Both are counted over 16.8 million outputs a width.
+With scales of one `products.fp8_product` must equal the integers, rounded to bf16 once. With real scales it may
+differ where the order of the two scales decides a rounding. Both are counted over 16.8 million outputs a width.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from runtime import cuda
+from runtime import products
 
 DEVICE = torch.device("cuda", 0)
 counts = {}
@@ -24,9 +24,9 @@ for K in (4096, 12288, 18944):
     assert torch.equal(want[:64].double(), a[:64].double() @ w.double().t())
     y = torch.empty(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
     codes, weight, one = a.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), torch.ones_like(s)
-    cuda.fp8_product(codes, weight, one, one, y)
+    products.fp8_product(codes, weight, one, one, y)
     counts[K] = {"unit scales": int((y != want.bfloat16()).sum())}
-    cuda.fp8_product(codes, weight, s, t, y)
+    products.fp8_product(codes, weight, s, t, y)
     counts[K]["real scales"] = int((y != (want * s[:, None] * t).bfloat16()).sum())
     counts[K]["real scales, multiplied first"] = int((y != (want * (s[:, None] * t)).bfloat16()).sum())
 print(json.dumps(counts))
