@@ -189,21 +189,30 @@ def quantize_rows(x, bits: int, clip=None):
     return (x / scale).round_().add_(zero).clamp_(-half, levels - half).to(torch.int8), scale, zero
 
 
+def scaled_product(codes, scale_x, zero_x, weight, scale_w, zero_w=None, sum_w=None, largest: int = 128 * 128):
+    """The product of dequantized tokens and weights (Eq. 3 for both), its sums in exact integers: (M, N) fp32.
+
+    codes (M, K), scale_x and zero_x (M, 1) of `quantize_rows`; weight (N, K) int8 centred codes; scale_w (N,) fp32;
+    zero_w (N,) int32, centred, or None for symmetric weights; sum_w (N,): `row_sums` of the weight, where they are
+    known; `largest` as in `float_mm`.
+    """
+    zero_x = zero_x.to(torch.int32)
+    # Σ_k (X_c − z_x) W_c = Σ_k X_c W_c − z_x Σ_k W_c
+    sums = int_matmul(codes, weight, largest) - zero_x * (row_sums(weight) if sum_w is None else sum_w)  # (M, N) int32
+    if zero_w is not None:
+        # − z_w Σ_k (X_c − z_x)
+        sums -= (row_sums(codes)[:, None] - codes.shape[1] * zero_x) * zero_w
+    # Y = s_x s_w Σ_k (X_c − z_x)(W_c − z_w)
+    return sums.float() * scale_x * scale_w
+
+
 @torch.no_grad()  # rounding has no gradient
 def int_linear(x, weight, scale_w, bits: int, zero_w=None, bias=None, clip=None):
     """Eq. 13 in exact integers: transformed activations x (M, K) -> (M, N) fp32.
 
-    weight (N, K) int8 centred codes, or packed (N, ⌈K/2⌉) uint8; scale_w (N,) fp32; zero_w (N,) int32, centred, or None
-    for symmetric weights; bias (N,); bits and clip of `quantize_rows`. A token with NaN comes out as NaN.
+    weight (N, K) int8 codes, or packed (N, ⌈K/2⌉) uint8; bias (N,); bits and clip of `quantize_rows`; the rest as in
+    `scaled_product`. A token with NaN comes out as NaN.
     """
     weight = unpack_int4(weight, x.shape[1]) if weight.dtype == torch.uint8 else weight
-    codes, scale_x, zero_x = quantize_rows(x, bits, clip)  # (M, K) int8, (M, 1), (M, 1)
-    zero_x = zero_x.to(torch.int32)
-    # Σ_k (X_c − z_x) W_c = Σ_k X_c W_c − z_x Σ_k W_c
-    sums = int_matmul(codes, weight) - zero_x * row_sums(weight)  # (M, N) int32
-    if zero_w is not None:
-        # − z_w Σ_k (X_c − z_x)
-        sums = sums - (row_sums(codes)[:, None] - x.shape[1] * zero_x) * zero_w
-    # Y = s_x s_w Σ_k (X_c − z_x)(W_c − z_w)
-    y = sums.float() * scale_x * scale_w
+    y = scaled_product(*quantize_rows(x, bits, clip), weight, scale_w, zero_w)
     return y if bias is None else y + bias

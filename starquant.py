@@ -8,7 +8,7 @@ independent float64 computation (`tests/test_equations*.py`). Appendix B, the tr
 Eq.   | what                                      | function            | runs in             | test
 1     | Y = X Wᵀ                                  | linear              | Linear.forward      | TestEq1
 2     | X_int = clamp(⌊X/s⌉ + z, 0, 2ᵇ−1)         | quantize            | quantize_rows       | TestEq2
-3     | X̂ = s (X_int − z)                         | dequantize          | int_linear          | TestEq3
+3     | X̂ = s (X_int − z)                         | dequantize          | scaled_product      | TestEq3
 4     | s = (max − min)/(2ᵇ−1), z = ⌊−min/s⌉      | quant_params        | quantize_rows       | TestEq4
 5     | Y ≈ Q_a(X) Q_w(Wᵀ)                        | quantized_linear    | int_linear          | TestEq5
 6     | Y = (XP)(P⁻¹Wᵀ)                           | transformed_linear  | QuantLinear.forward | TestEq6

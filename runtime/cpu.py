@@ -85,15 +85,10 @@ def linear(layer, x, state=None):
 def readable(layer, x, state=None):
     """`linear` for x (M, d), state (M,): one operation after another, on any device."""
     codes, scale, zero = token_codes(layer.phi(x, state), layer.abits, layer.clip, layer.feedback)
-    zero = zero.to(torch.int32)  # (M, 1), as scale; codes (M, d) int8
-    # Σ_k (X_c − z_x) W_c = Σ_k X_c W_c − z_x Σ_k W_c
-    sums = kernels.int_matmul(codes, layer.codes(), 2 ** (layer.abits + layer.wbits - 2))  # (M, C) int32
-    sums -= zero * layer.weight_sum
-    if layer.weight_zero is not None:
-        # − z_w Σ_k (X_c − z_x)
-        sums -= (codes.sum(-1, keepdim=True, dtype=torch.int32) - layer.in_features * zero) * layer.weight_zero
-    # Y = s_x s_w Σ_k (X_c − z_x)(W_c − z_w)
-    return layer.finish(sums.float() * scale * layer.weight_scale, state).to(x.dtype)
+    largest = 2 ** (layer.abits + layer.wbits - 2)
+    y = kernels.scaled_product(codes, scale, zero, layer.codes(), layer.weight_scale, layer.weight_zero,
+                               layer.weight_sum, largest)
+    return layer.finish(y, state).to(x.dtype)
 
 
 def token_codes(x, bits: int, clip=None, feedback=None):
