@@ -128,16 +128,17 @@ class Trajectory(NamedTuple):
     when: torch.Tensor
 
 
-def trajectory(model, problems, steps: int = tasks.GEN_LENGTH, gen_length: int = tasks.GEN_LENGTH,
-               progress=lambda n: None) -> Trajectory:
-    """Free-running answers to problems, and the order in which they came about."""
+def trajectory(model, problems, steps: int | None = tasks.GEN_LENGTH, gen_length: int = tasks.GEN_LENGTH,
+               progress=lambda n: None, threshold: float | None = None) -> Trajectory:
+    """Free-running answers to problems, and the order in which they came about; steps is None with a threshold."""
     parts = []
     for rows in batches(len(problems)):
-        ids, mask = encode_prompts(model.tokenizer, problems[rows])
+        ids, mask = (t.to(model.device) for t in encode_prompts(model.tokenizer, problems[rows]))
         when = torch.zeros(len(ids), gen_length, dtype=torch.long)
-        for step in denoise(model, ids.to(model.device), steps, gen_length, attention_mask=mask.to(model.device)):
-            when[step.committed[:, -gen_length:].cpu()] = step.index
-            progress(len(ids) / steps)
+        for step in denoise(model, ids, steps, gen_length, attention_mask=mask, threshold=threshold):
+            committed = step.committed[:, -gen_length:].cpu()
+            when[committed] = step.index
+            progress(int(committed.sum()) / gen_length)
         parts.append(Trajectory(step.ids[:, -gen_length:].cpu(), when))
     return Trajectory(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -179,6 +180,19 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
             passages = tasks.cloze_problems(model.tokenizer, "eval", problems, seed)
             values["cloze"] = cloze(model, passages, seed=seed, progress=bar.update)
     return values, paths
+
+
+def parallel(model, problems: int, seed: int, threshold: float, label: str = "") -> dict[str, torch.Tensor]:
+    """Decoding by a confidence threshold: per problem of `math` and `code` 0/1, and the passes its answer took."""
+    values = {}
+    with tqdm(total=len(GENERATION) * problems, desc=label, unit="problem", file=sys.stderr, leave=False,
+              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
+        for task in GENERATION:
+            asked = tasks.problems(task, "eval", problems, seed)
+            path = trajectory(model, asked, None, progress=bar.update, threshold=threshold)
+            values[task] = grade(model.tokenizer, asked, path.tokens)
+            values[f"{task}_passes"] = path.when.amax(-1) + 1  # no row of a batch waits for another
+    return values
 
 
 def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
