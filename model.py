@@ -176,6 +176,10 @@ class DiffusionLM(nn.Module):
             x = block(x, state, rope, mask)
         return self.norm(x)
 
+    def predicting(self, hidden):
+        """Hidden states (B, L, D), each where the token stands that it predicts: Dream's predict the token after."""
+        return torch.cat((hidden[:, :1], hidden[:, :-1]), 1) if self.config.logit_shift else hidden
+
     def logits(self, hidden):
         """Scores over the vocabulary, not shifted."""
         scores = self.head(hidden)
@@ -183,13 +187,11 @@ class DiffusionLM(nn.Module):
         return scores if self.config.logit_scale == 1 else scores * self.config.logit_scale
 
     def forward(self, ids, attention_mask=None, where=None):
-        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i (Dream's shift happens here).
+        """ids (B, L) -> logits (B, L, V); logits[:, i] predicts token i.
 
         attention_mask (B, L): 0 marks padding. where (B, L) bool: only the logits of its N True positions, (N, V).
         """
-        hidden = self.hidden(ids, attention_mask)
-        if self.config.logit_shift:
-            hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
+        hidden = self.predicting(self.hidden(ids, attention_mask))
         return self.logits(hidden if where is None else hidden[where])
 
     def save(self, folder, dtype=None) -> None:

@@ -53,6 +53,13 @@ def mask_tokens(ids, region, t, mask_id: int, generator: torch.Generator) -> tor
     return torch.where(hit, mask_id, ids)
 
 
+def pad_left(rows: list[list[int]], pad: int):
+    """Prompts of any lengths as ids (B, P), and an attention_mask (B, P) that is 0 where `pad` stands before one."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], dtype=torch.long)
+    return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+
+
 @dataclass
 class Step:
     """The sequence after one pass of the model, and what the pass committed."""

@@ -5,50 +5,24 @@ over examples. The masks of a Monte-Carlo estimate depend only on the seed: two 
 """
 
 import sys
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint.loading import stored_bytes
-from runtime import sampling
+from runtime import measures
+from runtime.measures import Trajectory, bootstrap, fidelity, likelihoods, masked_copies, predictions
 from runtime.processes import batches
-from runtime.sampling import denoise
+from runtime.sampling import pad_left
 from tiny import tasks
 
 
-@torch.no_grad()
-def losses(model, ids, region, samples: int = 4, seed: int = 0, progress=lambda n: None, reference=None) -> dict:
-    """`nelbo` and, given a reference model, `kl`: nats per token of `region`, one value per sequence, (n,).
-
-    nelbo: E_t [ Σ over masked i of −log p(x_i | x_t) / t ] / |region| with `samples` stratified ratios t per sequence
-    (LLaDA, Eq. 3); its mean over a data set bounds the negative log-likelihood per token from above.
-    kl: the same expectation of KL(p_ref(· | x_t) ‖ p(· | x_t)). On text that the reference wrote, the expected rise of
-    NELBO is this KL; it is never negative and does not depend on which token came, hence a far narrower interval.
-    """
-    g = torch.Generator().manual_seed(seed)
-    totals = {name: torch.zeros(len(ids)) for name in ("nelbo", *(["kl"] if reference is not None else []))}
-    for _ in range(samples):
-        t = sampling.stratified_ratios(len(ids), g, 1e-3)
-        noisy = sampling.mask_tokens(ids, region, t, model.mask_id, g)
-        for rows in batches(len(ids)):
-            where = noisy[rows] == model.mask_id
-            got = log_probabilities(model, noisy[rows], where)
-            per_token = {"nelbo": F.nll_loss(got, ids[rows][where].to(got.device), reduction="none")}
-            if reference is not None:
-                want = log_probabilities(reference, noisy[rows], where)
-                per_token["kl"] = (want.exp() * (want - got)).sum(-1)
-            for name, values in per_token.items():
-                placed = torch.zeros(where.shape).masked_scatter(where, values.cpu())
-                totals[name][rows] += placed.sum(-1) / t[rows] / region[rows].sum(-1)
-            progress(len(t[rows]))
-    return {name: total / samples for name, total in totals.items()}
-
-
-def log_probabilities(model, ids, where):
-    """log p(· | ids) at the positions `where`, (n, V) fp32, on the model's device."""
-    return F.log_softmax(model(ids.to(model.device), where=where.to(model.device)).float(), -1)
+def losses(model, ids, region, samples: int = 4, seed: int = 0, reference=None) -> dict[str, torch.Tensor]:
+    """`nelbo` and, given a reference model, `kl` of the segments ids (n, L) on masks of `seed` (`likelihoods`)."""
+    copies = masked_copies(ids, region, model.mask_id, samples, seed)
+    predicted = [predictions(m, m.blocks, copies.noisy) for m in (model, reference) if m is not None]
+    return likelihoods(copies, *predicted)
 
 
 def nelbo_set(tokenizer, n: int, seed: int, split: str = "eval"):
@@ -59,12 +33,8 @@ def nelbo_set(tokenizer, n: int, seed: int, split: str = "eval"):
 
 def encode_prompts(tokenizer, problems):
     """Prompts left-padded to one length: ids (n, P) and attention_mask (n, P)."""
-    encoded = [e.ids for e in tokenizer.encode_batch([p.prompt for p in problems])]
-    length = max(map(len, encoded))
-    pad = tokenizer.token_to_id("<|endoftext|>")
-    ids = torch.tensor([[pad] * (length - len(e)) + e for e in encoded])
-    mask = torch.tensor([[0] * (length - len(e)) + [1] * len(e) for e in encoded])
-    return ids, mask
+    encoded = tokenizer.encode_batch([p.prompt for p in problems])
+    return pad_left([e.ids for e in encoded], tokenizer.token_to_id("<|endoftext|>"))
 
 
 def answers(tokenizer, ids) -> list[str]:
@@ -121,39 +91,16 @@ def monte_carlo(model, context, options, hide):
     return -(ce.sum(-1) * N / hide.sum(-1)).mean(-1)
 
 
-class Trajectory(NamedTuple):
-    """Greedy denoising of n prompts: the final tokens (n, G) and the step at which each was committed (n, G)."""
-
-    tokens: torch.Tensor
-    when: torch.Tensor
-
-
 def trajectory(model, problems, steps: int | None = tasks.GEN_LENGTH, gen_length: int = tasks.GEN_LENGTH,
                progress=lambda n: None, threshold: float | None = None) -> Trajectory:
     """Free-running answers to problems, and the order in which they came about; steps is None with a threshold."""
     parts = []
     for rows in batches(len(problems)):
-        ids, mask = (t.to(model.device) for t in encode_prompts(model.tokenizer, problems[rows]))
-        when = torch.zeros(len(ids), gen_length, dtype=torch.long)
-        for step in denoise(model, ids, steps, gen_length, attention_mask=mask, threshold=threshold):
-            committed = step.committed[:, -gen_length:].cpu()
-            when[committed] = step.index
-            progress(int(committed.sum()) / gen_length)
-        parts.append(Trajectory(step.ids[:, -gen_length:].cpu(), when))
+        ids, mask = encode_prompts(model.tokenizer, problems[rows])
+        parts.append(measures.trajectory(model, ids, steps, gen_length, threshold, mask, progress))
     return Trajectory(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
-    """Two trajectories of the same prompts, a token a step: per example, how far they agree.
-
-    tokens: share of positions with the same final token; positions: share of positions committed at the same step;
-    divergence: first step at which a committed position or token differs, as a share of the steps (1 = never).
-    """
-    same_token, same_step = first.tokens == second.tokens, first.when == second.when
-    steps = int(torch.maximum(first.when, second.when).max()) + 1
-    earliest = torch.minimum(first.when, second.when).masked_fill(same_token & same_step, steps).amin(-1)
-    return {"tokens": same_token.float().mean(-1), "positions": same_step.float().mean(-1),
-            "divergence": earliest.float() / steps}
 GENERATION = ("math", "code")  # tasks of free-running generation
 TASKS = (*GENERATION, "cloze")
 
@@ -191,7 +138,7 @@ def parallel(model, problems: int, seed: int, threshold: float, label: str = "")
             asked = tasks.problems(task, "eval", problems, seed)
             path = trajectory(model, asked, None, progress=bar.update, threshold=threshold)
             values[task] = grade(model.tokenizer, asked, path.tokens)
-            values[f"{task}_passes"] = path.when.amax(-1) + 1  # no row of a batch waits for another
+            values[f"{task}_passes"] = path.passes
     return values
 
 
@@ -199,20 +146,6 @@ def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
     """Trajectory fidelity over both generation tasks, one value per prompt."""
     parts = [fidelity(paths[task], reference[task]) for task in GENERATION]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and percentile interval of the mean: (mean, low, high). values (n,) over examples, or (S, n) over S
-    calibration seeds and, within each that is drawn, its examples; a paired difference alike."""
-    g = torch.Generator().manual_seed(seed)
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if values.ndim == 1:
-        values = values[None]
-    S, n = values.shape
-    seeds = torch.randint(S, (draws, S, 1), generator=g) if S > 1 else torch.zeros(draws, 1, 1, dtype=torch.long)
-    means = values[seeds, torch.randint(n, (draws, S, n), generator=g)].mean((-1, -2))
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return float(values.mean()), float(low), float(high)
 
 # ---- one table ------------------------------------------------------------------------------------------------------
 
