@@ -10,6 +10,11 @@ Files
     `results/cells.jsonl`. They are read, unless --fresh asks to measure everything again, and written only by
     `--out results`.
 
+Parallel decoding
+    Table 1 also decodes `math` and `code` by a confidence threshold (the rule is in `runtime/sampling.py`), an answer in
+    one block. It counts the passes that an answer took. "Right answers per pass" are those of both tasks together, as a
+    share of 16 bit's. Table `passes` does the same for several thresholds. Those values are cells of their own.
+
 Statistics
     ± is half a 95 % bootstrap interval. For what is counted from 16 bit (KL, penalty, mean of the tasks) the bootstrap
     draws calibration seeds and, within each, its examples; for the accuracy on a task it draws from all its problems.
@@ -31,7 +36,7 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,13 +62,17 @@ SEEDS, PROBLEMS, SEQUENCES = 3, 250, 100  # of the published tables: seeds, prob
 # ---- the rows ------------------------------------------------------------------------------------------------------
 
 ABOVE = "the row above"
+EXTRA = {  # what a setting may hold besides those of QuantConfig
+    "gates": "off: `switch_gates_off`",
+    "text": "of calibration: english alone, or random tokens; by default the model's own mixture",
+    "segments": "of calibration"}
 
 
 class Row(NamedTuple):
     """A setting of a table, and the row with which it is compared."""
 
     label: str
-    setting: dict  # of QuantConfig, as far as it differs from the paper's method; gates="off": `switch_gates_off`
+    setting: dict  # of QuantConfig, as far as it differs from the paper's method; and of EXTRA
     against: str | None = ABOVE  # the label of an earlier row, or None: no row
 
 
@@ -90,6 +99,18 @@ def low_bit_rows():
         yield bits(SETTINGS["starquant+ (ours)"], w, a, name)
         if (w, a) in ((4, 3), (3, 4), (2, 4)):
             yield from (bits(Row(*row), w, a, name, f"starquant+ (ours){name}") for row in (NEAREST, EVEN, RAW_GAIN))
+
+
+def data_rows():
+    """Calibration text of other kinds, and less of it."""
+    kinds = {"English alone": {"text": "english"}, "random tokens": {"text": "random"},
+             "states of its own trajectory": {"states": "rollout"},
+             **{f"{n} segment{'s' * (n > 1)}": {"segments": n} for n in (64, 16, 4, 1)}}
+    yield Row("RTN", RTN)
+    for label in ("starquant+ (ours)", "QuaRot", "STaR-Quant"):
+        yield Row(f"{label}, own text, 128 segments", SETTINGS[label].setting, "RTN")
+        yield from (Row(f"{label}, {kind}", SETTINGS[label].setting | change, f"{label}, own text, 128 segments")
+                    for kind, change in kinds.items())
 
 
 SETTINGS = {row.label: row for row in (  # the methods as Table 1 has them
@@ -142,7 +163,12 @@ TABLES = {
     "3": [Row("no TAC", NO_TAC), *(Row(f"TAC block {g}", {"tac_block": g}, "no TAC") for g in (4, 8, 16, 32, 64))],
     "5": [bits(SETTINGS[label], 8, 8)
           for label in ("RTN", "AWQ", "QuaRot", "DLLMQuant++", "STaR-Quant", "starquant+ (ours)")],
-    "low-bit": list(low_bit_rows())}
+    "low-bit": list(low_bit_rows()),
+    "data": list(data_rows()),
+    "passes": [SETTINGS[label]._replace(against=None)
+               for label in ("RTN", "QuaRot", "STaR-Quant", "starquant+ (ours)")]}
+# confidence thresholds at which a table decodes
+THRESHOLDS = {"1": (0.9,), "passes": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)}
 
 # ---- the cells -----------------------------------------------------------------------------------------------------
 
@@ -178,16 +204,17 @@ class Run:
         return metrics.scores(self.model(), self.problems, seed, self.nelbo, f"16-bit, examples {seed}",
                               sequences=self.sequences)
 
-    def key(self, setting: dict | None, seed: int) -> dict:
-        """`setting` counts as far as it differs from the method's defaults."""
+    def key(self, setting: dict | None, seed: int, threshold: float | None = None) -> dict:
+        """`setting` counts as far as it differs from the method's defaults. With a threshold: of decoding by it."""
         if setting is not None:
             defaults = dataclasses.asdict(config_of({"method": setting.get("method", "starquant")}, seed))
             defaults["method"] = "starquant"
             setting = {k: v for k, v in setting.items() if defaults.get(k) != v}
-        return {"weights": weights_digest(resolve(self.name)), "stress": self.c,
-                "problems": self.problems, "nelbo": self.nelbo, "seed": seed, "setting": setting,
+        sequences = {} if self.sequences in (None, self.problems) else {"sequences": self.sequences}
+        return {"weights": weights_digest(resolve(self.name)), "stress": self.c, "problems": self.problems,
+                "seed": seed, "setting": setting,
+                **({"nelbo": self.nelbo, **sequences} if threshold is None else {"threshold": threshold}),
                 **({} if self.segments == 128 else {"segments": self.segments}),
-                **({} if self.sequences in (None, self.problems) else {"sequences": self.sequences}),
                 **({} if self.kind == "cpu" else {"device": self.kind})}
 
     @property
@@ -195,19 +222,39 @@ class Run:
         """"cpu" (fp32) or "cuda" (bf16): their numbers are not each other's."""
         return self.device.partition(":")[0]
 
-    def measure(self, setting: dict | None, seed: int) -> dict[str, list[float]]:
+    def measure(self, setting: dict | None, seed: int, threshold: float | None = None) -> dict[str, list[float]]:
         """Values per example of one setting (None: 16 bit) calibrated with and judged on a seed."""
-        values, paths = self.reference(seed)
-        if setting is not None:
-            model, config = self.model(), config_of(setting, seed)
-            tokens, region = tasks.calibration_set(model.tokenizer, self.segments, 64, seed)
-            judged = quantize_model(model, tokens, config, region)
-            if setting.get("gates") == "off":
-                switch_gates_off(judged)
-            values, other = metrics.scores(judged, self.problems, seed, self.nelbo, config.method, model,
-                                           self.sequences)
-            values = values if self.nelbo else values | metrics.agreement(other, paths)
+        model, label = self.calibrated(json.dumps(setting), seed), (setting or {"method": "16-bit"}).get("method", "")
+        if threshold is not None:
+            values = metrics.parallel(model, self.problems, seed, threshold, label)
+        elif setting is None:
+            values, _ = self.reference(seed)
+        else:
+            values, paths = metrics.scores(model, self.problems, seed, self.nelbo, label, self.model(), self.sequences)
+            values = values if self.nelbo else values | metrics.agreement(paths, self.reference(seed)[1])
         return {k: [round(x, 5) for x in v.tolist()] for k, v in values.items()}
+
+    @lru_cache(maxsize=1)  # noqa: B019 (a cell of each kind needs the same model)
+    def calibrated(self, setting: str, seed: int):
+        """The model of a setting in JSON (null: 16 bit)."""
+        model, setting = self.model(), json.loads(setting)
+        if setting is None:
+            return model
+        tokens, region = self.calibration_set(setting, seed)
+        judged = quantize_model(model, tokens, config_of(setting, seed), region)
+        if setting.get("gates") == "off":
+            switch_gates_off(judged)
+        return judged
+
+    def calibration_set(self, setting: dict, seed: int):
+        """Segments of 64 tokens, and where they may be masked."""
+        tokenizer, n = self.model().tokenizer, setting.get("segments", self.segments)
+        if setting.get("text") == "english":
+            return tasks.english_segments(tokenizer, "calib", n, 64, seed)
+        if setting.get("text") == "random":
+            ids = torch.randint(self.model().mask_id, (n, 64), generator=torch.Generator().manual_seed(seed))
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        return tasks.calibration_set(tokenizer, n, 64, seed)
 
 
 def trains(setting: dict) -> bool:
@@ -215,7 +262,7 @@ def trains(setting: dict) -> bool:
 
 
 def config_of(setting: dict, seed: int):
-    return QuantConfig(**{k: v for k, v in setting.items() if k != "gates"}, seed=seed)
+    return QuantConfig(**{k: v for k, v in setting.items() if k not in EXTRA}, seed=seed)
 
 
 def switch_gates_off(model) -> None:
@@ -261,13 +308,17 @@ def store(cell: dict, file: Path) -> None:
 def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: bool = False, out: Path = OUT) -> dict:
     """Measure what is missing of one table (fresh: all of it) and write it to the folder `out` as .json and .md."""
     run.check()
+    # what is measured of a setting: likelihoods and tasks (None), and decoding by each threshold
+    kinds = [None] * (number != "passes") + [*THRESHOLDS.get(number, ())] * (quick or not run.nelbo)
+    if not kinds:
+        raise Refused(f"table {number} has no likelihoods; leave --nelbo out.")
     out.mkdir(parents=True, exist_ok=True)
     table = {"16-bit": None}
     for row in TABLES[number]:
-        trained = quick and "epochs" in settings_of(row.setting.get("method", "starquant"))
+        trained = quick and trains(row.setting)
         table[row.label] = row.setting | ({"epochs": min(1, row.setting.get("epochs", 1))} if trained else {})
     todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
-    cells, rows = {} if fresh else stored_cells(RESULTS / "cells.jsonl", out / "cells.jsonl"), {}
+    cells, rows, used = {} if fresh else stored_cells(RESULTS / "cells.jsonl", out / "cells.jsonl"), {}, []
 
     def finished(key):
         return cells.get(digest(key)) or cells.get(digest(key | {"nelbo": False}))
@@ -275,29 +326,32 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     mine = todo[processes.rank() :: processes.world()]  # under torchrun every process measures its share
     commit = current_commit()
     for _, setting, seed in tqdm(mine, desc=f"table {number}", unit="cell", file=sys.stderr):
-        key = run.key(setting, seed)
-        if finished(key) is None:
-            cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
-                                  "values": run.measure(setting, seed)}
-            store(cells[digest(key)], out / "cells.jsonl")
+        for threshold in kinds:
+            key = run.key(setting, seed, threshold)
+            if finished(key) is None:
+                cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
+                                      "values": run.measure(setting, seed, threshold)}
+                store(cells[digest(key)], out / "cells.jsonl")
     for others in processes.gather(cells):
         cells |= others
     for label, setting, seed in todo:
-        cell = finished(run.key(setting, seed))
-        if run.nelbo:
-            cell = cell | {"values": {k: cell["values"][k] for k in ("nelbo", "kl") if k in cell["values"]}}
-        rows.setdefault(label, []).append(cell)
+        values = {}
+        for threshold in kinds:
+            used.append(finished(run.key(setting, seed, threshold)))
+            shown = [k for k in used[-1]["values"] if threshold or not run.nelbo or k in ("nelbo", "kl")]
+            values |= {at(k, threshold): used[-1]["values"][k] for k in shown}
+        rows.setdefault(label, []).append({"values": values})
     if processes.rank():
         return {}
     command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
     command += f" --sequences {run.sequences}" if run.sequences not in (None, run.problems) else ""
     command += (f" --stress {run.c:g}" if run.c != 1 else "") + (" --quick" if quick else " --nelbo" * run.nelbo)
-    used = [c for r in rows.values() for c in r]
     counterparts = {row.label: row.against for row in TABLES[number] if row.against != ABOVE}
     record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
               "torch": ", ".join(sorted({c["torch"] for c in used})), "model": run.name, "device": run.kind,
               "seeds": seeds, "first_seed": FIRST_SEED, "problems": run.problems,
-              "sequences": run.sequences or run.problems, "stress": run.c, "rows": summarize(rows, counterparts)}
+              "sequences": run.sequences or run.problems, "stress": run.c, "thresholds": [t for t in kinds if t],
+              "rows": summarize(rows, counterparts)}
     name = file_name(number, run, seeds, quick)
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(record) + "\n", encoding="utf-8")
@@ -322,6 +376,11 @@ def current_commit() -> str:
                           cwd=RESULTS.parent).stdout.strip()
 
 
+def at(measure: str, threshold: float | None) -> str:
+    """The name of a measure in a row; with a threshold it was decoded by that."""
+    return measure if threshold is None else f"{measure} at {threshold:g}"
+
+
 def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
     """Each setting over its seeds and their examples: means with intervals, and paired differences."""
     base = {k: by_seed(rows["16-bit"], k) for k in rows["16-bit"][0]["values"]}
@@ -330,7 +389,8 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
         values = {k: by_seed(cells, k) for k in cells[0]["values"]}
         # levels are uncertain by their problems, of which seeds bring more; what is counted from 16 bit by seeds, too
         row = {"setting": label, **{k: metrics.bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()}}
-        if label != "16-bit":
+        row |= in_parallel(values, base)
+        if "kl" in values:
             penalty = values["nelbo"] - base["nelbo"]
             row["penalty"] = metrics.bootstrap(penalty)
             row["kl_by_seed"] = values["kl"].mean(-1).tolist()
@@ -342,7 +402,7 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
             if other in measured:
                 compared = [k for k in ("kl", "nelbo", *metrics.TASKS) if k in values]
                 differences = {k: values[k] - measured[other][k] for k in compared}
-                row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
+                row["against"] = {"setting": other, "above": other == above, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
                 row["against"]["significant"] = significant(row["against"]["kl"], differences["kl"])
             measured[label], above = values, label
             if set(metrics.TASKS) <= values.keys():
@@ -350,6 +410,21 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
                 row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in metrics.TASKS], -1))
         out.append(row)
     return out
+
+
+def in_parallel(values: dict, base: dict) -> dict:
+    """Of `math` and `code` together, by threshold: accuracy, passes an answer, and right answers per pass as a share of
+    16 bit's. A value is (S, n), the result (mean, low, high)."""
+    found = {}
+    for threshold in (k.removeprefix("math_passes at ") for k in values if k.startswith("math_passes at ")):
+        right, passes, right_16, passes_16 = (
+            torch.cat([of[f"{task}{what} at {threshold}"] for task in metrics.GENERATION], -1)
+            for of in (values, base) for what in ("", "_passes"))
+        found[f"accuracy at {threshold}"] = metrics.bootstrap(right.flatten())
+        found[f"passes at {threshold}"] = metrics.bootstrap(passes.flatten())
+        found[f"per pass at {threshold}"] = metrics.bootstrap(right, passes, right_16, passes_16,
+                                                              of=lambda r, p, r_16, p_16: r / p / (r_16 / p_16))
+    return found
 
 
 def significant(interval, differences) -> bool:
@@ -363,27 +438,53 @@ def by_seed(cells: list[dict], measure: str):
     return torch.tensor([c["values"][measure] for c in cells], dtype=torch.float64)
 
 
-def interval(triple, scale: float = 100, sign: str = "") -> str:
+def interval(triple, scale: float = 100, sign: str = "", digits: int = 1) -> str:
     mean, low, high = triple
-    return f"{scale * mean:{sign}.1f} ± {scale * (high - low) / 2:.1f}"
+    return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
+
+
+def columns(record: dict) -> dict:
+    """{heading: text of a row's cell} of a table's measures."""
+    last, thresholds = record["rows"][-1], record["thresholds"]
+    out = {}
+
+    def add(heading, measure, **how):
+        if measure in last:
+            out[heading] = lambda row: interval(row[measure], **how) if measure in row else ""
+
+    add("KL from 16 bit, 10⁻³ nats/token", "kl", scale=1000)
+    if "kl" in last:
+        out["against the row above (or the one named)"] = against
+        out["recovered %"] = lambda row: f"{100 * row['recovered']:.1f}" if "recovered" in row else ""
+    add("NELBO penalty", "penalty", scale=1000)
+    for task in metrics.TASKS:
+        add(f"{task} %", task)
+    add("mean of the tasks, points from 16 bit", "mean", sign="+")
+    add("same tokens %", "tokens")
+    for t in thresholds:
+        for task in metrics.GENERATION if len(thresholds) == 1 else ():
+            add(f"{task} %, τ = {t:g}", at(task, t))
+            add(f"{task} passes, τ = {t:g}", at(f"{task}_passes", t), scale=1, digits=2)
+        if len(thresholds) > 1:
+            add(f"accuracy %, τ = {t:g}", at("accuracy", t))
+            add(f"passes, τ = {t:g}", at("passes", t), scale=1, digits=2)
+        add(f"right answers per pass, % of 16 bit, τ = {t:g}", at("per pass", t))
+    return out
+
+
+def against(row: dict) -> str:
+    """The difference in KL from another row, which is named unless it is the row above."""
+    if "against" not in row:
+        return ""
+    mean, low, high = (1000 * v for v in row["against"]["kl"])
+    named = "" if row["against"]["above"] else f" {row['against']['setting']}"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
 
 
 def markdown(record: dict) -> str:
-    measures = [m for m in (*metrics.TASKS, "mean", "tokens") if m in record["rows"][-1]]
-    names = {"mean": "mean of the tasks, points from 16 bit", "tokens": "same tokens %"}
-    heads = ["setting", "KL from 16 bit, 10⁻³ nats/token", "against the row above (or the one named)", "recovered %",
-             "NELBO penalty", *(names.get(m, f"{m} %") for m in measures)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for above, row in zip([None, *record["rows"]], record["rows"], strict=False):
-        shown = [row["setting"], *(interval(row[k], 1000) if k in row else "" for k in ("kl", "penalty"))]
-        shown[2:2] = ["", f"{100 * row['recovered']:.1f}" if "recovered" in row else ""]
-        if "against" in row:
-            mean, low, high = (1000 * v for v in row["against"]["kl"])
-            other = row["against"]["setting"]
-            named = "" if above and other == above["setting"] else f" {other}"
-            shown[2] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
-        shown += [interval(row[m], sign="+" * (m == "mean")) if m in row else "" for m in measures]
-        lines.append(f"| {' | '.join(shown)} |")
+    shown = columns(record)
+    lines = [f"| {' | '.join(['setting', *shown])} |", "|" + "---|" * (1 + len(shown))]
+    lines += [f"| {' | '.join([row['setting'], *(cell(row) for cell in shown.values())])} |" for row in record["rows"]]
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task and "
             f"{record['sequences']} sequences of each kind for each; ± half a 95 % bootstrap interval over seeds and "
             f"their examples (of a task: over its problems), differences with theirs, * where it is clear of 0 and all "

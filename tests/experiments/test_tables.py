@@ -58,7 +58,7 @@ class TestRows:
         assert rtn["mean"][0] == pytest.approx(-1 / 9)
         assert same["mean"] == (0, 0, 0)  # equal example by example: no noise is left
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 3,
-                  "sequences": 3, "rows": [base, rtn, same]}
+                  "sequences": 3, "thresholds": [], "rows": [base, rtn, same]}
         lines = tables.markdown(record).splitlines()
         assert "mean of the tasks, points from 16 bit" in lines[0]
         assert lines[2].endswith("|  |")
@@ -96,7 +96,7 @@ class TestRows:
         assert (c["against"]["setting"], c["against"]["kl"][0]) == ("a", -2.0)
         assert "against" not in d
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
-                  "sequences": 2, "rows": [b, c, d]}
+                  "sequences": 2, "thresholds": [], "rows": [b, c, d]}
         lines = tables.markdown(record).splitlines()
         assert "(-2000.0 to -2000.0) * a |" in lines[3]
 
@@ -112,7 +112,7 @@ class TestRows:
         rows = tables.summarize({"16-bit": [cell([1.0, 2.0], math=ones)],
                                  "RTN": [cell([2.0, 2.0], [0.5, 1.0], math=[0.0, 0.0], tokens=[0.5, 0.5])]})
         record = {"command": "c", "commit": "abc", "torch": "t", "device": "cpu", "seeds": 1, "problems": 2,
-                  "sequences": 2, "rows": rows}
+                  "sequences": 2, "thresholds": [], "rows": rows}
         lines = tables.markdown(record).splitlines()
         assert {line.count("|") for line in lines[:4]} == {8}
         assert "| 750.0 ± 250.0 |  | 0.0 | 500.0 ± 500.0 |" in lines[3]

@@ -1,6 +1,14 @@
 """Parallel decoding of the tasks: answers, and the passes that each took."""
 
+import pytest
+
+from model import load_model
 from tiny import metrics, tasks
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
 
 
 def test_passes_are_counted_per_answer(tiny):
