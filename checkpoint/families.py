@@ -1,14 +1,16 @@
 """Model families: what a Hugging Face `config.json` says, and how its tensors are named.
 
-One switchable Llama-type block (`model.py`) serves every family. A family is a set of switches and a list of names.
+One switchable Llama-type block (`model.py`) serves every family. A family is a table of keys and a list of names.
 
 How a config is read
 --------------------
-Every key is read and its type checked. A key that changes the computation must have an implemented value; if it is
-absent, the default of the family's official code counts. A key that cannot change the computation (initialization,
-dropout, caching) is listed as harmless. Any other key is refused by name.
+A key in the family's table must have a value of its type, or one of the values that are implemented. If it is absent,
+the default of the family's official code counts. Any other key is accepted if it cannot change what is computed
+(`HARMLESS`), or if its value is null, false or empty: then what it names is off. All keys that are left are refused by
+name, in one sentence.
 """
 
+import reprlib
 from dataclasses import dataclass, field
 
 from runtime.processes import Refused
@@ -66,100 +68,113 @@ class ModelConfig:
             if value is not None and not 0 <= value < self.vocab_size:
                 raise Refused(f"config.json: {name} is {value!r}, outside the vocabulary of {self.vocab_size}.")
 
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that config.json speaks of. RoPE has no limit, but the model saw no longer one."""
+        n = self.raw.get("max_sequence_length", self.raw.get("max_position_embeddings"))
+        return n if type(n) is int and n > 0 else None
 
 # ---- keys and their values -------------------------------------------------------------------------------------------
 
 
-class Only:
-    """The implemented values of a key, instead of a type."""
-
-    def __init__(self, *values):
-        self.values = values
-
-
+# what transformers (4.38 to 5.x), trainers and other tools write, whatever the value
+HARMLESS = frozenset("""
+    model_type architectures auto_map transformers_version transformers.js_config torch_dtype dtype use_bfloat16
+    _name_or_path name_or_path tokenizer_class model_max_length problem_type finetuning_task task_specific_params
+    id2label label2id num_labels use_cache return_dict output_attentions output_hidden_states torchscript
+    tf_legacy_loss chunk_size_feed_forward pretraining_tp _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _experts_implementation gradient_checkpointing
+    unsloth_version unsloth_fixed quantization_config
+    bos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids prefix
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size min_length max_length
+    exponential_decay_length_penalty num_return_sequences output_scores return_dict_in_generate remove_invalid_values
+    initializer_range attention_dropout hidden_dropout residual_dropout embedding_dropout init_device init_fn init_std
+    init_cutoff_factor precision flash_attention max_sequence_length max_position_embeddings""".split())  # noqa: SIM905
 REQUIRED = object()
-ABSENT = object()  # a harmless key: its type is checked, its value never used
-_NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_NOUNS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def _is(value, kind) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
+def _read(raw: dict, table: dict) -> dict:
+    """The values of the keys in `table`; Refused for what is not implemented, missing or of a wrong type.
 
-
-def _read(raw: dict, spec: dict) -> dict:
-    """The values of the keys in `spec`, checked; raises Refused for the first key or value that is not implemented.
-
-    spec: key -> (what, default). `what` is Only(values), a type, or a tuple (type, None) for a value that may be null.
-    `default` is what the official code takes for an absent key, REQUIRED, or ABSENT for a harmless key.
+    table: key -> type, (type, default) or ([implemented values], default). Where nothing is the default, null is it.
     """
+    raw, values, other, wrong = _plain(raw), {}, [], []
     for key, value in raw.items():
-        if key not in spec:
-            raise Refused(f"config.json has key {key!r} = {value!r}, which is not implemented here.")
-    out = {}
-    for key, (what, default) in spec.items():
-        if key not in raw and default is ABSENT:
-            continue
-        if key not in raw and default is REQUIRED:
-            raise Refused(f"config.json lacks the key {key!r}.")
-        value = out[key] = raw.get(key, default)
-        if isinstance(what, Only):
-            if not any(value == v and type(value) is type(v) for v in what.values):
-                absent = "" if key in raw else " (what its absence means)"
-                allowed = " or ".join(map(repr, what.values))
-                raise Refused(f"config.json: {key} = {value!r}{absent} is not implemented here, only {allowed}.")
-            continue
-        kinds = what if isinstance(what, tuple) else (what,)
-        if not any(value is None if kind is None else _is(value, kind) for kind in kinds):
-            nouns = " or ".join("null" if kind is None else _NOUNS[kind] for kind in kinds)
-            raise Refused(f"config.json: {key} is {value!r}; it must be {nouns}.")
-    return out
+        off = not value and type(value) not in (int, float)
+        if not (off or key in table or key in HARMLESS):
+            other.append(f"{key} = {reprlib.repr(value)}")
+    for key, (kind, default) in ((k, v if isinstance(v, tuple) else (v, REQUIRED)) for k, v in table.items()):
+        value = values[key] = default if raw.get(key) is None and not default else raw.get(key, default)
+        if isinstance(kind, list):
+            if not any(value == v and type(value) is type(v) for v in kind):
+                absent = "" if key in raw else ", which its absence means"
+                other.append(f"{key} = {reprlib.repr(value)}{absent} (only {kind[0]!r})")
+        elif value is REQUIRED:
+            wrong.append(f"{key} is missing")
+        elif value is not default and (not isinstance(value, (int, float) if kind is float else kind)
+                                         or isinstance(value, bool) != (kind is bool)):
+            wrong.append(f"{key} is {reprlib.repr(value)}, not {_NOUNS[kind]}")
+    if other:
+        raise Refused(f"config.json asks for what is not implemented here: {', '.join(other)}.")
+    if wrong:
+        raise Refused(f"config.json: {', '.join(wrong)}.")
+    return values
 
 
-def _head_dim(d_model: int, n_heads: int) -> int:
+def _plain(raw: dict) -> dict:
+    """The config in one spelling: default RoPE and full attention are not mentioned, and there is one eos_token_id."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key)
+        if isinstance(rope, dict) and all(rope.get(k, "default") == "default" for k in ("rope_type", "type")):
+            said = {k: v for k, v in rope.items() if k not in ("rope_type", "type")}
+            if said.keys() <= {"rope_theta", "partial_rotary_factor"} and all(
+                    raw.get(k) in (None, v) for k, v in said.items()):
+                raw = {k: v for k, v in raw.items() if k != key} | said
+    layers, eos = raw.get("layer_types"), raw.get("eos_token_id")
+    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
+        raw = {k: v for k, v in raw.items() if k != "layer_types"}
+    return raw | {"eos_token_id": (eos or [None])[0]} if isinstance(eos, list) else raw
+
+
+def _head_dim(d_model: int, n_heads: int, told: int | None = None) -> int:
     if n_heads < 1 or d_model % n_heads:
         raise Refused(f"config.json: model dimension {d_model} does not divide by {n_heads} heads.")
+    if told not in (None, d_model // n_heads):
+        raise Refused(f"config.json: head_dim = {told} is not implemented here, only {d_model} / {n_heads} heads.")
     return d_model // n_heads
+
 
 # ---- families --------------------------------------------------------------------------------------------------------
 
 
-# what every config may carry without changing what is computed at inference
-_HARMLESS = {
-    "model_type": (str, ABSENT), "architectures": ((list, None), ABSENT), "auto_map": ((dict, None), ABSENT),
-    "transformers_version": ((str, None), ABSENT), "torch_dtype": ((str, None), ABSENT),
-    "dtype": ((str, None), ABSENT), "use_cache": (bool, ABSENT), "initializer_range": (float, ABSENT),
-    "attention_dropout": (float, ABSENT), "bos_token_id": ((int, None), ABSENT), "pad_token_id": ((int, None), ABSENT),
-    "_name_or_path": (str, ABSENT), "_attn_implementation_autoset": (bool, ABSENT),
-    "quantization_config": (dict, ABSENT),  # read by checkpoint/loading.py
-}
-_LLADA_KEYS = _HARMLESS | {
-    "d_model": (int, REQUIRED), "n_layers": (int, REQUIRED), "n_heads": (int, REQUIRED),
-    "n_kv_heads": ((int, None), None), "multi_query_attention": ((bool, None), None),
-    "mlp_hidden_size": ((int, None), None), "mlp_ratio": (int, 4), "vocab_size": (int, REQUIRED),
-    # a config must say these, because their official defaults (50304, true, 10000, 1e-5) fit no published model
-    "embedding_size": ((int, None), REQUIRED), "weight_tying": (bool, REQUIRED), "rope_theta": (float, REQUIRED),
-    "rms_norm_eps": (float, REQUIRED), "mask_token_id": (int, REQUIRED), "eos_token_id": ((int, None), None),
-    "include_qkv_bias": ((bool, None), False), "rope_full_precision": (bool, True), "scale_logits": (bool, False),
-    # switches with one implemented value, which an absent key may not have by the official defaults
-    "rope": (Only(True), False), "alibi": (Only(False), False), "layer_norm_type": (Only("rms"), "default"),
-    "block_type": (Only("llama"), "sequential"), "activation_type": (Only("silu"), "swiglu"),
-    "layer_norm_with_affine": (Only(True), True), "bias_for_layer_norm": (Only(False, None), None),
-    "include_bias": (Only(False), False), "attention_layer_norm": (Only(False), False),
-    "input_emb_norm": (Only(False), False), "block_group_size": (Only(1), 1), "clip_qkv": (Only(None), None),
-    # initialization, training, parts of features that are off, and the sequence length, which RoPE does not limit
-    "attention_layer_norm_with_affine": (bool, ABSENT), "alibi_bias_max": (float, ABSENT),
-    "flash_attention": (bool, ABSENT), "max_sequence_length": (int, ABSENT), "residual_dropout": (float, ABSENT),
-    "tie_word_embeddings": (bool, ABSENT),  # weight_tying decides
-    "embedding_dropout": (float, ABSENT), "init_device": ((str, None), ABSENT), "init_fn": (str, ABSENT),
-    "init_std": (float, ABSENT), "init_cutoff_factor": ((float, None), ABSENT), "precision": ((str, None), ABSENT),
-}
+_ANY = {"partial_rotary_factor": ([1.0, 1], 1.0), "head_dim": (int, None), "eos_token_id": (int, None),
+        "mask_token_id": int, "vocab_size": int}
+_LLADA = _ANY | {
+    "d_model": int, "n_layers": int, "n_heads": int, "n_kv_heads": (int, None), "multi_query_attention": (bool, None),
+    "mlp_hidden_size": (int, None), "mlp_ratio": (int, 4), "embedding_size": (int, None), "weight_tying": (bool, True),
+    "rope": ([True], False), "rope_theta": (float, 1e4), "rope_full_precision": (bool, True),
+    "rms_norm_eps": (float, 1e-5), "include_qkv_bias": (bool, False), "scale_logits": (bool, False),
+    "layer_norm_type": (["rms"], "default"), "layer_norm_with_affine": ([True], True), "block_group_size": ([1], 1),
+    "block_type": (["llama"], "sequential"), "activation_type": (["silu"], "swiglu"),
+    # parts of features that are off; weight_tying decides in place of tie_word_embeddings
+    "attention_layer_norm_with_affine": (bool, True), "alibi_bias_max": (float, 8.0),
+    "tie_word_embeddings": (bool, False)}
+_QWEN = _ANY | {
+    "hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_key_value_heads": (int, None),
+    "intermediate_size": int, "rope_theta": (float, 1e4), "rms_norm_eps": (float, 1e-6),
+    "tie_word_embeddings": (bool, False), "hidden_act": (["silu"], "silu"),
+    # sizes of a window that only use_sliding_window would open
+    "sliding_window": (int, None), "max_window_layers": (int, None)}
+# Qwen2's q, k and v have biases, whatever this key says; Qwen3's have none, and there it stays refused unless false
+_BIASED = _QWEN | {"attention_bias": (bool, True)}
 
 
 def read_llada(raw: dict) -> ModelConfig:
     """LLaDA-8B-Base, -Instruct, LLaDA-1.5, and the embedded model (`model_type: llada`)."""
-    c = _read(raw, _LLADA_KEYS)
+    c = _read(raw, _LLADA)
     rows = c["vocab_size"] if c["embedding_size"] is None else c["embedding_size"]
     if rows < c["vocab_size"]:
         raise Refused(f"config.json: embedding_size {rows} is below vocab_size {c['vocab_size']}.")
@@ -170,68 +185,35 @@ def read_llada(raw: dict) -> ModelConfig:
                       f"{c['n_kv_heads']}.")
     return ModelConfig(
         family="llada", d_model=c["d_model"], n_layers=c["n_layers"], n_heads=c["n_heads"], n_kv_heads=n_kv_heads,
-        head_dim=_head_dim(c["d_model"], c["n_heads"]),
+        head_dim=_head_dim(c["d_model"], c["n_heads"], c["head_dim"]),
         d_ffn=c["mlp_ratio"] * c["d_model"] if c["mlp_hidden_size"] is None else c["mlp_hidden_size"],
         vocab_size=rows, rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"], mask_id=c["mask_token_id"],
-        eos_id=c["eos_token_id"], qkv_bias=bool(c["include_qkv_bias"]), tied=c["weight_tying"],
+        eos_id=c["eos_token_id"], qkv_bias=c["include_qkv_bias"], tied=c["weight_tying"],
         rope_fp32=c["rope_full_precision"], logit_scale=c["d_model"] ** -0.5 if c["scale_logits"] else 1.0, raw=raw)
-
-
-_QWEN_KEYS = _HARMLESS | {
-    "hidden_size": (int, REQUIRED), "num_hidden_layers": (int, REQUIRED), "num_attention_heads": (int, REQUIRED),
-    "num_key_value_heads": ((int, None), REQUIRED), "intermediate_size": (int, REQUIRED), "vocab_size": (int, REQUIRED),
-    "mask_token_id": (int, REQUIRED), "eos_token_id": ((int, None), None), "rope_theta": (float, REQUIRED),
-    "rms_norm_eps": (float, REQUIRED), "tie_word_embeddings": (bool, False), "hidden_act": (Only("silu"), "silu"),
-    "rope_scaling": (Only(None, {"rope_type": "default"}), None), "use_sliding_window": (Only(False), False),
-    "use_mrope": (Only(False), False),
-    # the window is used only if use_sliding_window is true; RoPE does not limit the sequence length
-    "sliding_window": ((int, None), ABSENT), "max_window_layers": ((int, None), ABSENT),
-    "max_position_embeddings": (int, ABSENT),
-}
 
 
 def _qwen(c: dict, raw: dict, **switches) -> ModelConfig:
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
-    return ModelConfig(**{
-        "d_model": c["hidden_size"], "n_layers": c["num_hidden_layers"], "n_heads": heads,
-        "n_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": c["head_dim"] if c.get("head_dim") else _head_dim(c["hidden_size"], heads),
-        "d_ffn": c["intermediate_size"], "vocab_size": c["vocab_size"], "rope_theta": c["rope_theta"],
-        "norm_eps": c["rms_norm_eps"], "mask_id": c["mask_token_id"], "eos_id": c["eos_token_id"],
-        "tied": c["tie_word_embeddings"], "rope_fp32": False, "raw": raw, **switches})
+    return ModelConfig(
+        d_model=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads,
+        n_kv_heads=heads if kv_heads is None else kv_heads, d_ffn=c["intermediate_size"], vocab_size=c["vocab_size"],
+        rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"], mask_id=c["mask_token_id"], eos_id=c["eos_token_id"],
+        tied=c["tie_word_embeddings"], rope_fp32=False, raw=raw, **switches)
 
 
 def read_dream(raw: dict) -> ModelConfig:
     """Dream-v0-Base, -Instruct, Dream-Coder, DiffuCoder (`model_type: Dream`)."""
-    reasoner = "this is DreamReasoner's block-causal Qwen3 under Dream's model_type, which is not implemented here."
-    if "block_size" in raw:
-        raise Refused(f"config.json has key 'block_size': {reasoner}")
-    c = _read({k: v for k, v in raw.items() if k != "head_dim"},
-              _QWEN_KEYS | {"attention_bias": (bool, ABSENT)})  # its q, k, v have biases, whatever this says
-    head_dim = _head_dim(c["hidden_size"], c["num_attention_heads"])
-    if raw.get("head_dim", head_dim) != head_dim:
-        raise Refused(f"config.json: head_dim = {raw['head_dim']!r} is not hidden_size / num_attention_heads = "
-                      f"{head_dim}: {reasoner}")
-    return _qwen(c, raw, family="dream", qkv_bias=True, positions_skip_padding=True, logit_shift=True)
+    c = _read(raw, _BIASED)
+    return _qwen(c, raw, family="dream", head_dim=_head_dim(c["hidden_size"], c["num_attention_heads"], c["head_dim"]),
+                 qkv_bias=True, positions_skip_padding=True, logit_shift=True)
 
 
 def read_a2d(raw: dict) -> ModelConfig:
-    """Qwen2 and Qwen3 made bidirectional by dLLM (`model_type: a2d-qwen2`, `a2d-qwen3`); logits are not shifted.
-
-    Where the config has no `mask_token_id`, `folder.Checkpoint` has taken it from the tokenizer's files.
-    """
+    """Qwen2 and Qwen3 made bidirectional by dLLM (`model_type: a2d-qwen2`, `a2d-qwen3`); logits are not shifted."""
     qwen3 = raw["model_type"] == "a2d-qwen3"
-    newer = raw.get("rope_parameters")  # newer transformers write rope_theta in here
-    flat = raw
-    if isinstance(newer, dict) and newer.keys() == {"rope_theta", "rope_type"} and newer["rope_type"] == "default":
-        flat = {k: v for k, v in raw.items() if k != "rope_parameters"} | {"rope_theta": newer["rope_theta"]}
-    c = _read(flat, _QWEN_KEYS | {
-        "tie_word_embeddings": (bool, REQUIRED), "layer_types": ((list, None), None),
-        **({"head_dim": (int, REQUIRED), "attention_bias": (Only(False), False)} if qwen3 else {})})
-    if set(c["layer_types"] or ()) - {"full_attention"}:
-        raise Refused(f"config.json: layer_types = {c['layer_types']!r} is not implemented here, only "
-                      f"'full_attention'.")
-    return _qwen(c, raw, family="a2d", qkv_bias=not qwen3, qk_norm=qwen3)
+    c = _read(raw, _QWEN | {"head_dim": (int, 128)} if qwen3 else _BIASED)
+    head_dim = _head_dim(c["hidden_size"], c["num_attention_heads"]) if c["head_dim"] is None else c["head_dim"]
+    return _qwen(c, raw, family="a2d", head_dim=head_dim, qkv_bias=not qwen3, qk_norm=qwen3)
 
 
 READERS = {"llada": read_llada, "Dream": read_dream, "a2d-qwen2": read_a2d, "a2d-qwen3": read_a2d}
@@ -279,11 +261,17 @@ NAMES = {
 }
 
 
+def part_sizes(c: ModelConfig) -> dict[str, list[int]]:
+    """Rows that each checkpoint tensor takes in a block's four fused linears."""
+    kv = c.n_kv_heads * c.head_dim
+    return {"qkv": [c.n_heads * c.head_dim, kv, kv], "out": [c.d_model], "gate_up": [c.d_ffn, c.d_ffn],
+            "down": [c.d_model]}
+
+
 def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(C, d) of the weights of a block's four fused linears."""
-    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    return {"qkv": (heads + 2 * kv, c.d_model), "out": (c.d_model, heads), "gate_up": (2 * c.d_ffn, c.d_model),
-            "down": (c.d_model, c.d_ffn)}
+    """(C, d) of the weights of a block's four fused linears, in the order of `FUSED`."""
+    inputs = {"qkv": c.d_model, "out": c.n_heads * c.head_dim, "gate_up": c.d_model, "down": c.d_ffn}
+    return {name: (sum(sizes), inputs[name]) for name, sizes in part_sizes(c).items()}
 
 
 def norm_names(c: ModelConfig) -> dict[str, str]:

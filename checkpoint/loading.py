@@ -6,14 +6,13 @@ by block. Writing: `block_tensors` and `outer_tensors` give the tensors of modul
 `save_model` writes them. Both directions serve 16-bit and quantized models.
 """
 
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from checkpoint import storage
-from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes, norm_names
+from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes, norm_names, part_sizes
 from checkpoint.folder import INDEX, SINGLE, Checkpoint, shard_name, write_file, write_index, write_json, write_tensors
 from runtime.attention import QuantAttention
 from runtime.layers import TAC, QuantEmbedding, QuantLinear
@@ -24,14 +23,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # ---- what a folder must hold -----------------------------------------------------------------------------------------
 
 
-def part_rows(c: ModelConfig, fused: str) -> list[slice]:
-    """Rows that each checkpoint tensor takes in a fused linear."""
-    sizes = {"qkv": [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim],
-             "gate_up": [c.d_ffn, c.d_ffn], "out": [c.d_model], "down": [c.d_model]}[fused]
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
 def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a 16-bit checkpoint of this config."""
     names = NAMES[c.family]
@@ -40,10 +31,10 @@ def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         prefix = names.block.format(i)
         out |= {f"{prefix}.{name}": tensor.shape for name, tensor in storage.Block({}).tensors(c).items()}  # the norms
         for fused, parts in names.linears.items():
-            for part, rows in zip(parts, part_rows(c, fused), strict=True):
-                out[f"{prefix}.{part}.weight"] = (rows.stop - rows.start, linear_shapes(c)[fused][1])
+            for part, rows in zip(parts, part_sizes(c)[fused], strict=True):
+                out[f"{prefix}.{part}.weight"] = (rows, linear_shapes(c)[fused][1])
                 if fused == "qkv" and c.qkv_bias:
-                    out[f"{prefix}.{part}.bias"] = (rows.stop - rows.start,)
+                    out[f"{prefix}.{part}.bias"] = (rows,)
     return out
 
 
@@ -186,8 +177,9 @@ def block_tensors(block, i: int) -> dict[str, torch.Tensor]:
         if isinstance(linear, QuantLinear):
             out |= {f"{prefix}.{fused}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
             continue
-        for part, rows in zip(parts, part_rows(c, fused), strict=True):
-            out |= {f"{prefix}.{part}.{kind}": tensor[rows] for kind, tensor in linear.state_dict().items()}
+        for kind, tensor in linear.state_dict().items():
+            split = tensor.split(part_sizes(c)[fused])
+            out |= {f"{prefix}.{part}.{kind}": rows for part, rows in zip(parts, split, strict=True)}
     for name in ("tac", "softmax_value"):
         module = getattr(block, name)
         if module is not None:

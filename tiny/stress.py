@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.families import FUSED
+from checkpoint.families import FUSED, part_sizes
 from checkpoint.folder import Checkpoint, read_json, resolve, sha256, write_json
-from checkpoint.loading import part_rows
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
 from runtime.layers import rebuilt
@@ -79,8 +78,9 @@ def scale_channels(block, name: str, where, c: float) -> None:
         (block.attn_norm if name == "qkv" else block.ffn_norm).weight[where] *= c
     else:
         # V is made by the last rows of qkv, the linear factor of the gated product by the last of gate_up
-        source, part = (block.qkv, 2) if name == "out" else (block.gate_up, 1)
-        rows = part_rows(config, "qkv" if name == "out" else "gate_up")[part].start + where
+        made_by = "qkv" if name == "out" else "gate_up"
+        source = getattr(block, made_by)
+        rows = len(source.weight) - part_sizes(config)[made_by][-1] + where
         source.weight[rows] *= c
         if source.bias is not None:
             source.bias[rows] *= c
