@@ -30,14 +30,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from calibration import preflight
+from calibration import closing, preflight
 from calibration.output import Output, gates, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, hub_id, resolve
 from checkpoint.loading import check_tensors
-from methods import METHODS, QuantConfig, config_from, settings_help
+from methods import METHODS, QuantConfig, config_from, settings_help  # noqa: F401 (users import QuantConfig here)
 from methods.dllmquant import ia_aq
 from methods.hadamard import exists, rotation
 from methods.rtn import Inputs, quantize_outer
@@ -49,8 +49,8 @@ from runtime.attention import QuantAttention, softmax_scores
 from runtime.layers import TAC, QuantLinear, rebuilt
 from runtime.processes import Parser, Refused, batches, pick_device
 from starquant import fold_weight, linear, tac_fit
-from tiny import metrics
 from tiny.stress import write_stressed
+from tiny.tasks import knows_our_tasks
 
 # ---- the loop over blocks --------------------------------------------------------------------------------------------
 
@@ -246,8 +246,9 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--problems", type=int, help="problems per task in the closing table, which a model of the "
-                        "embedded tasks gets (24; 0: no table)")
+    parser.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (24); for "
+                        "a model that does not know these, segments of the text that it was not calibrated on (16); "
+                        "0: no table")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see below")
     args = parser.parse_args(argv)
     stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
@@ -260,7 +261,7 @@ def calibrate(args) -> dict:
     config = config_from(args)
     device, dtype = choose_device(args, config)
     source, texts = open_source(args)
-    judged, stressed = args.problems != 0 and knows_our_tasks(source.folder), args.stress != 1
+    ours, stressed = knows_our_tasks(source.folder), args.stress != 1
     plan = preflight.check(planned(source, stressed), args.out, config, args.segments * args.length, device, dtype,
                            args.spill, stressed)
     if stressed and not args.dry_run:
@@ -287,9 +288,10 @@ def calibrate(args) -> dict:
         return {}
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1),
               "peak_bytes": processes.peak_bytes(device), **asdict(config)}
-    if judged:
-        result["table"] = closing_table(args, source.folder, config, tokens, region, device, dtype)
-        print(metrics.table(result["table"]))
+    if args.problems != 0:
+        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if ours else
+                           closing.table_of_text(args, source, config, texts, device, dtype))
+        print(closing.described(args, result["table"]))
     return result
 
 
@@ -315,15 +317,8 @@ def open_source(args):
         raise Refused(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
     ours = knows_our_tasks(source.folder)
-    if args.problems and not ours:
-        raise Refused(f"--problems {args.problems}: {args.model} is no model of the embedded tasks; leave it out.")
     args.length = args.length or (64 if ours else 256)
     return source, calibration_texts(args.data) if texts is None and not ours else texts
-
-
-def knows_our_tasks(folder: Path) -> bool:
-    """Whether the model was trained (`tiny/train.py`) on the tasks that the closing table measures."""
-    return (folder / "training.json").exists()
 
 
 def planned(source: Checkpoint, stressed: bool) -> Checkpoint:
@@ -378,17 +373,6 @@ def report_divergence(record: dict) -> None:
             how = "became infinite or NaN" if fit["last"] is None else f"ended at {fit['last']:.4g}"
             tqdm.write(f"calibrate.py: block {record['block']}, {name}: the held-out loss began at {fit['start']:.4g} "
                        f"and {how}; the best iterate, {fit['best']:.4g}, is kept.", file=sys.stderr)
-
-
-def closing_table(args, folder: Path, config: Settings, tokens, region, device, dtype) -> list[dict]:
-    """What was written, judged beside the 16-bit model in `folder` and RTN."""
-    full, bits = load_model(folder, device, dtype), f"W{config.wbits}A{config.abits}"
-    models = {"16-bit": full}
-    if config.method != "rtn":
-        rtn = QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
-        models[f"RTN {bits}"] = quantize_model(full, tokens, rtn, region)
-    models[f"{config.method} {bits}"] = load_model(args.out, device, dtype)
-    return metrics.judge(models, 24 if args.problems is None else args.problems, seed=1)
 
 
 def main(argv=None) -> int:

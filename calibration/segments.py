@@ -127,17 +127,41 @@ def _parquet_rows(path: Path) -> list[dict]:
     return rows
 
 
+def joined_tokens(tokenizer, texts: list[str]):
+    """The tokens of all documents, one behind the other, (T,)."""
+    return torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids], dtype=torch.long)
+
+
+def window_starts(tokens, n: int, length: int, seed: int):
+    """Where n random windows of the joined tokens (T,) begin, (n,)."""
+    return torch.randint(len(tokens) - length, (n,), generator=torch.Generator().manual_seed(seed))
+
+
 def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int, seed: int):
     """n windows of the joined documents (Section 4.1): tokens (n, length), and a region (n, length) that is True.
 
     source: what the documents come from, for the refusal if they are too few.
     """
-    tokens = torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids])
+    tokens = joined_tokens(tokenizer, texts)
     if len(tokens) < 2 * length:
         raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}.")
-    starts = torch.randint(len(tokens) - length, (n, 1), generator=torch.Generator().manual_seed(seed))
-    ids = tokens[starts + torch.arange(length)]
+    ids = tokens[window_starts(tokens, n, length, seed)[:, None] + torch.arange(length)]
     return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def held_out_segments(tokenizer, texts: list[str], n: int, length: int, seed: int, calibrated: tuple | None = None):
+    """At most n segments of the joined documents that do not overlap, (m, length), m <= n, drawn by seed.
+
+    calibrated: the n and the seed of `text_segments`, whose windows are left out.
+    """
+    tokens = joined_tokens(tokenizer, texts)
+    free = torch.ones(len(tokens), dtype=torch.bool)
+    if calibrated:
+        used = window_starts(tokens, calibrated[0], length, calibrated[1])
+        free[used[:, None] + torch.arange(length)] = False
+    cut = tokens[: len(tokens) // length * length].view(-1, length)
+    cut = cut[free[: cut.numel()].view(cut.shape).all(-1)]
+    return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
 def calibration_texts(data: str | None) -> list[str]:

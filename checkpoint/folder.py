@@ -31,7 +31,7 @@ from runtime.processes import Refused
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
+                   "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "training.json")
 
 
 def hub_id(name_or_path: str) -> str | None:

@@ -159,11 +159,19 @@ def judge(models: dict, problems: int, seed: int) -> list[dict]:
     return rows
 
 
+COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token", **{task: f"{task} %" for task in TASKS}}
+
+
 def table(rows: list[dict]) -> str:
-    lines = ["| model | KL from 16 bit, nats/token | NELBO, nats/token | math % | code % | cloze % | MB |",
-             "|---|---|---|---|---|---|---|"]
-    for r in rows:
-        accuracy = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in (r["math"], r["code"], r["cloze"])]
-        kl, nelbo = (f"{r[k][0]:.4f} ± {(r[k][2] - r[k][1]) / 2:.4f}" if k in r else "" for k in ("kl", "nelbo"))
-        lines.append(f"| {r['model']} | {kl} | {nelbo} | {' | '.join(accuracy)} | {r['bytes'] / 1e6:.2f} |")
+    """What was measured of every model as Markdown, with 95 % intervals, and its size."""
+    shown = [k for k in COLUMNS if any(k in row for row in rows)]
+    lines = [f"| model | {' | '.join(COLUMNS[k] for k in shown)} | MB |", "|---|---|" + "---|" * len(shown)]
+    for row in rows:
+        cells = [interval(row[k], *((100, 1) if k in TASKS else ())) if k in row else "" for k in shown]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.2f} |")
     return "\n".join(lines)
+
+
+def interval(triple, scale: float = 1, digits: int = 4) -> str:
+    mean, low, high = triple
+    return f"{scale * mean:.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"

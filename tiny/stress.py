@@ -8,6 +8,7 @@ same function up to rounding (exactly, where c is a power of two), but a quantiz
 
 import copy
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, about)
     stressed.save(folder)
+    if tasks.knows_our_tasks(source.folder):
+        shutil.copy(source.folder / "training.json", folder)
 
 
 def run(args) -> dict:

@@ -25,6 +25,11 @@ HERE = Path(__file__).parent
 GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the longest answer takes 22)
 
 
+def knows_our_tasks(folder: Path) -> bool:
+    """Whether the model of a folder was trained on these tasks (`tiny/train.py`), or was quantized from one."""
+    return (folder / "training.json").is_file()
+
+
 def split_of(key: str) -> str:
     """The split that owns `key`: 1/10 eval, 1/10 calib, 8/10 train, by a hash that no seed changes."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10

@@ -1,0 +1,90 @@
+"""The table that a calibration ends with: how good is what was written, beside 16 bit and RTN?
+
+A model that knows the embedded tasks is judged on them. Any other model is judged by NELBO and KL on segments of the
+calibration text that it was not calibrated on. Then every model is read block by block, as calibration reads it: the
+table takes the memory of one block, two embeddings and heads, and the activations of these segments.
+"""
+
+import sys
+from math import prod
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from calibration.segments import held_out_segments
+from checkpoint.families import FUSED
+from checkpoint.folder import Checkpoint
+from methods import QuantConfig
+from methods.rtn import fit_rtn
+from methods.settings import Settings
+from methods.storage import output_bytes
+from model import load_block, load_model, load_outer
+from runtime.layers import rebuilt
+from runtime.measures import bootstrap, likelihoods, masked_copies, predictions
+from tiny import metrics
+
+PROBLEMS, SEGMENTS = 24, 16  # unless --problems is given
+SEED = 1  # of problems, segments and masks
+
+
+def named(config: Settings) -> str:
+    return f"{'RTN' if config.method == 'rtn' else config.method} W{config.wbits}A{config.abits}"
+
+
+def rtn_block(block, rtn: Settings):
+    """A 16-bit block rounded to nearest, which needs no calibration."""
+    linears = {name: getattr(block, name) for name in FUSED}
+    return rebuilt(block, **{name: fit_rtn(linear.weight.detach().float(), linear.bias, None, rtn, None, None)[0]
+                             for name, linear in linears.items()})
+
+
+def table_of_tasks(args, source: Checkpoint, config: Settings, device, dtype) -> list[dict]:
+    """NELBO, KL from 16 bit, the embedded tasks and size of 16 bit, RTN and what was written."""
+    full, rtn = load_model(source.folder, device, dtype), QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
+    rounded = rebuilt(full, blocks=nn.ModuleList(rtn_block(block, rtn) for block in full.blocks))
+    models = {"16-bit": full, named(rtn): rounded, named(config): load_model(args.out, device, dtype)}
+    return metrics.judge(models, args.problems or PROBLEMS, SEED)
+
+
+def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], device, dtype) -> list[dict]:
+    """NELBO, KL from 16 bit and size of the same three on held-out segments; empty where the text has less than two."""
+    outer, n = load_outer(source, device, dtype), source.config.n_layers
+    segments = held_out_segments(outer.tokenizer, texts, args.problems or SEGMENTS, args.length, SEED,
+                                 (args.segments, args.seed))
+    if len(segments) < 2:
+        return []
+    copies = masked_copies(segments, torch.ones_like(segments, dtype=torch.bool), outer.mask_id, seed=SEED)
+    written, rtn = Checkpoint(args.out), QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
+
+    def blocks(checkpoint):
+        return (load_block(checkpoint, i, device, dtype) for i in range(n))
+
+    def size(settings):
+        shards, last = output_bytes(source, settings)
+        return sum(shards) + last
+
+    models = {"16-bit": (outer, blocks(source), 2 * sum(map(prod, source.shapes.values()))),
+              named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), size(rtn)),
+              named(config): (load_outer(written, device, dtype), blocks(written), size(config))}
+    rows, reference = [], None
+    with tqdm(total=len(models) * n, desc="closing table", unit="block", file=sys.stderr, leave=False) as bar:
+        for name, (top, parts, stored) in models.items():
+            predicted = predictions(top, parts, copies.noisy, bar.update)
+            values = likelihoods(copies, predicted, reference)
+            reference = reference or predicted
+            rows.append({"model": name, "segments": len(segments), **{k: bootstrap(v) for k, v in values.items()},
+                         "bytes": stored})
+    return rows
+
+
+def described(args, rows: list[dict]) -> str:
+    """The table as it is printed, or a sentence in its place."""
+    judge = f"python evaluate.py --model {args.out} --against {args.model} --data FILE"
+    if not rows:
+        return (f"There is no closing table: the text has fewer than two segments of {args.length} tokens beside those "
+                f"that it was calibrated on. Judge the model on another text: {judge}")
+    if "segments" not in rows[0]:
+        return metrics.table(rows)
+    return (f"On {rows[0]['segments']} segments of {args.length} tokens from the same text, not calibrated on "
+            f"(± half a 95 % interval; more: {judge}):\n\n{metrics.table(rows)}")
