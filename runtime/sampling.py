@@ -127,12 +127,14 @@ class Draft:
         """(B, L) bool: what is still to be written."""
         return self.ids == self.model.mask_id
 
-    def predictions(self, where, predict):
+    def predictions(self, where, predict, rows=slice(None)):
         """Predicted tokens and their confidence at the N True positions of `where`, both (B, L).
 
         predict(logits (N, V), where) gives both as (N,). Elsewhere the token is [MASK] and the confidence −∞.
+        rows: those that the model sees; all others are False in `where`.
         """
-        logits = guided_logits(self.model, self.ids, self.prompt, self.cfg_scale, self.attention_mask, where)
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        logits = guided_logits(self.model, self.ids[rows], self.prompt[rows], self.cfg_scale, mask, where[rows])
         tokens, confidence = predict(logits, where)
         x0 = self.ids.new_full(where.shape, self.model.mask_id).masked_scatter(where, tokens)
         return x0, confidence.new_full(where.shape, -torch.inf).masked_scatter(where, confidence)
@@ -301,11 +303,12 @@ def threshold_choices(draft: Draft, predict, start: int, block_length: int, thre
         logits[:, draft.model.mask_id] = -torch.inf
         return predict(logits, where)
 
-    position = torch.arange(draft.ids.shape[1], device=draft.ids.device)
+    position, graphed = torch.arange(draft.ids.shape[1], device=draft.ids.device), isinstance(draft.model, GraphedModel)
     while draft.masked.any():
         block = draft.masked[:, start:].int().argmax(-1, keepdim=True) // block_length  # (B, 1)
         where = draft.masked & (position < start + (block + 1) * block_length)
-        x0, confidence = draft.predictions(where, a_token)
+        # a finished row needs no pass, but a CUDA graph keeps its shape
+        x0, confidence = draft.predictions(where, a_token, slice(None) if graphed else where.any(-1))
         yield x0, where & (most_confident(confidence, 1) | (confidence >= threshold))
 
 

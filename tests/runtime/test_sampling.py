@@ -342,6 +342,13 @@ def test_threshold_in_a_batch_equals_single_rows(family, block_length):
         assert torch.equal(alone[-1].ids[0], steps[-1].ids[row, skip:])
 
 
+def test_threshold_gives_the_model_only_rows_that_are_not_finished():
+    model = Scripted(lambda _, i, ids: sure(0, 0.95 if ids[0] == 1 else 0.5))
+    assert [step.committed.any(-1).tolist() for step in denoise(model, torch.tensor([[1], [0]]), None, 3, threshold=0.9)
+            ] == [[True, True], [False, True], [False, True]]
+    assert [len(where) for where in model.asked] == [2, 1, 1]
+
+
 def test_threshold_ends_where_the_model_predicts_a_mask():
     model = biased(MODELS["llada"], 250, 100.0)
     assert not bool((generate(model, PROMPT, None, 8, threshold=0.5) == 250).any())
