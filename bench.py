@@ -4,17 +4,15 @@
     python bench.py --model llada-8b --random-weights                    # true shapes, no download, minutes of a GPU
     python bench.py --model llada-8b --random-weights --write FOLDER     # only writes a checkpoint of that shape
 
-All models are in memory together and are called in turns, so that clocks and neighbours hit them alike. They are warmed
-up and synchronized, and every time is a median with its quartiles. Beside it stands its roofline: the least time that
-the bytes and the operations of that work can take, at the bandwidth and matrix rate measured in this same run. What
-fails (memory that runs out, a peer that does not compile) is a result and not a crash. `--out` is written after every
-point. Progress goes to standard error; the last line of standard output is JSON.
+All models are in memory together and are called in turns (`experiments/timing.py`). Every time is a median. Beside it
+stands its roofline: the least time that the bytes and the operations of that work can take, at the bandwidth and the
+rate of products measured in this same run. `--out` is written after every point. Progress goes to standard error; the
+last line of standard output is JSON.
 """
 
 import argparse
 import json
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +22,15 @@ import kernels
 from checkpoint.families import FUSED
 from checkpoint.folder import write_json
 from checkpoint.published import write_checkpoint
-from experiments.twins import eager, peers, plus_twin, quantized_twin, random_model, residents, unpacked
+from experiments import peers
+from experiments.timing import busy, ceilings, in_turn, measure, measure_each, roofline
+from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model, swiglu
 from runtime import cpu, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
-from runtime.processes import Parser, Refused, pick_device, synchronize
+from runtime.processes import Parser, Refused, pick_device
 
 # Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
 TABLE_4 = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
@@ -40,106 +40,13 @@ QUANTIZED = {"starquant": ("starquant", "packed"), "starquant, int8": ("starquan
              "starquant+": ("starquant+", "packed"), "starquant+, int8": ("starquant+", "int8")}
 TOKENS = (32, 128, 512, 1024, 4096)  # of the table of linears
 STEPS = 4  # denoising steps per measurement
-REPLAYS = 4  # of a graph per measurement
 REPEATS = {"cuda": 7, "cpu": 5}
 POINTS = {"cuda": [(1, 32, 1), (1, 128, 1), (1, 512, 4), (4, 1024, 4)],
-          "cpu": [(1, 64, 1), (1, 128, 4), (4, 128, 4)]}  # (batch, length, tokens per step and sequence)
+          "cpu": [(1, 64, 4), (1, 128, 4), (1, 512, 4)]}  # (batch, length, tokens per step and sequence)
 
 
 def log(*text):
     print(*text, file=sys.stderr, flush=True)
-
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
-
-def attempt(function, device) -> str | None:
-    """Run function() to its end. What went wrong, or None."""
-    try:
-        function()
-        synchronize(device)
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    except Exception as error:  # what is measured (a peer's compiler, say) may fail in any way; it is said in the table
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return None
-
-
-def measure(functions: dict, repeats: int, device) -> dict:
-    """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"failed": why}}; quartiles."""
-    times, out = {}, {}
-    for name, function in functions.items():
-        why = attempt(function, device) or attempt(function, device)  # both to warm up
-        if why:
-            out[name] = {"failed": why}
-        else:
-            times[name] = []
-    for _ in range(repeats):
-        for name in list(times):
-            synchronize(device)
-            start = time.perf_counter()
-            why = attempt(functions[name], device)
-            if why:
-                out[name] = {"failed": why}
-                del times[name]
-            else:
-                times[name].append(time.perf_counter() - start)
-    for name, seconds in times.items():
-        low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
-            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        out[name] = {"median": median, "low": low, "high": high}
-    return out
-
-
-def measure_each(functions: dict, repeats: int, device) -> dict:
-    """`measure` for short work: name -> list of calls, replayed as one CUDA graph on a GPU; seconds of one call."""
-    ready, times = {}, {name: len(calls) for name, calls in functions.items()}
-    for name, calls in functions.items():
-        run = partial(_all, calls)
-        # the first run compiles, and lets cuBLAS choose; where it fails, `measure` will say why
-        if device.type == "cuda" and attempt(run, device) is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-
-            def record(graph=graph, run=run):
-                with torch.cuda.graph(graph):
-                    run()
-
-            if attempt(record, device) is None:
-                # several replays, so that what the host takes to start and end does not count
-                run, times[name] = partial(_all, [graph.replay] * REPLAYS), REPLAYS * times[name]
-            torch.cuda.set_stream(stream)  # a recording that failed may have left its own
-        ready[name] = run
-    seconds = measure(ready, repeats, device)
-    return {name: {k: v if k == "failed" else v / times[name] for k, v in s.items()} for name, s in seconds.items()}
-
-
-def _all(calls):
-    for call in calls:
-        call()
-
-
-def ceilings(device, dtype, repeats: int) -> dict:
-    """Measured here and now: bytes/s of a copy, operations/s of a 16-bit (or fp32) and of an integer product."""
-    n, size = (8192, 2**32) if device.type == "cuda" else (1024, 2**26)
-    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    a = torch.randn(n, n, device=device).to(dtype)
-    codes = torch.randint(-8, 8, (n, n), dtype=torch.int8, device=device)
-    plain = kernels.backend(device.type) == "int_mm"  # the product alone, without the copy that pads it
-    products = {"float": lambda: a @ a,
-                "integer": lambda: torch._int_mm(codes, codes.t()) if plain else kernels.int_matmul(codes, codes, 64)}
-    seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
-    for name, s in seconds.items():
-        if "failed" in s:
-            raise Refused(f"the machine's limits cannot be measured: {name}: {s['failed']}.")
-    # a ceiling is what was reached, so the fast quartile
-    return {"bytes_per_s": 2 * size / seconds["copy"]["low"],
-            **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] for k in products}}
-
-
-def roofline(top: dict, size: float, ops: float, kind: str) -> float:
-    """Least seconds for `size` bytes and `ops` operations of this kind ("float" or "integer")."""
-    return max(size / top["bytes_per_s"], ops / top[f"{kind}_ops_per_s"])
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
 
@@ -160,6 +67,22 @@ def denoising(models: dict, point, repeats: int) -> dict:
         if device.type == "cuda" and "failed" not in s:
             out[name]["peak_bytes"] = peak_bytes(models[name], prompt, tokens)
     return out
+
+
+def blocks_alone(models: dict, engines: dict, point, repeats: int) -> dict:
+    """Seconds of one pass through the blocks alone: of few blocks, embedding, head and sampling would hide the rest."""
+    ids, calls = torch.zeros(point[:2], dtype=torch.long), {}
+    for name, model in models.items():
+        inputs = model.prepare(ids)
+        calls[name] = partial(through, model.blocks, *inputs)
+    x, _, rope, _ = models["16-bit"].prepare(ids)
+    arrays = [t.float().numpy() for t in (x, *rope)]
+    return measure(calls | {name: partial(run, *arrays) for name, run in engines.items()}, repeats, ids.device)
+
+
+def through(blocks, x, *rest):
+    for block in blocks:
+        x = block(x, *rest)
 
 
 def peak_bytes(model, prompt, tokens: int) -> int:
@@ -228,13 +151,13 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
     gate_up = torch.randn(batch, length, 2 * c.d_ffn, device=device).to(dtype)
     asked = model.norm(x)[ids == c.mask_id]  # the head runs where a token may be committed
-    calls = {"linears": [partial(_all, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
+    calls = {"linears": [partial(in_turn, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, asked)]}
     if isinstance(blocks[0].qkv, QuantLinear):
         calls["transforms, gates, codes"] = [
-            partial(_all, [partial(codes, getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks]
+            partial(in_turn, [partial(codes, getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks]
     if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
@@ -286,9 +209,15 @@ def tables(result: dict) -> str:
     out, points = table_4(result), result["denoising"]
     out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
             f"GB: weights, computed in bf16, no activations. 16-bit runs in {result['dtype']} here."]
+    out[-1] += f" {result['busy']}" if result["busy"] else ""
     names = list(points[0]["models"])
     out += markdown(("ms per step (least possible)", *names),
                     [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
+    if "blocks" in points[0]:
+        names = list(points[0]["blocks"])
+        out += markdown(("ms in the blocks alone", *names),
+                        [(f"{p['batch']} x {p['length']}", *(cell(p["blocks"][n], 1e3, 2) for n in names))
+                         for p in points])
     if result.get("products"):
         out += ["", "Products that were the fastest, by M x K -> N and residency of the weights: "
                     + "; ".join(f"{shape}: {name}" for shape, name in result["products"].items()) + "."]
@@ -304,10 +233,15 @@ def tables(result: dict) -> str:
     return "\n".join(out[1:])
 
 
+def usual_dtype(device_type: str, random_weights: bool) -> str:
+    """16-bit models of published shapes run in bf16 everywhere; the embedded model runs in fp32 on a CPU."""
+    return "bfloat16" if device_type == "cuda" or random_weights else "float32"
+
+
 def measure_all(args, keep=lambda result: None) -> dict:
     """Measure everything; the result is what the JSON line holds. keep(result) is called when there is more of it."""
     device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = getattr(torch, args.dtype or usual_dtype(device.type, args.random_weights))
     repeats, asked = args.repeats or REPEATS[device.type], args.points or POINTS[device.type]
     torch.manual_seed(args.seed)
     if args.random_weights:
@@ -326,7 +260,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
               "integer_product": kernels.backend(device.type),
               "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
                                and cuda.ready(torch.cuda.current_device(), dtype, part)],
-              "ceilings": (top := ceilings(device, dtype, repeats))}
+              "busy": busy(), "ceilings": (top := ceilings(device, dtype, repeats))}
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; measured", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
@@ -338,7 +272,8 @@ def measure_all(args, keep=lambda result: None) -> dict:
     result["memory"] = {name: s | {"ratio": s["sixteen_bit"] / s["total"]} for name, s in sizes.items()}
     result["resident"] = {name: residents(m) for name, m in models.items()}
     all_models = models | ({"16-bit, eager glue": eager(model)} if device.type == "cuda" else {})
-    all_models |= peers(model, log) if args.peers else {}
+    all_models |= peers.models(model, log) if args.peers else {}
+    engines = peers.engines(model, log) if args.peers and device.type == "cpu" else {}
     weight_bytes = {name: 0.5 if weights == "packed" else 1 for name, (_, weights) in QUANTIZED.items()}
     points = result["denoising"] = []
     for batch, length, tokens in asked:
@@ -347,6 +282,8 @@ def measure_all(args, keep=lambda result: None) -> dict:
         for name in models:
             entry["models"][name]["roofline"] = step_roofline(
                 c, top, batch, length, weight_bytes.get(name, dtype.itemsize), args.head_bits, dtype.itemsize)
+        if device.type == "cpu":
+            entry["blocks"] = blocks_alone(models, engines, (batch, length), repeats)
         points.append(entry)
         log(json.dumps(entry))
         keep(result)

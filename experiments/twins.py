@@ -123,32 +123,3 @@ def eager(model) -> DiffusionLM:
 
     twin.hidden = plain
     return twin
-
-
-def peers(model, log=print) -> dict:
-    """torch.compile of the 16-bit model and torchao's int8 dynamic quantization, as far as they install and run.
-
-    `log` is told what is left out, and why.
-    """
-    def compiled(twin):
-        twin.hidden = torch.compile(twin.hidden)
-        return twin
-
-    def torchao():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        twin = copy.deepcopy(model)
-        quantize_(twin.blocks, Int8DynamicActivationInt8WeightConfig())
-        return compiled(twin)
-
-    out = {}
-    probe = torch.zeros(1, 32, dtype=torch.long, device=model.device)
-    for name, build in {"16-bit compiled": lambda: compiled(copy.copy(model)), "torchao int8": torchao}.items():
-        try:
-            twin = build()
-            with torch.no_grad():
-                twin.hidden(probe)
-            out[name] = twin
-        except Exception as error:  # a peer may fail in any way; it is left out, and said
-            log(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    return out

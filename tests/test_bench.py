@@ -20,7 +20,7 @@ from checkpoint import published
 from checkpoint.families import FUSED, NAMES, read_config
 from checkpoint.folder import SINGLE, write_json, write_tensors
 from checkpoint.loading import outer_tensors
-from experiments import twins
+from experiments import peers, timing, twins
 from methods import QuantConfig
 from methods.rtn import quantize_outer
 from methods.storage import memory_table, stored_linear
@@ -208,6 +208,35 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     assert "residency of the weights: 32 x 64 -> 96, packed: tiled 32." in shown
 
 
+def test_the_blocks_alone_are_timed_on_a_cpu_and_a_busy_machine_is_said(monkeypatch):
+    model = load_model(FIXTURES["llada"], device="cpu")
+    seen = []
+    engine = {"engine": lambda x, cos, sin: seen.append((x.shape, cos.shape, sin.shape))}
+    seconds = bench.blocks_alone({"16-bit": model, "twin": twins.quantized_twin(model)}, engine, (1, 24), 2)
+    assert all(seconds[name]["median"] > 0 for name in ("16-bit", "twin"))
+    h = model.config.head_dim
+    assert set(seen) == {((1, 24, model.config.d_model), (24, h), (24, h))}
+    monkeypatch.setattr("os.getloadavg", lambda: (7.25, 0, 0))
+    assert timing.busy().startswith("The machine was busy: 7.2 threads wanted its ")
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0, 0))
+    assert timing.busy() == ""
+
+
+def test_engines_that_are_not_installed_are_left_out_and_said(monkeypatch):
+    for name in ("nncf", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = []
+    assert peers.engines(load_model(FIXTURES["llada"], device="cpu"), said.append) == {}
+    assert [line.split(" is left out")[0] for line in said] == ["OpenVINO W8A8", "OpenVINO W4A8", "onnxruntime W8A8"]
+    assert all("ModuleNotFoundError" in line for line in said)
+
+
+def test_published_shapes_run_in_bf16():
+    assert bench.usual_dtype("cpu", random_weights=True) == "bfloat16"
+    assert bench.usual_dtype("cpu", random_weights=False) == "float32"
+    assert bench.usual_dtype("cuda", random_weights=False) == "bfloat16"
+
+
 def test_peers_are_left_out_unless_asked_for():
     assert not bench.parse([]).peers
     assert bench.parse(["--peers"]).peers
@@ -243,7 +272,7 @@ def test_running_out_of_memory_is_a_result():
     def starved():
         raise torch.OutOfMemoryError
 
-    seconds = bench.measure({"hungry": hungry, "fine": lambda: None, "starved": starved}, 5, torch.device("cpu"))
+    seconds = timing.measure({"hungry": hungry, "fine": lambda: None, "starved": starved}, 5, torch.device("cpu"))
     assert seconds["hungry"] == seconds["starved"] == {"failed": "out of memory"}
     assert seconds["fine"]["median"] >= 0
     assert bench.cell(seconds["starved"], 1, 2) == "out of memory"
@@ -263,7 +292,7 @@ def test_a_peer_that_fails_costs_its_own_cell_alone(tmp_path, capsys, monkeypatc
         twin.hidden = hidden
         return {"peer": twin}
 
-    monkeypatch.setattr(bench, "peers", stubborn)
+    monkeypatch.setattr(bench.peers, "models", stubborn)
     out = tmp_path / "r.json"
     assert bench.main(["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "1x24x1", "--out",
                        str(out), "--device", "cpu", "--peers"]) == 0
@@ -304,19 +333,6 @@ def test_a_tensor_that_wraps_others_counts_as_what_it_wraps():
     module.weight = torch.nn.Parameter(Wrapped(torch.zeros(4, 6, dtype=torch.int8), torch.zeros(4)),
                                        requires_grad=False)
     assert twins.residents(module) == 4 * 6 + 4 * 4
-
-
-def test_measurements_take_turns():
-    order = []
-    bench.measure({n: lambda n=n: order.append(n) for n in "ab"}, 3, torch.device("cpu"))
-    assert "".join(order[-6:]) == "ababab"
-
-
-def test_roofline_is_the_slower_of_the_two_limits():
-    top = {"bytes_per_s": 10.0, "float_ops_per_s": 100.0, "integer_ops_per_s": 200.0}
-    assert bench.roofline(top, 20, 100, "float") == 2
-    assert bench.roofline(top, 20, 1000, "float") == 10
-    assert bench.roofline(top, 20, 1000, "integer") == 5
 
 
 def test_quantized_twin_shares_what_it_does_not_replace():

@@ -1,0 +1,115 @@
+"""Times of functions on one machine, in turns, and the limits of that machine.
+
+All functions are called in turns, so that clocks and neighbours hit them alike. They are warmed up and synchronized,
+and every time is a median with its quartiles. What fails (memory that runs out, a peer that does not compile) is a
+result and not a crash. A roofline is the least time that the bytes and the operations of a piece of work can take, at
+the bandwidth and the rate of products that `ceilings` measured.
+"""
+
+import os
+import time
+from functools import partial
+
+import torch
+
+import kernels
+from runtime.processes import Refused, synchronize
+
+REPLAYS = 4  # of a CUDA graph per measurement
+
+
+def attempt(function, device) -> str | None:
+    """Run function() to its end. What went wrong, or None."""
+    try:
+        function()
+        synchronize(device)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # what is measured (a peer's compiler, say) may fail in any way; it is said in the table
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return None
+
+
+def measure(functions: dict, repeats: int, device) -> dict:
+    """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"failed": why}}; quartiles."""
+    times, out = {}, {}
+    for name, function in functions.items():
+        why = attempt(function, device) or attempt(function, device)  # both to warm up
+        if why:
+            out[name] = {"failed": why}
+        else:
+            times[name] = []
+    for _ in range(repeats):
+        for name in list(times):
+            synchronize(device)
+            start = time.perf_counter()
+            why = attempt(functions[name], device)
+            if why:
+                out[name] = {"failed": why}
+                del times[name]
+            else:
+                times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        out[name] = {"median": median, "low": low, "high": high}
+    return out
+
+
+def measure_each(functions: dict, repeats: int, device) -> dict:
+    """`measure` for short work: name -> list of calls, replayed as one CUDA graph on a GPU; seconds of one call."""
+    ready, times = {}, {name: len(calls) for name, calls in functions.items()}
+    for name, calls in functions.items():
+        run = partial(in_turn, calls)
+        # the first run compiles, and lets cuBLAS choose; where it fails, `measure` will say why
+        if device.type == "cuda" and attempt(run, device) is None:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+
+            def record(graph=graph, run=run):
+                with torch.cuda.graph(graph):
+                    run()
+
+            if attempt(record, device) is None:
+                # several replays, so that what the host takes to start and end does not count
+                run, times[name] = partial(in_turn, [graph.replay] * REPLAYS), REPLAYS * times[name]
+            torch.cuda.set_stream(stream)  # a recording that failed may have left its own
+        ready[name] = run
+    seconds = measure(ready, repeats, device)
+    return {name: {k: v if k == "failed" else v / times[name] for k, v in s.items()} for name, s in seconds.items()}
+
+
+def in_turn(calls):
+    """Run every one of some functions."""
+    for call in calls:
+        call()
+
+
+def ceilings(device, dtype, repeats: int) -> dict:
+    """Measured here and now: bytes/s of a copy, operations/s of a 16-bit (or fp32) and of an integer product."""
+    n, size = (8192, 2**32) if device.type == "cuda" else (1024, 2**26)
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    a = torch.randn(n, n, device=device).to(dtype)
+    codes = torch.randint(-8, 8, (n, n), dtype=torch.int8, device=device)
+    plain = kernels.backend(device.type) == "int_mm"  # the product alone, without the copy that pads it
+    products = {"float": lambda: a @ a,
+                "integer": lambda: torch._int_mm(codes, codes.t()) if plain else kernels.int_matmul(codes, codes, 64)}
+    seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
+    for name, s in seconds.items():
+        if "failed" in s:
+            raise Refused(f"the machine's limits cannot be measured: {name}: {s['failed']}.")
+    # a ceiling is what was reached, so the fast quartile
+    return {"bytes_per_s": 2 * size / seconds["copy"]["low"],
+            **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] for k in products}}
+
+
+def roofline(top: dict, size: float, ops: float, kind: str) -> float:
+    """Least seconds for `size` bytes and `ops` operations of this kind ("float" or "integer")."""
+    return max(size / top["bytes_per_s"], ops / top[f"{kind}_ops_per_s"])
+
+
+def busy() -> str:
+    """A sentence about other work on this machine's processors, "" where there is little or the system does not say."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    return f"The machine was busy: {load:.1f} threads wanted its {os.cpu_count()} processors." * (load > 0.5)
