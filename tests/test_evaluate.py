@@ -1,6 +1,5 @@
 """Measures against hand-made cases; the command on the embedded model."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -124,27 +123,6 @@ class TestBootstrap:
 
 
 class TestCommand:
-    def test_prompt_shows_every_step(self, tiny):
-        out = io.StringIO()
-        written = evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 6, 12, out=out)
-        lines = out.getvalue().splitlines()
-        assert len(lines) == 12
-        assert lines[0].count("░") == 10
-        assert "░" not in lines[-1]
-        assert written["text"]["a"] == written["text"]["b"]
-        assert written["passes"] == {"a": 6, "b": 6}
-
-    def test_with_a_threshold_a_model_that_is_done_waits(self, tiny, small_folder):
-        out, random = io.StringIO(), load_model(small_folder, "cpu")
-        written = evaluate.show_denoising({"tiny": tiny, "random": random}, "Ann has 4 books.\n", None, 8, 0.5, out)
-        passes, lines = written["passes"], out.getvalue().splitlines()
-        assert passes["tiny"] < passes["random"] == 8
-        assert len(lines) == 2 * 8
-        assert lines[-2] == lines[2 * passes["tiny"] - 2]
-        ids = torch.tensor([tiny.tokenizer.encode("Ann has 4 books.\n").ids])
-        alone = generate(tiny, ids, None, 8, threshold=0.5)[0, -8:]
-        assert written["text"]["tiny"] == tiny.tokenizer.decode(alone.tolist())
-
     def test_prompt_on_the_command_line(self, capsys, tmp_path):
         out = tmp_path / "new" / "x.json"
         assert evaluate.main(["--prompt", "Ann has 4 books.", "--gen-length", "4", "--device", "cpu", "--out",
@@ -154,16 +132,6 @@ class TestCommand:
         record = json.loads(last)
         assert record["prompt"] == "Ann has 4 books."
         assert json.loads(out.read_text()) == record
-
-    def test_on_a_terminal_the_lines_are_rewritten_in_place(self, tiny):
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
-        out = Terminal()
-        evaluate.show_denoising({"a": tiny, "b": tiny}, "Ann has 4 books.\n", 2, 4, out=out)
-        assert out.getvalue().count("\033[2A") == 1
-        assert out.getvalue().count("\033[2K") == 4
 
     def test_a_table_is_asked_for_with_its_arguments(self, monkeypatch, capsys):
         asked = []
