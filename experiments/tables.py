@@ -355,8 +355,18 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     name = file_name(number, run, seeds, quick)
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(record) + "\n", encoding="utf-8")
+    if number == "passes":
+        (out / "passes.json").write_text(json.dumps(curves(record), indent=1) + "\n", encoding="utf-8")
     print(markdown(record))
     return record
+
+
+def curves(record: dict) -> dict:
+    """Passes an answer and accuracy of every row by threshold, for a figure."""
+    thresholds = record["thresholds"]
+    methods = {row["setting"]: {k: [row[at(k, t)][0] for t in thresholds] for k in ("passes", "accuracy")}
+               for row in record["rows"]}
+    return {"command": record["command"], "threshold": thresholds, "methods": methods}
 
 
 def file_name(number: str, run: Run, seeds: int, quick: bool) -> str:
@@ -402,7 +412,7 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
             if other in measured:
                 compared = [k for k in ("kl", "nelbo", *metrics.TASKS) if k in values]
                 differences = {k: values[k] - measured[other][k] for k in compared}
-                row["against"] = {"setting": other, "above": other == above, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
+                row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
                 row["against"]["significant"] = significant(row["against"]["kl"], differences["kl"])
             measured[label], above = values, label
             if set(metrics.TASKS) <= values.keys():
@@ -438,53 +448,49 @@ def by_seed(cells: list[dict], measure: str):
     return torch.tensor([c["values"][measure] for c in cells], dtype=torch.float64)
 
 
-def interval(triple, scale: float = 100, sign: str = "", digits: int = 1) -> str:
+def interval(triple, scale: float = 100, digits: int = 1, sign: str = "") -> str:
     mean, low, high = triple
     return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
 
 
 def columns(record: dict) -> dict:
-    """{heading: text of a row's cell} of a table's measures."""
-    last, thresholds = record["rows"][-1], record["thresholds"]
-    out = {}
-
-    def add(heading, measure, **how):
-        if measure in last:
-            out[heading] = lambda row: interval(row[measure], **how) if measure in row else ""
-
-    add("KL from 16 bit, 10⁻³ nats/token", "kl", scale=1000)
-    if "kl" in last:
-        out["against the row above (or the one named)"] = against
-        out["recovered %"] = lambda row: f"{100 * row['recovered']:.1f}" if "recovered" in row else ""
-    add("NELBO penalty", "penalty", scale=1000)
-    for task in metrics.TASKS:
-        add(f"{task} %", task)
-    add("mean of the tasks, points from 16 bit", "mean", sign="+")
-    add("same tokens %", "tokens")
-    for t in thresholds:
-        for task in metrics.GENERATION if len(thresholds) == 1 else ():
-            add(f"{task} %, τ = {t:g}", at(task, t))
-            add(f"{task} passes, τ = {t:g}", at(f"{task}_passes", t), scale=1, digits=2)
-        if len(thresholds) > 1:
-            add(f"accuracy %, τ = {t:g}", at("accuracy", t))
-            add(f"passes, τ = {t:g}", at("passes", t), scale=1, digits=2)
-        add(f"right answers per pass, % of 16 bit, τ = {t:g}", at("per pass", t))
-    return out
+    """{heading: (measure, scale, digits, sign)} of what a table shows with an interval."""
+    one = len(record["thresholds"]) == 1
+    shown = {"KL from 16 bit, 10⁻³ nats/token": ("kl", 1000, 1, ""), "NELBO penalty": ("penalty", 1000, 1, ""),
+             **{f"{task} %": (task, 100, 1, "") for task in metrics.TASKS},
+             "mean of the tasks, points from 16 bit": ("mean", 100, 1, "+"), "same tokens %": ("tokens", 100, 1, "")}
+    for t in record["thresholds"]:
+        for task in metrics.GENERATION if one else ():
+            shown[f"{task} %, τ = {t:g}"] = at(task, t), 100, 1, ""
+            shown[f"{task} passes, τ = {t:g}"] = at(f"{task}_passes", t), 1, 2, ""
+        if not one:
+            shown[f"accuracy %, τ = {t:g}"] = at("accuracy", t), 100, 1, ""
+            shown[f"passes, τ = {t:g}"] = at("passes", t), 1, 2, ""
+        shown[f"right answers per pass, % of 16 bit, τ = {t:g}"] = at("per pass", t), 100, 1, ""
+    return {heading: how for heading, how in shown.items() if how[0] in record["rows"][-1]}
 
 
-def against(row: dict) -> str:
-    """The difference in KL from another row, which is named unless it is the row above."""
+def against(row: dict, above: str) -> str:
+    """The difference in KL from another row, which is named unless it is the row `above`."""
     if "against" not in row:
         return ""
     mean, low, high = (1000 * v for v in row["against"]["kl"])
-    named = "" if row["against"]["above"] else f" {row['against']['setting']}"
+    named = "" if row["against"]["setting"] == above else f" {row['against']['setting']}"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
 
 
 def markdown(record: dict) -> str:
-    shown = columns(record)
-    lines = [f"| {' | '.join(['setting', *shown])} |", "|" + "---|" * (1 + len(shown))]
-    lines += [f"| {' | '.join([row['setting'], *(cell(row) for cell in shown.values())])} |" for row in record["rows"]]
+    shown, rows = columns(record), record["rows"]
+    heads, lines = ["setting", *shown], []
+    for above, row in zip([{"setting": ""}, *rows], rows, strict=False):
+        cells = [row["setting"], *(interval(row[k], *how) if k in row else "" for k, *how in shown.values())]
+        if "kl" in rows[-1]:
+            recovered = f"{100 * row['recovered']:.1f}" if "recovered" in row else ""
+            cells[2:2] = [against(row, above["setting"]), recovered]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "kl" in rows[-1]:
+        heads[2:2] = ["against the row above (or the one named)", "recovered %"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *lines]
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task and "
             f"{record['sequences']} sequences of each kind for each; ± half a 95 % bootstrap interval over seeds and "
             f"their examples (of a task: over its problems), differences with theirs, * where it is clear of 0 and all "

@@ -123,7 +123,7 @@ class TestSettings:
     @pytest.mark.parametrize("number", tables.TABLES)
     def test_every_setting_is_valid_and_differs_from_the_others(self, number):
         settings = [row.setting for row in tables.TABLES[number]]
-        configs = [str(tables.config_of(s, 10)) + str(s.get("gates")) for s in settings]
+        configs = [str(tables.config_of(s, 10)) + str([s.get(k) for k in tables.EXTRA]) for s in settings]
         assert len(set(configs)) == len(configs) >= 2
 
     def test_gates_off_is_all_of_the_same_basis(self):
