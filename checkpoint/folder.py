@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import socket
+import warnings
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,13 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from checkpoint.families import ALIASES, ModelConfig, read_config
+from checkpoint.families import ALIASES, NAMES, READERS, ModelConfig, read_config
 from runtime.processes import Refused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "training.json")
+ABOUT = ("README.md", "LICENSE*")  # what the owner of a model says about it
 
 
 def hub_id(name_or_path: str) -> str | None:
@@ -55,11 +57,18 @@ def resolve(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", *ABOUT],
                                       local_files_only=offline()))
     except Exception as error:  # the library has many types for a lost network, a missing permission, an unknown id
-        raise Refused(f"could not download {name} ({type(error).__name__}); download it elsewhere and give "
+        here = "" if name_or_path in ALIASES else f"there is no folder {name_or_path} here, and "
+        raise Refused(f"{here}{name} could not be downloaded ({type(error).__name__}); download it elsewhere and give "
                       f"the folder instead: --model FOLDER.") from None
+
+
+def model_name(name_or_path: str) -> str:
+    """What a model is called, the same for every spelling of its name: its hub id, "tiny", or the folder's own name."""
+    path = Path(name_or_path).expanduser()
+    return path.resolve().name if path.is_dir() else ALIASES.get(name_or_path, name_or_path)
 
 
 @cache
@@ -88,7 +97,9 @@ def read_json(path: Path) -> dict:
         if (path.parent / "starquant.json").is_file():
             raise Refused(f"{path.parent} is unfinished; run the same calibrate.py command with --resume.") from None
         raise Refused(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
         raise Refused(f"{path} holds no JSON object.")
@@ -111,15 +122,15 @@ def added_tokens(folder: Path) -> dict[int, dict]:
 
 def mask_token_id(folder: Path) -> int:
     """Id of the mask token from the tokenizer's files, where dLLM's Qwen models keep it instead of in config.json."""
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    text = config.get("mask_token") or "<|mask|>"
+    small = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    text = next(filter(None, (read_json(path).get("mask_token") for path in small if path.is_file())), "<|mask|>")
     text = text.get("content") if isinstance(text, dict) else text
-    ids = [i for i, token in added_tokens(folder).items() if token["content"] == text]
-    if not ids and (folder / "tokenizer.json").is_file():
-        listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
-        ids = [t["id"] for t in listed if isinstance(t, dict) and t.get("content") == text and "id" in t]
+    whole = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
+    listed = [(t.get("id"), t) for t in whole.get("added_tokens") or [] if isinstance(t, dict)]
+    ids = [i for i, t in (*added_tokens(folder).items(), *listed) if t.get("content") == text]
     if not ids:
-        raise Refused(f"{folder}: neither config.json (mask_token_id) nor the tokenizer ({text}) has a mask token.")
+        raise Refused(f"{folder} has no mask token: config.json has no mask_token_id, and tokenizer_config.json, "
+                      f"added_tokens.json and tokenizer.json list no {text!r}.")
     return ids[0]
 
 
@@ -139,6 +150,11 @@ def write_file(path: Path, write) -> None:
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_config(folder: Path, raw: dict) -> None:
+    """config.json, without `auto_map`: it names files with code, which are not copied."""
+    write_json(folder / "config.json", {k: v for k, v in raw.items() if k != "auto_map"})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -199,14 +215,18 @@ class Checkpoint:
     def __init__(self, folder):
         self.folder = Path(folder)
         raw = read_json(self.folder / "config.json")
-        if "mask_token_id" not in raw and str(raw.get("model_type")).startswith("a2d-"):
+        if raw.get("mask_token_id") is None and raw.get("model_type") in READERS:
             raw["mask_token_id"] = mask_token_id(self.folder)
         self.config: ModelConfig = read_config(raw)
-        self.quantization: dict | None = raw.get("quantization_config")
-        ours = {"linears", "weight_bits", "activation_bits"}
-        if self.quantization is not None and not ours <= set(self.quantization):
-            raise Refused(f"{self.folder} was quantized by another tool (quant_method "
-                          f"{self.quantization.get('quant_method')!r}); give the 16-bit model instead.")
+        self.quantization: dict | None = raw.get("quantization_config") or None
+        q = self.quantization
+        if q and not (isinstance(q, dict) and {"linears", "weight_bits", "activation_bits"} <= q.keys()):
+            method = q.get("quant_method") if isinstance(q, dict) else q
+            raise Refused(f"{self.folder} was quantized by another tool (quant_method {method!r}); give the 16-bit "
+                          f"model instead.")
+        if "bd3lm" in str(self.folder).lower():
+            warnings.warn(f"{self.folder} is called a block-diffusion model (BD3LM), which config.json cannot tell; "
+                          f"here every token attends to all others, as in its MDLM sibling.", stacklevel=2)
         self.files = self._shards()
         self._open = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -224,6 +244,12 @@ class Checkpoint:
                           f"shard does not hold it.")
         if self.files is None:
             self.files = dict.fromkeys(self.shapes, SINGLE)
+        names, self.stored = NAMES[self.config.family], {}
+        embed, head = f"{names.embed}.weight", f"{names.head}.weight"
+        if self.config.tied and embed not in self.shapes and head in self.shapes:  # the one tensor has the other's name
+            self.stored[embed] = head
+            for values in (self.files, self.shapes, self.dtypes):
+                values[embed] = values.pop(head)
 
     def _shards(self) -> dict[str, str] | None:
         """The index's map from tensor to file, or None for a single file; a path out of the folder is refused."""
@@ -267,6 +293,8 @@ class Checkpoint:
                 # one at a time: the pages of a mapped file count as the process's memory while it is open
                 self._open = {file: safe_open(self.folder / file, framework="pt")}
             except (SafetensorError, OSError) as error:
+                if not os.access(self.folder / file, os.R_OK):
+                    raise Refused(f"{self.folder / file} may not be read (permission denied).") from None
                 raise Refused(f"{self.folder / file} is not a whole safetensors file ({error}).") from None
         return self._open[file]
 
@@ -283,7 +311,7 @@ class Checkpoint:
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor; Refused if it holds NaN or Inf."""
-        tensor = self._handle(self.files[name]).get_tensor(name)
+        tensor = self._handle(self.files[name]).get_tensor(self.stored.get(name, name))
         # the extremes of a tensor with NaN or Inf are NaN or Inf; finding them is twenty times as fast as counting
         if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             # in pieces, because the mask of a whole embedding would take half as much memory again

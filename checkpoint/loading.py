@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoint import folder as disk
 from checkpoint import storage
 from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes, norm_names, part_sizes
-from checkpoint.folder import INDEX, SINGLE, Checkpoint, shard_name, write_file, write_index, write_json, write_tensors
+from checkpoint.folder import INDEX, SINGLE, Checkpoint
 from runtime.attention import QuantAttention
 from runtime.layers import TAC, QuantEmbedding, QuantLinear
 from runtime.processes import Refused
@@ -56,8 +57,11 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             raise Refused(f"{checkpoint.folder}: tensor {name!r} has type {found}, not {wanted}.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
     embed, head = f"{names.embed}.weight", f"{names.head}.weight"
-    if c.tied and extra == [head] and torch.equal(checkpoint.get(head), checkpoint.get(embed)):
-        return  # a tied head that was saved twice
+    if c.tied and extra == [head]:
+        if torch.equal(checkpoint.get(head), checkpoint.get(embed)):
+            return  # it was saved twice
+        raise Refused(f"{checkpoint.folder}: config.json says that embedding and head are tied, but {head!r} differs "
+                      f"from {embed!r}.")
     if extra:
         raise Refused(f"{checkpoint.folder} holds {len(extra)} tensors that config.json does not explain, "
                       f"first {extra[0]!r}.")
@@ -237,11 +241,11 @@ def save_model(model, folder: Path, dtype=None) -> None:
 
     parts = [*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)]
     parts = parts if quantized else [{name: tensor for part in parts for name, tensor in part.items()}]
-    files = [shard_name(i, len(parts)) if quantized else SINGLE for i in range(len(parts))]
+    files = [disk.shard_name(i, len(parts)) if quantized else SINGLE for i in range(len(parts))]
     for file, part in zip(files, parts, strict=True):
-        write_tensors(folder / file, {name: typed(name, tensor) for name, tensor in part.items()})
+        disk.write_tensors(folder / file, {name: typed(name, tensor) for name, tensor in part.items()})
     if quantized:
-        write_index(folder, {name: file for file, part in zip(files, parts, strict=True) for name in part})
-    write_json(folder / "config.json", model.config.raw)
+        disk.write_index(folder, {name: file for file, part in zip(files, parts, strict=True) for name in part})
+    disk.write_config(folder, model.config.raw)
     if model.tokenizer is not None:
-        write_file(folder / "tokenizer.json", lambda path: model.tokenizer.save(str(path)))
+        disk.write_file(folder / "tokenizer.json", lambda path: model.tokenizer.save(str(path)))

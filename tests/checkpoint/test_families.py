@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from calibrate import QuantConfig, quantize_model
 from checkpoint.families import NAMES, read_config
-from checkpoint.folder import INDEX
+from checkpoint.folder import INDEX, Checkpoint
 from checkpoint.loading import expected_tensors
 from model import DiffusionLM, load_model
 from runtime.processes import Refused
@@ -375,8 +376,38 @@ def test_tied_head_saved_twice_must_be_the_embedding(tmp_path):
     load_model(tmp_path, "cpu")
     tensors["lm_head.weight"][3, 3] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(Refused, match=r"1 tensors .* 'lm_head.weight'"):
+    with pytest.raises(Refused, match=r"embedding and head are tied, but 'lm_head.weight' differs"):
         load_model(tmp_path, "cpu")
+
+
+def test_a_tied_model_may_hold_its_one_matrix_under_the_name_of_the_head(tmp_path):
+    tensors = random_checkpoint(tmp_path, A2D)
+    embed = tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_model(tmp_path, "cpu", torch.bfloat16)
+    assert torch.equal(model.embed.weight, embed)
+    assert model.head.weight is model.embed.weight
+    quantized = quantize_model(load_model(tmp_path, "cpu"), torch.zeros(2, 4, dtype=torch.long), QuantConfig("rtn"))
+    quantized.save(tmp_path / "q")
+    assert load_model(tmp_path / "q", "cpu").embed.weight.shape == embed.shape
+
+
+@pytest.mark.parametrize("raw", [A2D | {"mask_token_id": None}, {k: v for k, v in A2D.items() if k != "mask_token_id"}])
+def test_a_mask_token_that_one_file_of_the_tokenizer_knows(raw, tmp_path):
+    random_checkpoint(tmp_path, A2D)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": null}')
+    (tmp_path / "added_tokens.json").write_text('{"<|MASK|>": 61}')
+    with pytest.raises(Refused, match=r"no mask_token_id, and tokenizer_config\.json, .* list no '<\|mask\|>'"):
+        load_model(tmp_path, "cpu")
+    (tmp_path / "special_tokens_map.json").write_text('{"mask_token": {"content": "<|MASK|>"}}')
+    assert Checkpoint(tmp_path).config.mask_id == 61
+
+
+def test_a_block_diffusion_model_is_taken_for_its_sibling_with_a_word(tmp_path):
+    random_checkpoint(tmp_path / "Qwen3-0.6B-diffusion-BD3LM-v0.1", A2D)
+    with pytest.warns(UserWarning, match="block-diffusion model"):
+        load_model(tmp_path / "Qwen3-0.6B-diffusion-BD3LM-v0.1", "cpu")
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

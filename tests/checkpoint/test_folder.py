@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ import pytest
 
 from checkpoint import folder as folder_module
 from checkpoint.folder import INDEX, sha256
+from runtime.processes import Refused
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -118,7 +121,7 @@ def test_an_interrupted_download_keeps_what_it_has(hub, tmp_path):
     server.broken.add(second)
     code, said = resolve(server, tmp_path / "home")
     assert code == 1
-    assert said.startswith("said: could not download someone/small (")
+    assert said.startswith("said: there is no folder someone/small here, and someone/small could not be downloaded (")
     assert "give the folder instead" in said
     assert len(downloads(server, first)) == 1
     server.broken.clear()
@@ -131,7 +134,7 @@ def test_an_interrupted_download_keeps_what_it_has(hub, tmp_path):
 def test_a_model_that_does_not_exist_is_one_sentence(hub, tmp_path):
     code, said = resolve(hub[0], tmp_path / "home", "someone/else")
     assert code == 1
-    assert said.startswith("said: could not download someone/else (RepositoryNotFoundError)")
+    assert "there is no folder someone/else here, and someone/else could not be downloaded (RepositoryNotF" in said
 
 
 def test_the_hub_is_asked_once_whether_it_is_there(hub, monkeypatch):
@@ -142,3 +145,42 @@ def test_the_hub_is_asked_once_whether_it_is_there(hub, monkeypatch):
         folder_module.offline.cache_clear()
         assert folder_module.offline() is said
     folder_module.offline.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["out/nothere", "out/tiny-starquant+-w4a4"])  # the hub allows no +
+def test_a_folder_that_is_not_there_is_said_to_be_missing(name, monkeypatch):
+    monkeypatch.setattr(folder_module, "offline", lambda: True)
+    with pytest.raises(Refused, match=re.escape(f"there is no folder {name} here, and {name} could not be downloaded")):
+        folder_module.resolve(name)
+
+
+def test_an_unfinished_folder_says_how_to_finish_it(tmp_path):
+    (tmp_path / "starquant.json").write_text("{}")
+    with pytest.raises(Refused, match=r"is unfinished; run the same calibrate\.py command with --resume"):
+        folder_module.Checkpoint(tmp_path)
+
+
+def test_files_that_may_not_be_read_are_named(small_folder, tmp_path, monkeypatch):
+    """The rights are pretended, because a superuser may read everything."""
+    shutil.copytree(small_folder, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(Refused, match=r"model\.safetensors may not be read \(permission denied\)\.$"):
+        folder_module.Checkpoint(tmp_path / "m")
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(Refused, match=r"config\.json cannot be read \(Permission denied\)\.$"):
+        folder_module.Checkpoint(tmp_path / "m")
+
+
+def test_every_spelling_of_a_model_is_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "M").mkdir()
+    assert {folder_module.model_name(name) for name in ("M", "./M", "M/", "./M/", str(tmp_path / "M"))} == {"M"}
+    assert folder_module.model_name("llada-8b") == folder_module.model_name("GSAI-ML/LLaDA-8B-Base")
+    assert folder_module.model_name("tiny") == "tiny"
+    monkeypatch.chdir("M")
+    assert folder_module.model_name(".") == "M"

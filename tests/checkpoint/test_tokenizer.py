@@ -141,7 +141,7 @@ def test_no_tokenizer_and_broken_ones(tmp_path):
 
 def test_mask_token_of_the_tokenizer(tmp_path):
     assert mask_token_id(DREAM) == 151666
-    with pytest.raises(Refused, match="has a mask token"):
+    with pytest.raises(Refused, match="has no mask token"):
         mask_token_id(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 9, "content": "<|mask|>"}]}')
     assert mask_token_id(tmp_path) == 9
