@@ -27,7 +27,7 @@ from experiments.timing import busy, ceilings, in_turn, measure, measure_each, r
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model, swiglu
-from runtime import cpu, cuda, processes, products
+from runtime import cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.processes import Parser, Refused, pick_device
@@ -131,12 +131,11 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
     return out
 
 
-def codes(linear: QuantLinear, x, state):
-    """The first half of an integer linear: transform, gates, and integer codes of x (B, L, d)."""
+def first_half(linear: QuantLinear, x, state):
+    """What happens to x (B, L, d) before the product, up to codes on a GPU, where the CPU's C path makes them later."""
     if products.serves(linear, x):
         return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
-    rows = linear.phi(x, state).reshape(-1, x.shape[-1])
-    return cpu.token_codes(rows, linear.abits, linear.clip, linear.feedback)
+    return linear.phi(x, state)
 
 
 @torch.no_grad()
@@ -155,15 +154,16 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, asked)]}
+    before = "transforms, gates, codes" if device.type == "cuda" else "transforms, gates"  # of the product
     if isinstance(blocks[0].qkv, QuantLinear):
-        calls["transforms, gates, codes"] = [
-            partial(in_turn, [partial(codes, getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks]
+        calls[before] = [partial(in_turn, [partial(first_half, getattr(b, f), inputs[f], state) for f in FUSED])
+                         for b in blocks]
     if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
     seconds = {name: s * (1 if name == "head" else c.n_layers) for name, s in seconds.items()}
-    if "transforms, gates, codes" in seconds:
-        seconds["linears"] -= seconds["transforms, gates, codes"]  # a QuantLinear contains them
+    if before in seconds:
+        seconds["linears"] -= seconds[before]  # a QuantLinear contains them
     return seconds
 
 # ---- the report ----------------------------------------------------------------------------------------------------

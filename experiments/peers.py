@@ -78,7 +78,7 @@ def engines(model, log=print) -> dict:
         import openvino
 
         mode = getattr(nncf.CompressWeightsMode, mode)
-        net = nncf.compress_weights(openvino.convert_model(exported), mode, **options)
+        net = nncf.compress_weights(openvino.convert_model(exported), mode=mode, **options)
         # without the second property, weights become fp32 again before they are multiplied
         properties = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128", "INFERENCE_PRECISION_HINT": "f32",
                       "INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
