@@ -11,9 +11,10 @@ Files
     `--out results`.
 
 Parallel decoding
-    Table 1 also decodes `math` and `code` by a confidence threshold (the rule is in `runtime/sampling.py`), an answer in
-    one block. It counts the passes that an answer took. "Right answers per pass" are those of both tasks together, as a
-    share of 16 bit's. Table `passes` does the same for several thresholds. Those values are cells of their own.
+    Table 1 also decodes `math` and `code` by a confidence threshold (the rule is in `runtime/sampling.py`). An answer
+    is one block. The table counts the passes that an answer took. "Right answers per pass" are those of both tasks
+    together, as a share of 16 bit's. Table `passes` does the same for several thresholds. Those values are cells of
+    their own.
 
 Statistics
     ± is half a 95 % bootstrap interval. For what is counted from 16 bit (KL, penalty, mean of the tasks) the bootstrap
@@ -356,7 +357,8 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(record) + "\n", encoding="utf-8")
     if number == "passes":
-        (out / "passes.json").write_text(json.dumps(curves(record), indent=1) + "\n", encoding="utf-8")
+        stress = "" if run.c == 1 else f"-stress{run.c:g}"
+        (out / f"passes{stress}.json").write_text(json.dumps(curves(record), indent=1) + "\n", encoding="utf-8")
     print(markdown(record))
     return record
 
