@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from calibration import closing, preflight
-from calibration.output import Output, gates, quantization_config, run_key, survey
+from calibration.output import Output, default_folder, gates, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
 from checkpoint.families import FUSED
@@ -225,7 +225,7 @@ def parse(argv):
                         + ", ".join(m for m in METHODS if "starquant" not in m))
     parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
     parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
-    parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA)")
+    parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA; + is written -plus)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
@@ -251,8 +251,7 @@ def parse(argv):
                         "0: no table")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see below")
     args = parser.parse_args(argv)
-    stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
-    args.out = args.out or Path("out") / f"{Path(args.model).name}{stressed}-{args.method}-w{args.wbits}a{args.abits}"
+    args.out = args.out or default_folder(args)
     return args
 
 
@@ -268,9 +267,11 @@ def calibrate(args) -> dict:
         source = write_stress(args)
     outer = load_outer(source, device, dtype, head=config.diffusion_aware)
     tokens, region = calibration_tokens(args, outer.tokenizer, texts)
-    key = run_key(str(source.folder) if stressed else args.model, source, tokens, config)
+    key = run_key(args, source, tokens, config)
+    if processes.first(lambda: survey(args.out, key, args.resume, args.overwrite)).get("complete"):
+        print(f"calibrate.py: {args.out} is complete; there is nothing to resume.", file=sys.stderr)
+        return {"out": str(args.out), "complete": True}
     if args.dry_run:
-        survey(args.out, key, args.resume, args.overwrite)
         noisy = masked_copies(tokens, region, outer.mask_id, config).to(device)
         step = preflight.rehearse(outer, load_block(source, 0, device, dtype), noisy, config)
         print(preflight.describe(plan, step, source.config, config))
@@ -292,6 +293,7 @@ def calibrate(args) -> dict:
         result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if ours else
                            closing.table_of_text(args, source, config, texts, device, dtype))
         print(closing.described(args, result["table"]))
+        out.write_card(result["table"])
     return result
 
 
@@ -317,7 +319,9 @@ def open_source(args):
         raise Refused(f"{args.model} is quantized already; give the 16-bit model.")
     check_tensors(source)
     ours = knows_our_tasks(source.folder)
-    args.length = args.length or (64 if ours else 256)
+    args.length, most = args.length or (64 if ours else 256), source.config.positions
+    if most and args.length > most:
+        raise Refused(f"--length {args.length}: {args.model} knows sequences of at most {most} tokens.")
     return source, calibration_texts(args.data) if texts is None and not ours else texts
 
 

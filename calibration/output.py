@@ -3,14 +3,14 @@
     model-0000I-of-0000N.safetensors    one shard for each block, and a last one for embedding, final norm and head
     model.safetensors.index.json        which tensor is in which shard, and the checksums of the shards
     config.json                         the source's, with `quantization_config`; beside it the tokenizer's files
-    README.md                           the model card
+    README.md                           the model card; beside it the source's LICENSE
     starquant.json                      arguments, seed, versions, checksums, losses and seconds of each block
 
 What survives
 -------------
 A shard is written atomically. It carries the hash of its run and a checksum of its tensors. So the shards that exist
 are the finished blocks, and `--resume` computes only the others. The index, config.json and `"complete": true` in
-starquant.json come last.
+starquant.json come last. While a run writes, it holds a lock on the folder, which ends with its process.
 """
 
 import copy
@@ -20,63 +20,76 @@ import os
 import platform
 import re
 import shutil
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from calibration.card import model_card
+from checkpoint import folder as disk
 from checkpoint import storage
 from checkpoint.families import FUSED, NAMES, ModelConfig
-from checkpoint.folder import (
-    INDEX,
-    TOKENIZER_FILES,
-    Checkpoint,
-    read_json,
-    sha256,
-    shard_name,
-    write_file,
-    write_index,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from checkpoint.folder import INDEX, TOKENIZER_FILES, Checkpoint
 from checkpoint.loading import block_tensors, outer_tensors, stays_16_bit
 from methods.rtn import quantize_outer
 from model import load_block, load_outer
-from runtime.processes import Refused, watched
+from runtime import processes
+from runtime.processes import Refused
+from tiny.tasks import knows_our_tasks
 
 VERSION = "0.3.0"
 STATE = "starquant.json"
-OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors",
+OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors", r"LICENSE[\w.-]*",
                             *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
 
-def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict | None:
-    """The state of the interrupted run that `resume` continues in `folder`, None to begin anew; changes nothing.
+def default_folder(args) -> Path:
+    """out/MODEL-METHOD-wWaA, a name that the hub takes, too."""
+    stressed = f"-stress{args.stress:g}" if args.stress != 1 else ""
+    name = f"{disk.own_name(args.model)}{stressed}-{args.method}-w{args.wbits}a{args.abits}".replace("+", "-plus")
+    return Path("out") / re.sub(r"[^\w.]+|\.{2,}", "-", name, flags=re.ASCII).strip("-.")
 
-    Raises Refused for a folder that holds anything else, a finished run, or one that differs in a file, an
-    argument or a version, naming the difference.
+
+def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
+    """The state of the run that `resume` continues in `folder`, {} to begin anew; changes nothing.
+
+    Raises Refused for a folder that holds anything else, or a run that differs in a file, an argument or a version,
+    naming the differences. A state that is "complete" leaves nothing to do.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise Refused(f"{folder} exists and is not a folder; choose another --out.")
     # a run killed before its first file was whole leaves temporary files at most
     if not folder.exists() or all(p.name == f".{STATE}.tmp" for p in folder.iterdir()):
-        return None
+        return {}
     if not (folder / STATE).is_file():
         raise Refused(f"{folder} exists and is not a folder of this program; choose another --out.")
     if overwrite:
-        return None
+        return {}
     if not resume:
         raise Refused(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
-    before = read_json(folder / STATE)
-    if before.get("complete"):
-        raise Refused(f"{folder} is complete; there is nothing to resume.")
-    for key, value in run.items():
-        old = before["run"].get(key) if isinstance(before.get("run"), dict) else None
-        if old != value:
-            raise Refused(f"cannot resume {folder}: {_difference(key, old, value)}.")
+    before = disk.read_json(folder / STATE)
+    differences = _differences(before.get("run"), run)
+    if differences:
+        raise Refused(f"cannot resume {folder}: {', '.join(differences)} now.")
     return before
+
+
+def hold(folder: Path, owner) -> None:
+    """Lock the folder while `owner` and the process live; Refused if another run has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    weakref.finalize(owner, os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"another run is writing to {folder}; wait for it or choose another --out.") from None
+    except OSError:  # some network file systems lock no folder
+        pass
 
 
 def is_leftover(path: Path) -> bool:
@@ -88,11 +101,13 @@ class Output:
     """A quantized checkpoint in the making: `write_block` for each block, then `finish`."""
 
     def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
-        """run: `run_key`. Raises Refused where `survey` does; clears what a killed or replaced run left."""
+        """run: `run_key`. Raises Refused where `survey` and `hold` do; clears what a killed or replaced run left."""
         self.folder, self.source, self.run = folder, source, run
         self.records: dict[int, dict] = {}
         before = survey(folder, run, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
+        if processes.rank() == 0:
+            hold(folder, self)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
             if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
                 path.unlink()
@@ -101,7 +116,7 @@ class Output:
 
     def shard(self, i: int) -> str:
         """File of block i; i = number of blocks for the outer part."""
-        return shard_name(i, self.source.config.n_layers + 1)
+        return disk.shard_name(i, self.source.config.n_layers + 1)
 
     def write_block(self, i: int, block, record: dict) -> None:
         """The shard of block i; record: what `starquant.json` says about it."""
@@ -109,7 +124,7 @@ class Output:
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
         about = {"run": self.run["hash"], "record": timeless, "gates": gates(block)}
         about["sha256"] = checksum(tensors, about)
-        write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
+        disk.write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
         self.records[i] = record
 
     def finished(self, i: int, device, dtype):
@@ -139,18 +154,21 @@ class Output:
             model = load_outer(self.source, dtype=torch.bfloat16)
             outer = outer_tensors(quantize_outer(model, config["head_bits"], config["embed_bits"] or None))
         outer = self._as_in_source(outer)
-        write_tensors(self.folder / self.shard(c.n_layers), outer)
+        disk.write_tensors(self.folder / self.shard(c.n_layers), outer)
         weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
         for i in range(c.n_layers):
             weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
-        size = write_index(self.folder, weight_map)
-        for name in TOKENIZER_FILES:
-            if (self.source.folder / name).exists():
-                write_file(self.folder / name, lambda p, name=name: shutil.copy(self.source.folder / name, p))
-        write_json(self.folder / "config.json",
-                   c.raw | {"quantization_config": quantization_config(config, c, gates(block))})
-        write_text(self.folder / "README.md", model_card(self.run, size))
+        self.size = disk.write_index(self.folder, weight_map)
+        for path in (*map(self.source.folder.joinpath, TOKENIZER_FILES), *self.source.folder.glob("LICENSE*")):
+            if path.is_file():
+                disk.write_file(self.folder / path.name, lambda temporary, path=path: shutil.copy(path, temporary))
+        disk.write_config(self.folder, c.raw | {"quantization_config": quantization_config(config, c, gates(block))})
+        self.write_card()
         self._write_state(complete=True)
+
+    def write_card(self, rows=()) -> None:
+        """README.md; rows: the closing table."""
+        disk.write_text(self.folder / "README.md", model_card(self.run, self.source.folder, self.size, rows))
 
     def _as_in_source(self, tensors: dict) -> dict:
         """What stays in 16 bit is taken from the source again, since the modules may hold it in another type."""
@@ -166,7 +184,7 @@ class Output:
         return view
 
     def _write_state(self, complete: bool) -> None:
-        write_json(self.folder / STATE, {"complete": complete, "run": self.run,
+        disk.write_json(self.folder / STATE, {"complete": complete, "run": self.run,
                                          "blocks": [self.records[i] for i in sorted(self.records)]})
 
 
@@ -193,31 +211,36 @@ def checksum(tensors: dict, about) -> str:
     return digest.hexdigest()
 
 
-def _difference(key: str, old, new) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        return f"{key} {changed[0]} was {old.get(changed[0])!r} and is {new.get(changed[0])!r} now"
-    if key == "tokens":
-        return "the calibration segments are others now (--segments, --length, --data, --seed)"
-    return f"{key} was {old!r} and is {new!r} now"
+def run_key(args, source: Checkpoint, tokens, config) -> dict:
+    """What must be equal for a run to be continued: versions, settings, model files and calibration text.
 
-
-def model_card(run: dict, size: int) -> str:
-    """README.md of the folder; size: bytes of its tensors."""
-    c = run["config"]
-    kept = "embedding, head and norms are as in the source" if c["head_bits"] == 16 else (
-        f"the embedding has {c['embed_bits'] or c['head_bits']} bits, the head {c['head_bits']}, and norms are as in "
-        f"the source")
-    return (f"# {run['model']}, {c['method']} W{c['wbits']}A{c['abits']}\n\nQuantized by the STaR-Quant reference "
-            f"implementation {run['version']} (arXiv 2606.04945), {size / 1e6:.1f} MB.\n\n```python\nfrom model "
-            f"import load_model\nmodel = load_model(\"FOLDER\")\n```\n\nAll linears of all blocks are quantized; "
-            f"{kept}. Arguments, versions and losses: `starquant.json`.\n")
-
-
-def run_key(name: str, source: Checkpoint, tokens, config) -> dict:
-    """What must be equal for a run to be continued: versions, arguments, model file and calibration data."""
+    `model` is what the card calls the model; how it was spelled decides nothing.
+    """
     names = sorted({*source.files.values(), "config.json"})
-    files = {f: sha256(source.folder / f) for f in watched(names, "hashing files")}
-    run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "model": name,
-           "files": files, "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "config": asdict(config)}
-    return {**run, "hash": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]}
+    files = {f: disk.sha256(source.folder / f) for f in processes.watched(names, "hashing files")}
+    data = Path(args.data).name if args.data else "embedded" if knows_our_tasks(source.folder) else "winogrande"
+    run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "files": files,
+           "config": asdict(config), "text": {"data": data, "segments": args.segments, "length": args.length,
+                                              "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}}
+    hashed = run | {"text": run["text"]["sha256"]}
+    return {**run, "model": disk.model_name(args.model) if args.stress == 1 else source.folder.name,
+            "hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def _differences(before, run: dict) -> list[str]:
+    """In what the state of an earlier run, any JSON value, differs from a `run_key`, in words."""
+    def part(key):
+        value = before.get(key) if isinstance(before, dict) else None
+        return value if isinstance(value, dict) == isinstance(run[key], dict) else {}
+
+    def changed(old, new):
+        return [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in new.items() if old.get(k) != v]
+
+    versions = ("version", "torch", "python")
+    out = changed({key: part(key) for key in versions}, {key: run[key] for key in versions})
+    out += [f"{file} is another file" for file, digest in run["files"].items() if part("files").get(file) != digest]
+    out += changed(part("config"), run["config"])
+    text, old = dict(run["text"]), part("text")
+    if text.pop("sha256") != old.get("sha256"):
+        out += changed(old, text) or ([] if out else ["the calibration text is another"])
+    return out

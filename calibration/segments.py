@@ -6,6 +6,7 @@ one token a step, and the sequence is taken when a share t of the other half is 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def read_texts(path: Path) -> list[str]:
     """
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
     if path.suffix == ".txt":
-        return rows
+        return _plain(rows, path)
     texts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -96,7 +97,17 @@ def read_texts(path: Path) -> list[str]:
             texts.append(text + "")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             raise Refused(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
-    return texts
+    return _plain(texts, path)
+
+
+def _plain(texts: list[str], path: Path) -> list[str]:
+    """The texts without a byte order mark, with LF for CRLF, and without halves of surrogate pairs."""
+    plain = [text.removeprefix("\ufeff").replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace") for text in texts]
+    if plain != texts:
+        print(f"{path}: byte order marks, CRLF ends of line and halves of surrogate pairs were normalized.",
+              file=sys.stderr)
+    return plain
 
 
 def _text_rows(path: Path) -> list[str]:
@@ -105,12 +116,13 @@ def _text_rows(path: Path) -> list[str]:
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise Refused(f"{path} is not UTF-8 text.") from None
+        raise Refused(f"{path} is not UTF-8 text; convert it first, from Latin-1 by iconv -f latin1 -t utf8.") from None
     if "\0" in content or not content.strip():
         raise Refused(f"{path} holds no text.")
     if path.suffix not in (".txt", ".jsonl"):
         raise Refused(f"{path} is none of .txt, .jsonl and .parquet.")
-    return [content] if path.suffix == ".txt" else list(filter(None, map(str.strip, content.split("\n"))))
+    return [content] if path.suffix == ".txt" else list(filter(None, map(
+        str.strip, content.removeprefix("\ufeff").split("\n"))))
 
 
 def _parquet_rows(path: Path) -> list[dict]:
@@ -144,7 +156,8 @@ def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int,
     """
     tokens = joined_tokens(tokenizer, texts)
     if len(tokens) < 2 * length:
-        raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}.")
+        raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}; give at least "
+                      f"{2 * length} or lower --length.")
     ids = tokens[window_starts(tokens, n, length, seed)[:, None] + torch.arange(length)]
     return ids, torch.ones_like(ids, dtype=torch.bool)
 

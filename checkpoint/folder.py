@@ -65,10 +65,15 @@ def resolve(name_or_path: str) -> Path:
                       f"the folder instead: --model FOLDER.") from None
 
 
+def own_name(name_or_path: str) -> str:
+    """The last part of a model's name or path: "M" for ./M/, and for "." inside of M."""
+    return Path(os.path.abspath(Path(name_or_path).expanduser())).name
+
+
 def model_name(name_or_path: str) -> str:
-    """What a model is called, the same for every spelling of its name: its hub id, "tiny", or the folder's own name."""
-    path = Path(name_or_path).expanduser()
-    return path.resolve().name if path.is_dir() else ALIASES.get(name_or_path, name_or_path)
+    """What a model is called, however it was spelled: its hub id, "tiny", or the folder's own name."""
+    folder = Path(name_or_path).expanduser().is_dir()
+    return own_name(name_or_path) if folder else ALIASES.get(name_or_path, name_or_path)
 
 
 @cache

@@ -1,7 +1,9 @@
 """Nothing is lost: killed at any moment, interrupted, out of disk, a calibration goes on to the same bytes."""
 
+import fcntl
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -156,15 +158,18 @@ def stopped(calibration, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--method", "rtn"], "config method was 'starquant' and is 'rtn' now"),
-    (["--wbits", "3"], "config wbits was 4 and is 3 now"),
-    (["--seed", "7"], "segments are others now"),
-    (["--set", "lr=0.01"], "config lr was 0.001 and is 0.01 now"),
-    (["--length", "25"], "segments are others now"),
+    (["--method", "rtn"], "method was 'starquant' and is 'rtn'"),
+    (["--wbits", "3"], ": wbits was 4 and is 3 now."),
+    (["--seed", "7"], ": seed was 0 and is 7 now."),
+    (["--set", "lr=0.01"], ": lr was 0.001 and is 0.01 now."),
+    (["--length", "25", "--segments", "8"], ": segments was 9 and is 8, length was 24 and is 25 now."),
+    (["--data", "text.txt"], ": data was 'embedded' and is 'text.txt' now."),
 ])
 def test_other_arguments_are_refused(arguments, words, stopped, calibration):
     model, out = stopped
     before = checksums(out)
+    (model / "text.txt").write_text("eggs and boxes " * 99)
+    arguments = [str(model / a) if a == "text.txt" else a for a in arguments]
     result = calibration(out, "--resume", *arguments, model=model)
     assert result["code"] == 2
     assert f"cannot resume {out}: " in result["error"]
@@ -194,7 +199,22 @@ def test_another_model_file_is_refused(stopped, calibration):
     content[-1000] ^= 1
     (model / "model.safetensors").write_bytes(content)
     assert result["code"] == 2
-    assert "files model.safetensors was '" in result["error"]
+    assert f"cannot resume {out}: model.safetensors is another file now." in result["error"]
+
+
+def test_a_second_run_in_the_folder_is_refused_by_a_lock(stopped, calibration):
+    """The lock is the open folder, so that a run that was killed, as this one was, leaves none behind."""
+    model, out = stopped
+    before = checksums(out)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for again in ("--resume", "--overwrite"):
+            result = calibration(out, again, model=model)
+            assert (result["code"], "another run is writing to" in result["error"]) == (2, True)
+    finally:
+        os.close(handle)
+    assert checksums(out) == before
 
 
 def test_a_damaged_finished_block_is_named_and_made_again(stopped, calibration, whole):
@@ -207,6 +227,11 @@ def test_a_damaged_finished_block_is_named_and_made_again(stopped, calibration, 
     assert result["code"] == 2
     assert f"{shard} differs from the checksum in it; delete it" in result["error"]
     shard.unlink()
-    assert calibration(out, "--resume", model=model)["code"] == 0
+    assert calibration(out, "--resume", model=f"{model.parent}/./model/")["code"] == 0  # the same model
+    # it is finished: said, and nothing is written again
+    before = checksums(out)
+    result = calibration(out, "--resume", model=model)
+    assert (result["code"], "is complete; there is nothing to resume." in result["error"]) == (0, True)
+    assert checksums(out) == before
     # the card and the metadata name the model by its folder
     assert {visible(out)["model-00006-of-00006.safetensors"]} <= set(whole[0].values())

@@ -230,8 +230,9 @@ class TestDryRun:
         (tmp_path / "text.txt").write_text("some text")
         assert calibrate.main(["--model", "llada-8b", "--dry-run", "--out", str(tmp_path / "q"), "--data",
                                str(tmp_path / "text.txt")]) == 2
-        assert capsys.readouterr().err == ("calibrate.py: could not download GSAI-ML/LLaDA-8B-Base (ConnectionError); "
-                                           "download it elsewhere and give the folder instead: --model FOLDER.\n")
+        assert capsys.readouterr().err == (
+            "calibrate.py: GSAI-ML/LLaDA-8B-Base could not be downloaded (ConnectionError); download it elsewhere and "
+            "give the folder instead: --model FOLDER.\n")
         assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
     def test_stress_is_not_written_either(self, small_folder, tmp_path):

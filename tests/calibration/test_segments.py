@@ -11,7 +11,7 @@ from arguments import fast
 import calibrate
 from calibrate import QuantConfig, quantize_model
 from calibration import segments
-from calibration.segments import rollout
+from calibration.segments import read_texts, rollout
 from model import generate, load_model
 from runtime import processes
 from tiny import tasks
@@ -99,7 +99,7 @@ def test_the_default_text_is_winogrande_in_segments_of_256(small_folder, tmp_pat
     assert calibrate.main([*arguments, "--out", str(tmp_path / "q")]) == 0
     assert calibrate.main([*arguments, "--out", str(tmp_path / "same"), "--data", str(tmp_path / "w.jsonl"), "--length",
                            "256"]) == 0
-    tokens = [json.loads((tmp_path / out / "starquant.json").read_text())["run"]["tokens"] for out in ("q", "same")]
+    tokens = [json.loads((tmp_path / out / "starquant.json").read_text())["run"]["text"]["sha256"] for out in ("q", "same")]
     assert tokens[0] == tokens[1]
 
 
@@ -130,3 +130,21 @@ class TestRollout:
         assert torch.equal(mine(ids), load_model(tmp_path / "q", "cpu")(ids))
         other = quantize_model(full, tokens, QuantConfig(epochs=0), region)
         assert not torch.equal(mine(ids), other(ids))
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.txt", b"\xef\xbb\xbfone\r\ntwo"), ("a.jsonl", b'\xef\xbb\xbf{"text": "one\\r\\ntwo"}\r\n')])
+def test_marks_of_other_systems_are_normalized_and_said(name, content, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path / name) == ["one\ntwo"]
+    assert f"{name}: byte order marks, CRLF ends of line and" in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path, capsys):
+    """A text cut inside an emoji is valid JSON, but no tokenizer takes it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert read_texts(tmp_path / "a.jsonl") == ["cut \ufffd", "whole \U0001f600"]
+    assert "halves of surrogate pairs were normalized" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("plain")
+    assert read_texts(tmp_path / "a.txt") == ["plain"]
+    assert capsys.readouterr().err == ""

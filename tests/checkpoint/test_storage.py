@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 import calibrate
 from calibrate import quantize_model
-from calibration.output import model_card
 from checkpoint import storage
 from checkpoint.families import FUSED, NAMES, linear_shapes, read_config
-from checkpoint.folder import INDEX, SINGLE, write_text
+from checkpoint.folder import INDEX, SINGLE
 from checkpoint.loading import stored_bytes
 from checkpoint.storage import Block, Linear, Tensor
 from experiments import twins
@@ -201,24 +200,6 @@ def test_equal_bits_of_a_tied_pair_are_no_contradiction(small_folder, tmp_path, 
     assert not (tmp_path / "q").exists()
     assert run(tmp_path / "m", tmp_path / "q", "--set", "head_bits=8", "--set", "embed_bits=8") == 0
     assert load_model(tmp_path / "q", "cpu").embed.bits == 8
-
-
-@pytest.mark.parametrize(("bits", "words"), [
-    ({"head_bits": 16, "embed_bits": 0}, "embedding, head and norms are as in the source"),
-    ({"head_bits": 8, "embed_bits": 0}, "the embedding has 8 bits, the head 8, and norms are as in the source"),
-    ({"head_bits": 8, "embed_bits": 4}, "the embedding has 4 bits, the head 8, and norms are as in the source")])
-def test_the_model_card_says_what_was_kept(bits, words):
-    config = {"method": "rtn", "wbits": 4, "abits": 4, **bits}
-    assert words in model_card({"model": "m", "version": "1", "config": config}, 10**6)
-
-
-def test_text_is_written_as_utf_8_whatever_the_system_s_code_page(tmp_path, monkeypatch):
-    plain = Path.write_text  # on Windows, no encoding means the code page
-    monkeypatch.setattr(Path, "write_text", lambda path, text, encoding="cp1252", **more: plain(
-        path, text, encoding=encoding, **more))
-    write_text(tmp_path / "README.md", model_card({"model": "用户/dream", "version": "1", "config": {
-        "method": "rtn", "wbits": 4, "abits": 4, "head_bits": 16, "embed_bits": 0}}, 1))
-    assert "用户/dream" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_terminal_without_the_character_is_no_error():
