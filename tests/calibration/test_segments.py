@@ -99,8 +99,8 @@ def test_the_default_text_is_winogrande_in_segments_of_256(small_folder, tmp_pat
     assert calibrate.main([*arguments, "--out", str(tmp_path / "q")]) == 0
     assert calibrate.main([*arguments, "--out", str(tmp_path / "same"), "--data", str(tmp_path / "w.jsonl"), "--length",
                            "256"]) == 0
-    tokens = [json.loads((tmp_path / out / "starquant.json").read_text())["run"]["text"]["sha256"] for out in ("q", "same")]
-    assert tokens[0] == tokens[1]
+    runs = [json.loads((tmp_path / out / "starquant.json").read_text())["run"] for out in ("q", "same")]
+    assert runs[0]["text"]["sha256"] == runs[1]["text"]["sha256"]
 
 
 @pytest.fixture(scope="module")
