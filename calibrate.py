@@ -47,7 +47,7 @@ from model import DiffusionLM, load_block, load_model, load_outer
 from runtime import processes
 from runtime.attention import QuantAttention, softmax_scores
 from runtime.layers import TAC, QuantLinear, rebuilt
-from runtime.processes import Parser, Refused, batches, pick_device
+from runtime.processes import Parser, Refused, batches, pick_device, pick_dtype
 from starquant import fold_weight, linear, tac_fit
 from tiny.stress import write_stressed
 from tiny.tasks import knows_our_tasks
@@ -302,8 +302,7 @@ def choose_device(args, config: Settings):
     device = processes.start(pick_device(args.device))
     if processes.world() > 1 and config.inputs != "fp":
         raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
-    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, {"bf16": torch.bfloat16, "fp32": torch.float32, None: usual}[args.dtype]
+    return device, pick_dtype(args.dtype, device)
 
 
 def open_source(args):

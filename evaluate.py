@@ -1,41 +1,39 @@
 """Judge a 16-bit or quantized model, compare two, watch one write, or make the paper's tables and figures.
 
-    python evaluate.py --model out/tiny-starquant+-w4a4 --against tiny     NELBO, tasks, paired differences, fidelity
+    python evaluate.py --model out/tiny-starquant+-w4a4 --against tiny     NELBO, KL, tasks, passes, paired differences
+    python evaluate.py --model Q --against F --data FILE                   the same of any two models on your own text
     python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, pass by pass
     python evaluate.py --table 2 --quick                                   a table of the paper (experiments/tables.py)
     python evaluate.py --figure 3                                          a figure (experiments/figures.py)
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval
 
-Without --prompt, --table, --figure and --tasks a model is judged. It gets its NELBO per token and its accuracy on
-`math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood), with 95 % bootstrap intervals. With
+Without --prompt, --table, --figure and --tasks a model is judged (`experiments/judge.py`), with 95 % bootstrap
+intervals. It gets its NELBO per token and the passes that an answer takes when it is decoded in parallel. With
 --against it also gets the KL divergence from the second model, the paired differences to it, and how far the two
-denoising trajectories agree. Tables go to standard output, whose last line is JSON; progress goes to standard error.
+denoising trajectories agree. On --data FILE that works for every model. Without, a model of the embedded tasks also
+gets its accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood). Tables go to
+standard output, whose last line is JSON; progress goes to standard error.
 """
 
 import argparse
 import sys
-from itertools import zip_longest
 from pathlib import Path
 
-import torch
-
 from checkpoint.folder import write_json
-from experiments import protocol, tables
+from experiments import protocol, tables, watch
+from experiments.judge import checkpoints, judge
 from model import load_model
 from runtime import processes
 from runtime.processes import Parser, Refused, pick_device
-from runtime.sampling import denoise
-from tiny import metrics, tasks
+from tiny import tasks
 
-MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math": "math, accuracy",
-            "code": "code, accuracy", "cloze": "cloze, accuracy", "tokens": "same final token",
-            "positions": "committed at the same step", "divergence": "first difference, share of the steps"}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 # the flags of each use of this command, and their defaults
 LOADED = {"model": "tiny", "device": "auto", "dtype": None, "weights": "packed", "out": None}
 USES = {
-    "judge": LOADED | {"against": None, "problems": 200, "seed": 0},
-    "prompt": LOADED | {"against": None, "gen_length": tasks.GEN_LENGTH, "steps": None, "threshold": None},
+    "judge": LOADED | {"against": None, "problems": 200, "threshold": 0.9, "seed": 0, "data": None},
+    "data": LOADED | {"against": None, "segments": 64, "length": None, "gen_length": None, "threshold": 0.9, "seed": 0},
+    "prompt": LOADED | {"against": None, "gen_length": tasks.GEN_LENGTH, "steps": None, "threshold": None,
+                        "block_length": None, "temperature": 0.0, "chat": None, "seed": 0},
     "tasks": LOADED | {"protocol": None, "mc_num": None, "gen_length": None, "steps": None, "limit": None,
                        "cache": None, "batch_size": 32, "include": None, "confirm_run_unsafe_code": False},
     "table": {"model": "tiny", "device": "auto", "out": tables.OUT, "seeds": None, "problems": None, "sequences": None,
@@ -44,93 +42,21 @@ USES = {
     "figure from tables": {"out": Path("out/figures")}}
 FIGURES, FROM_TABLES = ("1", "3", "4", "5", "6", "hero"), ("6", "hero")
 
-# ---- judge ---------------------------------------------------------------------------------------------------------
-
-
-def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
-    """A Markdown table of means with 95 % intervals (and paired differences), and the same as numbers."""
-    lines, numbers = ["| measure | value | 95 % interval |", "|---|---|---|"], {}
-    if reference:
-        lines = [lines[0] + " against it | 95 % interval |", lines[1] + "---|---|"]
-    for key, per_example in values.items():
-        numbers[key] = metrics.bootstrap(per_example)
-        mean, low, high = numbers[key]
-        lines.append(f"| {MEASURES[key]} | {mean:.4f} | {low:.4f} to {high:.4f} |")
-        if reference and key in reference:
-            numbers[f"{key}_difference"] = metrics.bootstrap(per_example - reference[key])
-            mean, low, high = numbers[f"{key}_difference"]
-            lines[-1] += f" {mean:+.4f} | {low:+.4f} to {high:+.4f} |"
-        elif reference:
-            lines[-1] += " | |"
-    return "\n".join(lines), numbers
-
-
-def loaded(args) -> dict:
-    """The model, and the one it is compared with, by name."""
-    names = [args.model] + ([args.against] if args.against else [])
-    models = {name: load_model(name, args.device, DTYPES[args.dtype], args.weights) for name in names}
-    for name, model in models.items():
-        if model.tokenizer is None:
-            raise Refused(f"{name} has no tokenizer.json, which text needs.")
-    return models
-
-
-def judge(args) -> dict:
-    models = loaded(args)
-    other = models.get(args.against)
-    if other and other.config.vocab_size != models[args.model].config.vocab_size:
-        raise Refused(f"{args.model} and {args.against} have different vocabularies and cannot be compared.")
-    results = {name: metrics.scores(model, args.problems, args.seed, label=name,
-                                    reference=None if model is other else other) for name, model in models.items()}
-    record = {"problems": args.problems, "seed": args.seed, "torch": torch.__version__}
-    for name in reversed(models):
-        values, reference = dict(results[name][0]), None
-        if name == args.model and args.against:
-            reference, paths = results[args.against]
-            values |= metrics.agreement(results[name][1], paths)
-        text, record[name] = report(values, reference)
-        print(f"\n**{name}**" + (f" against {args.against}" if reference is not None else "") + f"\n\n{text}")
-    return record
-
 # ---- watch ---------------------------------------------------------------------------------------------------------
 
 
-def show_denoising(models: dict, prompt: str, steps: int | None, gen_length: int, threshold=None, out=None) -> dict:
-    """Write every pass of each model to `out`, standard output by default; on a terminal in place.
-
-    Returns what each model wrote, and in how many passes.
-    """
-    tokenizer, out = next(iter(models.values())).tokenizer, sys.stdout if out is None else out
-    ids = torch.tensor([tokenizer.encode(prompt).ids])
-    if ids.shape[1] == 0:
-        raise Refused("--prompt holds no text.")
-
-    def text(model, row):
-        tokens = [("░" if t == model.mask_id else tokenizer.decode([t], skip_special_tokens=True)) for t in row]
-        return "".join(tokens).replace("\n", "⏎")
-
-    runs = [denoise(m, ids.to(m.device), steps, gen_length, threshold=threshold) for m in models.values()]
-    wide, live, latest = max(map(len, models)), out.isatty(), [None] * len(models)
-    for number, batch in enumerate(zip_longest(*runs)):
-        latest = [new or old for new, old in zip(batch, latest, strict=True)]  # a model may need fewer passes
-        if live and number:
-            out.write(f"\033[{len(models)}A")
-        for (name, model), step in zip(models.items(), latest, strict=True):
-            count = f"{step.index + 1:>3}" + (f"/{steps}" if steps else "")
-            line = f"{name:>{wide}} {count} {text(model, step.ids[0, ids.shape[1]:].tolist())}"
-            out.write(("\033[2K" if live else "") + line + "\n")
-        out.flush()
-    return {"text": {name: tokenizer.decode(step.ids[0, ids.shape[1]:].tolist())
-                     for name, step in zip(models, latest, strict=True)},
-            "passes": {name: step.index + 1 for name, step in zip(models, latest, strict=True)}}
-
-
 def prompt(args) -> dict:
+    if not args.prompt.strip():
+        raise Refused("--prompt holds no text; write the question or the beginning of a text behind it.")
     if args.steps and args.threshold is not None:
         raise Refused("--threshold decides itself how many passes there are; leave --steps out.")
     steps = args.steps or (args.gen_length if args.threshold is None else None)
-    return {"prompt": args.prompt} | show_denoising(loaded(args), args.prompt + "\n", steps, args.gen_length,
-                                                    args.threshold)
+    models = {name: load_model(name, args.device, args.dtype, args.weights) for name in reversed(checkpoints(args))}
+    model = models[args.model]
+    chat = watch.is_chat_model(model, args.model) if args.chat is None else args.chat
+    return {"prompt": args.prompt, "chat": chat} | watch.show_denoising(
+        models, watch.encode_prompt(model, args.prompt, chat), seed=args.seed, steps=steps, threshold=args.threshold,
+        gen_length=args.gen_length, block_length=args.block_length, temperature=args.temperature)
 
 # ---- the paper -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +86,7 @@ def benchmarks(args) -> dict:
         from experiments import harness
     except ImportError as error:
         raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") from None
-    return harness.benchmarks(args, DTYPES[args.dtype])
+    return harness.benchmarks(args, args.dtype)
 
 # ---- command -------------------------------------------------------------------------------------------------------
 
@@ -170,6 +96,18 @@ def natural(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def at_least_two(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def seed(text: str) -> int:
@@ -182,6 +120,8 @@ def parse(argv=None):
     """The arguments; a flag that has no part in what is asked for is refused."""
     parser = Parser("evaluate.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     use = parser.add_mutually_exclusive_group()
+    use.add_argument("--data", help="judge on this text: a .txt, .jsonl or .parquet file, best one that was not "
+                     "calibrated on")
     use.add_argument("--prompt", help="write the denoising of an answer to this text")
     use.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
     use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
@@ -196,9 +136,19 @@ def parse(argv=None):
     parser.add_argument("--against", help="a second model to compare with, or to watch beside the first")
     parser.add_argument("--seed", type=seed, help="of examples and masks (0)")
     parser.add_argument("--problems", type=natural, help="problems per task (200; of a table 250)")
-    parser.add_argument("--gen-length", type=natural, help="tokens to write with --prompt (24) or --tasks (protocol)")
+    parser.add_argument("--gen-length", type=natural, help="tokens to write with --prompt (24), --data (32, at most "
+                        "half a segment) or --tasks (protocol)")
     parser.add_argument("--steps", type=natural, help="denoising steps with --prompt or --tasks (--gen-length)")
-    parser.add_argument("--threshold", type=float, help="with --prompt: commit in each pass all that is so probable")
+    parser.add_argument("--threshold", type=probability, help="decoding in parallel commits in each pass all that is "
+                        "so probable (0.9 where a model is judged; with --prompt one token a pass unless given)")
+    group = parser.add_argument_group("with --data")
+    group.add_argument("--segments", type=at_least_two, help="segments of the text (64)")
+    group.add_argument("--length", type=at_least_two, help="tokens of a segment (256; 64 for the embedded model)")
+    group = parser.add_argument_group("with --prompt")
+    group.add_argument("--block-length", type=natural, help="finish blocks of so many tokens left to right (one block)")
+    group.add_argument("--temperature", type=float, help="0 takes the most probable token, above 0 draws (0)")
+    group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="ask in the model's chat template (as the "
+                       "name of the model says: instruct, chat)")
     group = parser.add_argument_group("with --table and --figure")
     group.add_argument("--stress", type=float, metavar="C", help="give the model outlier channels of scale C (1: off)")
     group = parser.add_argument_group("with --table")
@@ -217,7 +167,7 @@ def parse(argv=None):
     group.add_argument("--include", type=Path, help="folder of further task YAMLs")
     group.add_argument("--confirm-run-unsafe-code", action="store_true", help="let tasks execute generated code")
     given = vars(parser.parse_args(argv))
-    asked = next((name for name in ("prompt", "table", "figure", "tasks") if name in given), "judge")
+    asked = next((name for name in ("data", "prompt", "table", "figure", "tasks") if name in given), "judge")
     use = "figure from tables" if given.get("figure") in FROM_TABLES else asked
     for name in sorted(given.keys() - USES[use].keys() - {asked}):
         where = "judging a model" if asked == "judge" else f"--{asked}" + f" {given[asked]}" * (asked == "figure")
@@ -226,12 +176,13 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
-    file = args.out if args.use in ("judge", "prompt", "tasks") else None
+    file = args.out if args.use in ("judge", "data", "prompt", "tasks") else None
     if file and (file.is_dir() or not next(p for p in file.absolute().parents if p.exists()).is_dir()):
         raise Refused(f"--out {file} cannot be a file there.")
     if args.use in ("table", "figure") and args.out and args.out.is_file():
         raise Refused(f"--out {args.out} is a file; a {args.use} is written into a folder.")
-    record = {"judge": judge, "prompt": prompt, "table": table, "figure": figure, "tasks": benchmarks}[args.use](args)
+    record = {"judge": judge, "data": judge, "prompt": prompt, "table": table, "figure": figure,
+              "tasks": benchmarks}[args.use](args)
     if file and processes.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, record)

@@ -24,7 +24,7 @@ from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
 from checkpoint.tokenizer import load_tokenizer
 from runtime import cuda
-from runtime.processes import Refused, pick_device
+from runtime.processes import Refused, pick_device, pick_dtype
 from runtime.sampling import denoise, generate
 
 __all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
@@ -223,14 +223,15 @@ def load_outer(checkpoint: Checkpoint, device="cpu", dtype=torch.float32, head: 
 def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -> DiffusionLM:
     """A model by alias, hub id or folder, 16-bit or quantized; bf16 on a GPU and fp32 on a CPU unless dtype says so.
 
+    dtype: of what is not quantized, "bf16", "fp32" or a torch.dtype.
     weights: "packed" keeps 4-bit weights two a byte, "int8" one a byte (nothing to unpack; often a little faster).
     Raises Refused with one sentence about what is wrong with the folder.
     """
     if weights not in ("packed", "int8"):
         raise Refused(f'weights {weights!r} is neither "packed" nor "int8".')
     checkpoint, device = Checkpoint(resolve(str(name_or_path))), pick_device(str(device))
+    dtype = pick_dtype(dtype, device)
     check_tensors(checkpoint)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_outer(checkpoint, device, dtype)
     for i in range(checkpoint.config.n_layers):
         model.blocks.append(load_block(checkpoint, i, device, dtype, weights))

@@ -5,12 +5,10 @@ calibration text that it was not calibrated on. Then every model is read block b
 table takes the memory of one block, two embeddings and heads, and the activations of these segments.
 """
 
-import sys
 from math import prod
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from calibration.segments import held_out_segments
 from checkpoint.families import FUSED
@@ -21,7 +19,7 @@ from methods.settings import Settings
 from methods.storage import output_bytes
 from model import load_block, load_model, load_outer
 from runtime.layers import rebuilt
-from runtime.measures import bootstrap, likelihoods, masked_copies, predictions
+from runtime.measures import bootstrap, likelihoods, masked_copies, predictions, progress_bar
 from tiny import metrics
 
 PROBLEMS, SEGMENTS = 24, 16  # unless --problems is given
@@ -68,7 +66,7 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
               named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), size(rtn)),
               named(config): (load_outer(written, device, dtype), blocks(written), size(config))}
     rows, reference = [], None
-    with tqdm(total=len(models) * n, desc="closing table", unit="block", file=sys.stderr, leave=False) as bar:
+    with progress_bar(len(models) * n, "closing table") as bar:
         for name, (top, parts, stored) in models.items():
             predicted = predictions(top, parts, copies.noisy, bar.update)
             values = likelihoods(copies, predicted, reference)

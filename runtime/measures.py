@@ -7,16 +7,31 @@ Memory: the head runs at masked tokens alone, a few at a time. What a model pred
 states that enter it. So two models need not be in memory together, and a model may be read block by block.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from runtime import sampling
-from runtime.processes import batches
+from runtime.processes import ROWS, batches
 
 SCORES = 2**25  # logits at once, of which KL holds some copies: 128 MiB each in fp32
+TOKENS = 2**13  # in a forward pass at once, unless one sequence has more
+
+
+def progress_bar(total: int, what: str):
+    """A bar of the time left, moved by parts of `total`, whose sum may exceed it by what floating point rounds."""
+    return tqdm(total=total + 1e-6, desc=what, file=sys.stderr, leave=False,
+                bar_format="{l_bar}{bar}| [{elapsed}<{remaining}]")
+
+
+def at_once(length: int) -> int:
+    """How many sequences of that length go through a model at once."""
+    return max(1, min(ROWS, TOKENS // length))
+
 
 # ---- likelihoods -----------------------------------------------------------------------------------------------------
 
@@ -63,7 +78,7 @@ def predictions(outer, blocks: Iterable, noisy, progress=lambda: None) -> Predic
     """
     x, state, rope, _ = outer.prepare(noisy.to(outer.device))
     for block in blocks:
-        x = torch.cat([block(x[rows], state[rows], rope) for rows in batches(len(x))])  # (C, L, D)
+        x = torch.cat([block(x[rows], state[rows], rope) for rows in batches(len(x), at_once(x.shape[1]))])  # (C, L, D)
         progress()
     return Predictions(outer.logits, outer.predicting(outer.norm(x))[state], outer.config.vocab_size)
 
@@ -110,7 +125,7 @@ def trajectory(model, prompt, steps: int | None, gen_length: int, threshold: flo
     progress: called in every pass with the number of answers that it wrote, as a fraction.
     """
     parts = []
-    for rows in batches(len(prompt)):
+    for rows in batches(len(prompt), at_once(prompt.shape[1] + gen_length)):
         mask = None if attention_mask is None else attention_mask[rows].to(model.device)
         ids = prompt[rows].to(model.device)
         when = torch.zeros(len(ids), gen_length, dtype=torch.long)

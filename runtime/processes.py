@@ -170,6 +170,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def pick_dtype(dtype, device: torch.device) -> torch.dtype:
+    """The type of 16-bit weights, by its name (bf16, fp32) or as torch has it; None is bf16 on a GPU, fp32 on a CPU."""
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = {None: usual, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Refused(f"dtype {dtype!r} is neither bf16 nor fp32, nor another floating-point type of torch.")
+    return found
+
+
 def synchronize(device) -> None:
     """Wait until a GPU has done what it was told to do; called before a clock is read."""
     if device.type == "cuda":

@@ -60,6 +60,12 @@ def pad_left(rows: list[list[int]], pad: int):
     return ids, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
 
 
+def check_length(config, length: int) -> None:
+    """Refused if a sequence is longer than what config.json says that the model was trained on."""
+    if config.positions and length > config.positions:
+        raise Refused(f"a sequence of {length} tokens is longer than the model's {config.positions} positions.")
+
+
 @dataclass
 class Step:
     """The sequence after one pass of the model, and what the pass committed."""
@@ -115,6 +121,7 @@ class Draft:
         if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
             shapes = list(attention_mask.shape), list(prompt_ids.shape)
             raise Refused("attention_mask has shape {}, the prompt {}.".format(*shapes))
+        check_length(model.config, prompt_ids.shape[1] + gen_length)
         self.model, self.cfg_scale, self.attention_mask = model, cfg_scale, None
         new = (len(prompt_ids), gen_length)
         self.ids = torch.cat((prompt_ids, prompt_ids.new_full(new, model.mask_id)), 1)  # (B, L)

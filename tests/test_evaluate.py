@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evaluate
+from experiments import judge
 from model import generate, load_model
 from runtime import sampling
 from tiny import metrics, tasks
@@ -173,7 +174,7 @@ class TestCommand:
         def fault(*_, **__):
             raise ValueError("internal")
 
-        monkeypatch.setattr(evaluate.metrics, "scores", fault)
+        monkeypatch.setattr(judge.metrics, "scores", fault)
         with pytest.raises(ValueError, match=r"^internal$"):
             evaluate.main(["--device", "cpu", "--problems", "1"])
 
@@ -188,7 +189,7 @@ class TestCommand:
         def interrupt(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(evaluate, "load_model", interrupt)
+        monkeypatch.setattr(judge, "load_model", interrupt)
         assert evaluate.main(["--device", "cpu"]) == 130
         assert capsys.readouterr().err == "evaluate.py: interrupted.\n"
 

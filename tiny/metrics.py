@@ -1,18 +1,15 @@
-"""What a denoising model is judged by: NELBO, KL from the 16-bit model, task accuracy, cloze likelihood, trajectories.
+"""What the embedded model is judged by: NELBO, KL from the 16-bit model, task accuracy, cloze likelihood, passes.
 
 Every function returns one value per example, so that models are compared in pairs and intervals come from a bootstrap
 over examples. The masks of a Monte-Carlo estimate depend only on the seed: two models see the same ones.
 """
 
-import sys
-
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint.loading import stored_bytes
 from runtime import measures
-from runtime.measures import Trajectory, bootstrap, fidelity, likelihoods, masked_copies, predictions
+from runtime.measures import Trajectory, bootstrap, fidelity, likelihoods, masked_copies, predictions, progress_bar
 from runtime.processes import batches
 from runtime.sampling import pad_left
 from tiny import tasks
@@ -113,8 +110,7 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
     alone, which are NELBO and, given a reference model, the KL from it.
     """
     values, paths = {}, {}
-    with tqdm(total=(1 if quick else 4) * problems, desc=label, unit="problem", file=sys.stderr, leave=False,
-              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
+    with progress_bar((1 if quick else 4) * problems, label) as bar:
         sets = nelbo_set(model.tokenizer, sequences or problems, seed)
         parts = [losses(model, ids, region, 2, seed, reference=reference) for ids, region in sets]
         values |= {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -132,8 +128,7 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
 def parallel(model, problems: int, seed: int, threshold: float, label: str = "") -> dict[str, torch.Tensor]:
     """Decoding by a confidence threshold: per problem of `math` and `code` 0/1, and the passes its answer took."""
     values = {}
-    with tqdm(total=len(GENERATION) * problems, desc=label, unit="problem", file=sys.stderr, leave=False,
-              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]") as bar:
+    with progress_bar(len(GENERATION) * problems, label) as bar:
         for task in GENERATION:
             asked = tasks.problems(task, "eval", problems, seed)
             path = trajectory(model, asked, None, progress=bar.update, threshold=threshold)
