@@ -1,5 +1,6 @@
-// The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, TAC_BLOCK,
-// FEEDBACK_BLOCK and WARPS, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers.
+// The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, FEEDBACK_BLOCK and
+// GPTQ_BLOCK, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers. A pointer to what
+// is absent is null.
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
@@ -25,18 +26,17 @@ __device__ void load8(const bf16* x, float* v) {
         v[2 * j + 1] = __uint_as_float(in[j] & 0xffff0000u);
     }
 }
-__device__ unsigned round_bf16(float y) {  // to nearest, ties to even; NaN stays NaN
-    unsigned u = __float_as_uint(y);
-    return y != y ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-__device__ unsigned pair_bf16(float low, float high) {
-#if __CUDA_ARCH__ >= 800  // the same rounding in one instruction
-    unsigned u;
+__device__ unsigned pair_bf16(float low, float high) {  // rounded to nearest, ties to even; NaN stays NaN
+    unsigned u = 0;
+#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
-    return u;
 #else
-    return round_bf16(low) | round_bf16(high) << 16;
+    for (int i = 0; i < 2; i++) {
+        unsigned v = __float_as_uint(i ? low : high);
+        u = u << 16 | ((v & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (v + 0x7fffu + (v >> 16 & 1u)) >> 16);
+    }
 #endif
+    return u;
 }
 __device__ float rounded(float v, const float*) { return v; }  // to the type that is pointed to
 __device__ float rounded(float v, const bf16*) { return __uint_as_float(pair_bf16(v, 0) << 16); }
@@ -48,47 +48,38 @@ __device__ void store8(float* y, const float* v) { store4(y, v); store4(y + 4, v
 __device__ void store8(bf16* y, const float* v) {
     *(uint4*)y = make_uint4(pair_bf16(v[0], v[1]), pair_bf16(v[2], v[3]), pair_bf16(v[4], v[5]), pair_bf16(v[6], v[7]));
 }
-__device__ void store1(float* y, float v) { *y = v; }
-__device__ void store1(bf16* y, float v) { *y = (bf16)round_bf16(v); }
 
-// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for four columns from n on; y, and shift, the
-// output of the mean of either state, have N columns.
-__device__ void finish4(int sum[4], int m, int n, const float* scale, const int* zero, const int* x_sum,
-                        const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
-                        const float* shift, const unsigned char* state, real* y, int N, int has_zero, int has_bias,
-                        int has_shift) {
+// What a product ends with, `cuda.Ends`: the tokens' scale, zero point and sum, the outputs' scale, sum, zero point and
+// bias, the output of the mean of either state, and the tokens' states.
+#define ENDS const float *scale, const int *zero, const int *x_sum, const float *w_scale, const int *w_sum, \
+             const int *w_zero, const float *bias, const float *shift, const unsigned char *state
+#define THE_ENDS scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state
+// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for four columns of N from n on.
+__device__ void finish4(int sum[4], int m, int n, ENDS, real* y, int N) {
     int wu[4], wz[4];
     float v[4], ws[4], b[4], sh[4];
     load4(w_sum + n, wu);
     load4(w_scale + n, ws);
-    if (has_zero) load4(w_zero + n, wz);
-    if (has_bias) load4(bias + n, b);
-    if (has_shift) load4(shift + (state[m] ? N : 0) + n, sh);
+    if (w_zero) load4(w_zero + n, wz);
+    if (bias) load4(bias + n, b);
+    if (shift) load4(shift + (state[m] ? N : 0) + n, sh);
     for (int j = 0; j < 4; j++) {
         sum[j] -= zero[m] * wu[j];
-        if (has_zero) sum[j] -= x_sum[m] * wz[j];
+        if (w_zero) sum[j] -= x_sum[m] * wz[j];
         v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
-        if (has_bias) v[j] = __fadd_rn(v[j], b[j]);
-        if (has_shift) v[j] = __fadd_rn(v[j], sh[j]);
+        if (bias) v[j] = __fadd_rn(v[j], b[j]);
+        if (shift) v[j] = __fadd_rn(v[j], sh[j]);
     }
     store4(y + (long long)m * N + n, v);
 }
 
 // Two integers up to 16 in size as e4m3, exactly.
 __device__ unsigned pair_e4m3(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-    unsigned short u;
+    unsigned short u = 0;
+#if __CUDA_ARCH__ >= 890  // where products of fp8 numbers are, and so who asks for them
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(u) : "f"(high), "f"(low));
-    return u;
-#else  // sign, 4 bits of exponent biased by 7, 3 of fraction
-    unsigned out = 0;
-    for (int j = 0; j < 2; j++) {
-        unsigned u = __float_as_uint(j ? high : low);
-        int magnitude = (int)(u >> 20 & 0x7ffu) - (120 << 3);
-        out |= ((u >> 24 & 0x80u) | (magnitude > 0 ? magnitude : 0)) << 8 * j;
-    }
-    return out;
 #endif
+    return u;
 }
 const float ROUND = 12582912.0f;  // 1.5 * 2^23: v + ROUND is rounded to an integer, ties to even, which its lowest bits hold
 __device__ unsigned bytes4(float a, float b, float c, float d) {  // integers as signed bytes, a lowest
@@ -149,9 +140,9 @@ struct Range {
 // s = max / levels - min / levels,  z_c = round(-min / s) - 2^(b-1),  r = clamp(round(x / s)) = X_c - z_c
 struct Grid {
     float s, z, least, most, up, scaled, inverse;
-    __device__ Grid(Range range, const float* clip, int has_clip, int bits) {
+    __device__ Grid(Range range, const float* clip, int bits) {
         float low = range.low, high = range.high, levels = (1 << bits) - 1, half = 1 << (bits - 1);
-        if (has_clip) {  // each token's range narrowed to (c_0 low, c_1 high)
+        if (clip) {  // each token's range narrowed to (c_0 low, c_1 high)
             low = fmaxf(low, __fmul_rn(low, clip[0]));
             high = fminf(high, __fmul_rn(high, clip[1]));
         }
@@ -161,7 +152,7 @@ struct Grid {
         z = z_int - half;
         least = -z_int;
         most = levels - z_int;
-        if (has_clip) {  // the code of a clipped number is that of the limit
+        if (clip) {  // the code of a clipped number is that of the limit
             least = fmaxf(least, rintf(__fdiv_rn(low, s)));
             most = fminf(most, rintf(__fdiv_rn(high, s)));
         }
@@ -250,21 +241,10 @@ extern "C" __global__ void silu_up(const real* gate_up, real* out, int F) {
 #endif  // GLUE
 
 #ifdef LINEAR
-// x - mu_s of every token's state s: row 0 of mean for unmasked, row 1 for masked tokens.
-extern "C" __global__ void centre(const real* x, const unsigned char* state, const float* mean, real* out, int K) {
-    int row = blockIdx.x, k = 4 * (blockIdx.y * THREADS + threadIdx.x);
-    if (k >= K) return;
-    const float* mu = mean + (state[row] ? K : 0) + k;
-    float v[4];
-    load4(x + (long long)row * K + k, v);
-    for (int j = 0; j < 4; j++) v[j] = __fsub_rn(v[j], mu[j]);
-    store4(out + (long long)row * K + k, v);
-}
-
 // One block per row of the output, which is padded to a multiple of 32 rows; the rows from M on become zeros.
 extern "C" __global__ void quantize_rows(const real* x, const unsigned char* state, signed char* codes, float* scale,
                                          int* zero, const float* clip, int M, int K, int d_m, int d_u, int bits,
-                                         int has_clip, int grid_only, int order) {
+                                         int grid_only, int order) {
     __shared__ float warps[THREADS / 32][2];
     int row = blockIdx.x, t = threadIdx.x;
     codes += (long long)row * K;
@@ -290,7 +270,7 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
         for (int j = 0; j < 16; j++) range.see(v[j]);
     }
     range.join<THREADS / 32>(warps);
-    Grid grid(range, clip, has_clip, bits);
+    Grid grid(range, clip, bits);
     for (int k = 16 * t; k < K && !grid_only; k += 16 * THREADS) {  // else feedback rounds
         load(k, v);
         for (int j = 0; j < 16; j++) v[j] = grid.code(v[j]);
@@ -305,50 +285,25 @@ extern "C" __global__ void quantize_rows(const real* x, const unsigned char* sta
 // Four signed 4-bit numbers in the low halves of four bytes -> four signed bytes, without carries between them.
 __device__ unsigned sign_extend4(unsigned n) { return (((n ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u; }
 
-// One thread unpacks 16 bytes = 32 codes: low and high nibbles apart, then interleaved byte by byte.
-extern "C" __global__ void unpack_int4(const uint4* packed, uint4* codes, int count) {
+// A thread unpacks 8 bytes: low and high halves apart, then interleaved byte by byte.
+extern "C" __global__ void unpack_int4(const uint2* packed, uint4* codes, int count) {
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
-    uint4 p = packed[i];
-    unsigned in[4] = {p.x, p.y, p.z, p.w}, out[8];
-    for (int j = 0; j < 4; j++) {
-        unsigned low = sign_extend4(in[j] & 0x0f0f0f0fu), high = sign_extend4((in[j] >> 4) & 0x0f0f0f0fu);
+    unsigned in[2] = {packed[i].x, packed[i].y}, out[4];
+    for (int j = 0; j < 2; j++) {
+        unsigned low = sign_extend4(in[j] & 0x0f0f0f0fu), high = sign_extend4(in[j] >> 4 & 0x0f0f0f0fu);
         out[2 * j] = __byte_perm(low, high, 0x5140);      // low 0, high 0, low 1, high 1
         out[2 * j + 1] = __byte_perm(low, high, 0x7362);  // low 2, high 2, low 3, high 3
     }
-    codes[2 * i] = make_uint4(out[0], out[1], out[2], out[3]);
-    codes[2 * i + 1] = make_uint4(out[4], out[5], out[6], out[7]);
+    codes[i] = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
 // `finish4` of int32 sums, for one slice of `width` columns.
-extern "C" __global__ void epilogue(const int* acc, const float* scale, const int* zero, const int* x_sum,
-                                    const float* w_scale, const int* w_sum, const int* w_zero, const float* bias,
-                                    const float* shift, const unsigned char* state, real* y, int width, int N,
-                                    int has_zero, int has_bias, int has_shift) {
+extern "C" __global__ void epilogue(const int* acc, ENDS, real* y, int width, int N) {
     int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x), sum[4];
     if (n >= width) return;
     load4(acc + (long long)m * width + n, sum);
-    finish4(sum, m, n, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, y, N, has_zero, has_bias,
-            has_shift);
-}
-
-// Z_tac = Z M^T + d in blocks of 16 channels: a thread keeps its row of M and walks down the tokens.
-extern "C" __global__ void tac(const real* __restrict__ z, const float* __restrict__ M,
-                               const float* __restrict__ bias, real* __restrict__ out, int rows, int C) {
-    int c = blockIdx.y * THREADS + threadIdx.x;
-    if (c >= C) return;
-    float m[TAC_BLOCK];
-    for (int j = 0; j < TAC_BLOCK; j++) m[j] = M[(long long)c * TAC_BLOCK + j];
-#pragma unroll 4
-    for (int r = blockIdx.x; r < rows; r += gridDim.x) {  // several rows in flight
-        const real* block = z + (long long)r * C + c / TAC_BLOCK * TAC_BLOCK;
-        float v[4], sum = bias[c];
-        for (int j = 0; j < TAC_BLOCK; j += 4) {
-            load4(block + j, v);
-            for (int i = 0; i < 4; i++) sum += m[j + i] * v[i];
-        }
-        store1(out + (long long)r * C + c, sum);
-    }
+    finish4(sum, m, n, THE_ENDS, y, N);
 }
 #endif  // LINEAR
 
@@ -393,7 +348,7 @@ feedback(const real* x, const float* scale, const int* zero, const bf16* V, sign
 }
 #endif  // FEEDBACK
 
-#if defined BLOCKS || defined ROTATE || defined CORRECT  // bf16 tensor cores: sm_80 and later
+// ---- bf16 tensor cores: sm_80 and later
 // c += a b by the 32 lanes of a warp: a 16 x 16 and b 16 x 8 bf16. Lane 4 g + t has, two to a register, columns 2 t, 2 t + 1
 // and 8 + 2 t, 9 + 2 t of rows g and g + 8 of a (rows first), the same rows of column g of b, and columns 2 t, 2 t + 1 of
 // rows g and g + 8 of c.
@@ -402,13 +357,13 @@ __device__ void multiply_bf16(float* c, const unsigned* a, unsigned b0, unsigned
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-#endif
 
-#ifdef CORRECT
-// `tac` for bf16: a warp has a block of 16 channels and walks down the tokens, 16 at a time. M is the sum of two bf16
-// matrices, 16 of its bits. Lane t takes channels 4 t.. of a token; which of them is which of mma's does not matter.
-extern "C" __global__ void correct(const bf16* __restrict__ z, const float* __restrict__ M,
-                                   const float* __restrict__ bias, bf16* __restrict__ out, int rows, int C) {
+#ifdef TAC
+// Z_tac = Z M^T + d in blocks of 16 channels: a warp has one of them and walks down the tokens, 16 at a time. M is the sum
+// of two bf16 matrices, 16 of its bits. Lane t takes channels 4 t.. of a token; which of them is which of mma's does not
+// matter.
+extern "C" __global__ void tac(const bf16* __restrict__ z, const float* __restrict__ M,
+                               const float* __restrict__ bias, bf16* __restrict__ out, int rows, int C) {
     int warp = blockIdx.y * (THREADS / 32) + threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     if (16 * warp >= C) return;
     unsigned high[2][2], low[2][2];
@@ -445,9 +400,8 @@ extern "C" __global__ void correct(const bf16* __restrict__ z, const float* __re
         }
     }
 }
-#endif  // CORRECT
+#endif  // TAC
 
-#if defined BLOCKS || defined ROTATE
 // Rows of N columns into shared memory, PITCH apart, zeros from row `from` on. Of each 64 columns tile j of 8 has 16 i + 2 j
 // and its neighbour for i = 0 to 3: so lane 4 g + t of a product ends with columns 16 t.. of a row.
 template <int N, int PITCH> __device__ void spread(bf16* to, const bf16* in, int from, int rows, int lanes) {
@@ -483,18 +437,16 @@ template <int N, int PITCH> __device__ void times(float (*c)[4], const uint4 (*a
         }
     }
 }
-#endif  // BLOCKS or ROTATE
 
 #ifdef BLOCKS
 // (x - mu_s) P for blocks P of 64 channels: a warp takes 16 tokens at a time, all warps the same block. Without mean, x P.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const float* __restrict__ mean,
-               const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K, int has_mean) {
+               const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K) {
     __shared__ __align__(16) bf16 matrix[64 * 72];
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     x += 64 * blockIdx.x;
     out += 64 * blockIdx.x;
-    mean += 64 * blockIdx.x;
     int tile = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
     for (int m = 16 * tile; m < M || m == 16 * tile; m += 16 * (THREADS / 32) * gridDim.y) {
         uint4 a[2][2];
@@ -513,8 +465,8 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = m + g + 8 * i;
-            if (!has_mean || row >= M) continue;
-            const float* mu_s = mean + (state[row] ? K : 0) + 8 * t;
+            if (!mean || row >= M) continue;
+            const float* mu_s = mean + (state[row] ? K : 0) + 64 * blockIdx.x + 8 * t;
 #pragma unroll
             for (int p = 0; p < 2; p++) {
                 float v[8], mu[8];
@@ -541,7 +493,7 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 }
 #endif  // BLOCKS
 
-#ifdef ROTATE
+#ifdef ROTATED_CODES
 const int ROWS = (N1 + 15) / 16 * 16, LANES = ROWS * N2 / 32;  // a warp for 16 rows and 64 columns
 const int PITCH = N2 + 8, PITCH_1 = ROWS + 8;  // of matrices in shared memory, so that eight rows do not meet in a bank
 
@@ -551,7 +503,7 @@ const int PITCH = N2 + 8, PITCH_1 = ROWS + 8;  // of matrices in shared memory, 
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf16* __restrict__ P2,
               const unsigned char* state, bf16* y, signed char* codes, float* scale, int* zero, const float* clip, int M,
-              int rows, int d_m, int d_u, int bits, int has_clip, int to_y, int order) {
+              int rows, int d_m, int d_u, int bits, int order) {
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
@@ -637,7 +589,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
             }
         }
         range.join<LANES / 32>(warps);
-        Grid grid(range, clip, has_clip, bits);
+        Grid grid(range, clip, bits);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = first + g + 8 * i, k = row * N2 + part + 16 * t;
@@ -645,7 +597,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #pragma unroll
             for (int j = 0; j < 16; j++) v[j] = c[j / 2][2 * i + j % 2];
             if (row >= N1) continue;
-            if (to_y) {
+            if (y) {
                 store8(y + (long long)m * K + k, v);
                 store8(y + (long long)m * K + k + 8, v + 8);
                 continue;
@@ -660,7 +612,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
         }
     }
 }
-#endif  // ROTATE
+#endif  // ROTATED_CODES
 
 #ifdef GPTQ
 // GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has a column of the weight in each row, U (n, n)
@@ -692,79 +644,3 @@ extern "C" __global__ void gptq_columns(double* w, const double* U, const double
     }
 }
 #endif  // GPTQ
-
-#ifdef PACKED  // int8 tensor cores as `mma` has them: sm_80 and later
-#ifdef __CUDACC__  // a test without a GPU brings its own
-// c += a b by the 32 lanes of a warp: a 16 x 32 and b 32 x 8 signed bytes. Lane 4 g + t has, four to a register, bytes
-// 4 t.. and 16 + 4 t.. of rows g and g + 8 of a and of column g of b, and columns 2 t, 2 t + 1 of rows g and g + 8 of c.
-__device__ void mma(int c[4], const unsigned a[4], const unsigned b[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
-
-// The product and its epilogue for few tokens, straight from packed weights, which become bytes in registers. A CUDA
-// block has 32 tokens and 32 columns; its warps share out K in chunks of 128 and add up at the end.
-// Where all products are summed their order is free, so of a chunk lane t takes channels 32 t.. of every row: 16 bytes
-// of weights at a time. Even channels come first, since they are the low halves of bytes.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-packed_product(const signed char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
-               const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
-               const float* bias, const float* shift, const unsigned char* state, real* y, int M, int N, int K,
-               int has_zero, int has_bias, int has_shift) {
-    __shared__ int4 sums[WARPS][32 * 32 / 4];
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    x += (long long)(32 * blockIdx.y + g) * K + 32 * t;
-    w += (long long)(32 * blockIdx.x + g) * (K / 2) + 16 * t;
-    int c[2][4][4] = {};  // 16 tokens by 8 columns, twice and four times
-    uint4 next[4];  // weights are asked for one chunk ahead
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        if (128 * warp < K) next[j] = *(const uint4*)(w + (long long)4 * j * K + 64 * warp);
-#pragma unroll 1
-    for (int k = 128 * warp; k < K; k += 128 * WARPS) {
-        unsigned in[4][8], packed[4][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {  // rows g + 8 i of both
-            const uint4* row = (const uint4*)(x + (long long)8 * i * K + k);
-            uint4 u = row[0], v = row[1], p = next[i];
-            in[i][0] = u.x; in[i][1] = u.y; in[i][2] = u.z; in[i][3] = u.w;
-            in[i][4] = v.x; in[i][5] = v.y; in[i][6] = v.z; in[i][7] = v.w;
-            packed[i][0] = p.x; packed[i][1] = p.y; packed[i][2] = p.z; packed[i][3] = p.w;
-            if (k + 128 * WARPS < K) next[i] = *(const uint4*)(w + (long long)4 * i * K + k / 2 + 64 * WARPS);
-        }
-#pragma unroll
-        for (int s = 0; s < 4; s++) {  // eight channels
-            unsigned a[2][4];
-            for (int i = 0; i < 4; i++) {
-                a[i / 2][i % 2] = __byte_perm(in[i][2 * s], in[i][2 * s + 1], 0x6420);
-                a[i / 2][i % 2 + 2] = __byte_perm(in[i][2 * s], in[i][2 * s + 1], 0x7531);
-            }
-            for (int j = 0; j < 4; j++) {
-                // four bits in the upper half of a byte are 16 times their signed value
-                unsigned b[2] = {packed[j][s] << 4 & 0xf0f0f0f0u, packed[j][s] & 0xf0f0f0f0u};
-                mma(c[0][j], a[0], b);
-                mma(c[1][j], a[1], b);
-            }
-        }
-    }
-    int* mine = (int*)sums[warp];  // a row's four groups of columns turned by the row: else its rows would meet in a bank
-    for (int i = 0; i < 2; i++)
-        for (int j = 0; j < 4; j++)
-            for (int r = 0; r < 4; r++)
-                mine[32 * (16 * i + r / 2 * 8 + g) + 8 * ((j + g) % 4) + 2 * t + r % 2] = c[i][j][r];
-    __syncthreads();
-    for (int o = threadIdx.x; o < 32 * 32 / 4; o += 32 * WARPS) {
-        int m = 32 * blockIdx.y + o / 8, part[4], sum[4] = {};
-        if (m >= M) return;
-        for (int v = 0; v < WARPS; v++) {
-            load4((const int*)(sums[v] + o / 8 * 8 + (o + o / 8 * 2) % 8), part);
-            for (int j = 0; j < 4; j++) sum[j] += part[j];
-        }
-        for (int j = 0; j < 4; j++) sum[j] >>= 4;
-        finish4(sum, m, 32 * blockIdx.x + o % 8 * 4, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, y,
-                N, has_zero, has_bias, has_shift);
-    }
-}
-#endif  // PACKED

@@ -288,7 +288,7 @@ class TAC(Quantized):
         self.register_buffer("bias", bias.float().contiguous())
 
     def forward(self, z):
-        if self.M.shape[-1] == cuda.TAC_BLOCK and cuda.usable(z, z.shape[-1]):
+        if self.M.shape[-1] == cuda.TAC_BLOCK and cuda.usable(z, "tac"):
             return cuda.tac(z, self.M, self.bias)
         return tac_apply(z.float(), self.M, self.bias).to(z.dtype)
 

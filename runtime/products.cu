@@ -1,8 +1,7 @@
 // Products of activation codes with packed INT4 weights, after the text of kernels.cu, which has `load4` and `finish4`.
-// `runtime/cuda.py` puts the sizes of a tile before it: TM tokens x TN columns x TK channels, STAGES tiles in flight,
-// and WM x WN of it for each warp.
+// `runtime/cuda.py` puts the sizes of a tile before it: TM tokens x TN columns x TK channels, STAGES tiles in flight.
 
-#if defined TILED || defined GROUPED  // cp.async and ldmatrix: sm_80 and later
+// ---- cp.async and ldmatrix: sm_80 and later
 __device__ void copy16(unsigned to, const void* from, bool there) {  // zeros where there is nothing
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -40,17 +39,38 @@ template <int COUNT, int LANES> __device__ bool joined(int* c, int4* partial, in
     }
     return true;
 }
-__device__ void store2(bf16* y, const float* v) { *(unsigned*)y = round_bf16(v[0]) | round_bf16(v[1]) << 16; }
+__device__ void store2(bf16* y, const float* v) { *(unsigned*)y = pair_bf16(v[0], v[1]); }
 __device__ void store2(float* y, const float* v) { *(float2*)y = make_float2(v[0], v[1]); }
 template <int COUNT> __device__ void store(real* y, const float* v) {  // 2 or 4
     if (COUNT == 4) store4(y, v);
     else store2(y, v);
 }
-#endif  // TILED or GROUPED
 
-#ifdef TILED  // `mma` of bytes: sm_80 and later
-const int TILE_X = TM * TK, TILE_W = TN * TK / 2, STAGE = TILE_X + TILE_W;  // bytes
-const int LANES = TM / WM * (TN / WN) * 32;
+#if defined TILED_PRODUCT || defined GROUPED_PRODUCT
+const int TILE_X = TM * TK, STAGE = TILE_X + TN * TK / 2;  // bytes
+// Where 16 bytes of a row lie in a tile: for x so that neither eight neighbours of a row nor eight rows meet in a bank.
+__device__ unsigned place_x(unsigned row, unsigned piece) { return row * TK + 16 * (piece ^ row % 8); }
+__device__ unsigned place_w(unsigned row, unsigned piece);
+// Asks for channels k.. of tokens m0.. and of outputs n0.., by all threads of a block.
+template <int LANES> __device__ void fetch(unsigned to, const unsigned char* x, const unsigned char* w, unsigned m0,
+                                           unsigned n0, unsigned k, int rows, int N, unsigned K) {
+#pragma unroll
+    for (unsigned j = 0; j < TILE_X / 16 / LANES; j++) {
+        unsigned i = threadIdx.x + j * LANES, row = i / (TK / 16), piece = i % (TK / 16);
+        bool there = m0 + row < rows;
+        copy16(to + place_x(row, piece), x + (there ? (m0 + row) * K + k + 16 * piece : 0), there);
+    }
+#pragma unroll
+    for (unsigned j = 0; j < (STAGE - TILE_X) / 16 / LANES; j++) {
+        unsigned i = threadIdx.x + j * LANES, row = i / (TK / 32), piece = i % (TK / 32);
+        bool there = n0 + row < N;
+        copy16(to + TILE_X + place_w(row, piece), w + (there ? (n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
+    }
+}
+#endif
+
+#ifdef TILED_PRODUCT  // `mma` of bytes: sm_80 and later
+const int LANES = TM / WM * (TN / WN) * 32;  // a warp has WM x WN of the tile
 
 // c += a b by the 32 lanes of a warp: a 16 x 32 and b 32 x 8 signed bytes. Lane 4 g + t has, four to a register, bytes
 // 4 t.. and 16 + 4 t.. of rows g and g + 8 of a and of column g of b, and columns 2 t, 2 t + 1 of rows g and g + 8 of c.
@@ -60,9 +80,7 @@ __device__ void multiply(int c[4], const unsigned a[4], unsigned b0, unsigned b1
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Where 16 bytes of a row lie in a tile, so that neither eight neighbours of a row nor the eight rows of a matrix meet in
-// a bank. The rows of a matrix of x are neighbours; those of w are 0, 1, 8, 9, 16, 17, 24, 25 and as many after them.
-__device__ unsigned place_x(unsigned row, unsigned piece) { return row * TK + 16 * (piece ^ row % 8); }
+// No two rows of a matrix of `load_matrices` meet in a bank: 0, 1, 8, 9, 16, 17, 24, 25 and as many after them.
 __device__ unsigned place_w(unsigned row, unsigned piece) {
     return row * (TK / 2) + 16 * (piece ^ (TK == 128 ? row / 8 % 4 : row / 8 % 4 | row % 2 * 4));
 }
@@ -71,10 +89,8 @@ __device__ unsigned place_w(unsigned row, unsigned piece) {
 // every 32, as the halves of packed bytes have them; four bits in the upper half of a byte are 16 times their signed
 // value. gridDim.z blocks share out K (`joined`).
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
-tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
-              const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
-              const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,
-              int M, int N, unsigned K, int rows, int has_zero, int has_bias, int has_shift) {
+tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, ENDS, real* y, int4* partial,
+              int* ended, int M, int N, unsigned K, int rows) {
     extern __shared__ __align__(128) unsigned char tiles[];
     unsigned base = (unsigned)__cvta_generic_to_shared(tiles);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -82,26 +98,12 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
     unsigned steps = K / TK, from = steps * blockIdx.z / gridDim.z;
     steps = steps * (blockIdx.z + 1) / gridDim.z - from;
 
-    auto fetch = [&](unsigned step) {
-        unsigned to = base + step % STAGES * STAGE, k = (from + step) * TK;
-#pragma unroll
-        for (unsigned j = 0; j < TILE_X / 16 / LANES; j++) {
-            unsigned i = threadIdx.x + j * LANES, row = i / (TK / 16), piece = i % (TK / 16);
-            bool there = m0 + row < rows;
-            copy16(to + place_x(row, piece), x + (there ? (m0 + row) * K + k + 16 * piece : 0), there);
-        }
-#pragma unroll
-        for (unsigned j = 0; j < TILE_W / 16 / LANES; j++) {
-            unsigned i = threadIdx.x + j * LANES, row = i / (TK / 32), piece = i % (TK / 32);
-            bool there = n0 + row < N;
-            copy16(to + TILE_X + place_w(row, piece),
-                   w + (there ? (n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
-        }
+    auto ask = [&](unsigned step) {
+        fetch<LANES>(base + step % STAGES * STAGE, x, w, m0, n0, (from + step) * TK, rows, N, K);
     };
-
     int c[WM / 16][WN / 8][4] = {};
     for (unsigned s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch(s);
+        if (s < steps) ask(s);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     // of each 32 columns tile j of 8 has columns 2 j, 2 j + 1, 8 + 2 j, 9 + 2 j, ...: so a lane ends with 8 neighbours
@@ -110,7 +112,7 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
     for (unsigned step = 0; step < steps; step++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
-        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) ask(step + STAGES - 1);
         asm volatile("cp.async.commit_group;" ::: "memory");
         unsigned at = base + step % STAGES * STAGE;
 #pragma unroll
@@ -140,17 +142,18 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
                 int n = n0 + wn + j / 4 * 32 + 8 * t + j % 4 * 2;
                 int sum[4] = {c[i][j][2 * r] >> 4, c[i][j][2 * r + 1] >> 4, c[i][j + 1][2 * r] >> 4,
                               c[i][j + 1][2 * r + 1] >> 4};
-                if (n < N) finish4(sum, m, n, scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, y, N,
-                                   has_zero, has_bias, has_shift);
+                if (n < N) finish4(sum, m, n, THE_ENDS, y, N);
             }
         }
 }
-#endif  // TILED
+#endif  // TILED_PRODUCT
 
-#ifdef GROUPED  // wgmma: sm_90a
+#ifdef GROUPED_PRODUCT  // wgmma: sm_90a
 // c (64 x 128, 64 registers a lane) += a b by the 128 lanes of a warp group: a 64 x 32 bytes in registers, as `multiply`
 // has 16 rows for each warp; b 128 rows of 32 bytes in shared memory, where `rows` says. Asynchronous: a must stay until
 // `wgmma.wait_group`.
+#define FOUR(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 __device__ void group_multiply(int* c, const unsigned* a, unsigned long long rows) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -158,19 +161,12 @@ __device__ void group_multiply(int* c, const unsigned* a, unsigned long long row
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
         "}, {%64, %65, %66, %67}, %68, 1;"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(c[4]), "+r"(c[5]), "+r"(c[6]), "+r"(c[7]),
-          "+r"(c[8]), "+r"(c[9]), "+r"(c[10]), "+r"(c[11]), "+r"(c[12]), "+r"(c[13]), "+r"(c[14]), "+r"(c[15]),
-          "+r"(c[16]), "+r"(c[17]), "+r"(c[18]), "+r"(c[19]), "+r"(c[20]), "+r"(c[21]), "+r"(c[22]), "+r"(c[23]),
-          "+r"(c[24]), "+r"(c[25]), "+r"(c[26]), "+r"(c[27]), "+r"(c[28]), "+r"(c[29]), "+r"(c[30]), "+r"(c[31]),
-          "+r"(c[32]), "+r"(c[33]), "+r"(c[34]), "+r"(c[35]), "+r"(c[36]), "+r"(c[37]), "+r"(c[38]), "+r"(c[39]),
-          "+r"(c[40]), "+r"(c[41]), "+r"(c[42]), "+r"(c[43]), "+r"(c[44]), "+r"(c[45]), "+r"(c[46]), "+r"(c[47]),
-          "+r"(c[48]), "+r"(c[49]), "+r"(c[50]), "+r"(c[51]), "+r"(c[52]), "+r"(c[53]), "+r"(c[54]), "+r"(c[55]),
-          "+r"(c[56]), "+r"(c[57]), "+r"(c[58]), "+r"(c[59]), "+r"(c[60]), "+r"(c[61]), "+r"(c[62]), "+r"(c[63])
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows));
 }
 
 const int ROWS = TN / GROUPS, PER = ROWS / 64, COUNT = PER * (TM / 128) * 64;  // outputs of a warp group, sums of a lane
-const int TILE_X = TM * 128, STAGE = TILE_X + TN * 64, LANES = 128 * GROUPS;
+const int LANES = 128 * GROUPS;
 
 // Weights of a warp, 16 PER rows, lie so that lane 4 g + t ends with 2 PER neighbouring outputs: row 2 PER g + 2 p + h
 // is row 8 h + g of the p-th 16. Two rows share 128 bytes; who is first changes every 8.
@@ -183,33 +179,17 @@ __device__ unsigned place_w(unsigned row, unsigned piece) {
 // `tiled_product` for Hopper: TM tokens x TN outputs x 128 channels, the weights as the left factor, which `wgmma` takes
 // from registers, where they become bytes. Each of GROUPS warp groups has ROWS outputs and all TM tokens.
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
-grouped_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, const float* scale,
-                const int* zero, const int* x_sum, const float* w_scale, const int* w_sum, const int* w_zero,
-                const float* bias, const float* shift, const unsigned char* state, real* y, int4* partial, int* ended,
-                int M, int N, unsigned K, int rows, int has_zero, int has_bias, int has_shift) {
+grouped_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, ENDS, real* y, int4* partial,
+                int* ended, int M, int N, unsigned K, int rows) {
     extern __shared__ __align__(1024) unsigned char tiles[];
     unsigned base = ((unsigned)__cvta_generic_to_shared(tiles) + 1023u) & ~1023u;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     unsigned m0 = blockIdx.x * TM, n0 = blockIdx.y * TN, wn = warp * 16 * PER;
-    unsigned steps = K / 128, from = steps * blockIdx.z / gridDim.z;
+    unsigned steps = K / TK, from = steps * blockIdx.z / gridDim.z;
     steps = steps * (blockIdx.z + 1) / gridDim.z - from;
 
-    auto fetch = [&](unsigned step) {
-        unsigned to = base + step % STAGES * STAGE, k = (from + step) * 128;
-#pragma unroll
-        for (unsigned j = 0; j < TM * 8 / LANES; j++) {  // rows of 128 bytes, as the hardware's swizzle has them
-            unsigned i = threadIdx.x + j * LANES, row = i / 8, piece = i % 8;
-            bool there = m0 + row < rows;
-            copy16(to + row * 128 + 16 * (piece ^ row % 8), x + (there ? (m0 + row) * K + k + 16 * piece : 0),
-                   there);
-        }
-#pragma unroll
-        for (unsigned j = 0; j < TN * 4 / LANES; j++) {
-            unsigned i = threadIdx.x + j * LANES, row = i / 4, piece = i % 4;
-            bool there = n0 + row < N;
-            copy16(to + TILE_X + place_w(row, piece),
-                   w + (there ? (n0 + row) * (K / 2) + k / 2 + 16 * piece : 0), there);
-        }
+    auto ask = [&](unsigned step) {
+        fetch<LANES>(base + step % STAGES * STAGE, x, w, m0, n0, (from + step) * TK, rows, N, K);
     };
     auto unpack = [&](unsigned step, unsigned (*a)[4]) {  // the warp's weights: a[4 p + s], s of four times 32 channels
         unsigned at = base + step % STAGES * STAGE + TILE_X;
@@ -232,7 +212,7 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
 #pragma unroll
     for (int i = 0; i < COUNT; i++) c[i] = 0;
     for (unsigned s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch(s);
+        if (s < steps) ask(s);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     unsigned a[2][4 * PER][4];
@@ -254,7 +234,7 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("cp.async.wait_group %0;\n fence.proxy.async.shared::cta;" :: "n"(STAGES - 3) : "memory");
         __syncthreads();
-        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);  // where the step before has ended for all
+        if (step + STAGES - 1 < steps) ask(step + STAGES - 1);  // where the step before has ended for all
         asm volatile("cp.async.commit_group;" ::: "memory");
         if (step + 1 < steps) unpack(step + 1, next);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -277,29 +257,29 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
     for (int i = 0; i < OWN; i++) {
         wu[i] = w_sum[n + i];
         ws[i] = w_scale[n + i];
-        if (has_zero) wz[i] = w_zero[n + i];
-        if (has_bias) add[i] = bias[n + i];
-        for (int k = 0; k < 2 && has_shift; k++) sh[k][i] = shift[k * N + n + i];
+        if (w_zero) wz[i] = w_zero[n + i];
+        if (bias) add[i] = bias[n + i];
+        for (int k = 0; k < 2 && shift; k++) sh[k][i] = shift[k * N + n + i];
     }
 #pragma unroll
     for (int j = 0; j < TM / 4; j++) {  // token 8 (j / 2) + 2 t + j % 2
         int m = m0 + j / 2 * 8 + 2 * t + j % 2;
         if (m >= M) continue;
         float v[OWN], s = scale[m];
-        int z = zero[m], xs = has_zero ? x_sum[m] : 0, masked = has_shift ? state[m] : 0;
+        int z = zero[m], xs = w_zero ? x_sum[m] : 0, masked = shift ? state[m] : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             int sum = c[(i / 2 * (TM / 128) + j / 32) * 64 + j / 2 % 16 * 4 + i % 2 * 2 + j % 2] >> 4;
             sum -= z * wu[i];
-            if (has_zero) sum -= xs * wz[i];
+            if (w_zero) sum -= xs * wz[i];
             v[i] = __fmul_rn(__fmul_rn((float)sum, s), ws[i]);
-            if (has_bias) v[i] = __fadd_rn(v[i], add[i]);
-            if (has_shift) v[i] = __fadd_rn(v[i], masked ? sh[1][i] : sh[0][i]);
+            if (bias) v[i] = __fadd_rn(v[i], add[i]);
+            if (shift) v[i] = __fadd_rn(v[i], masked ? sh[1][i] : sh[0][i]);
         }
         store<OWN>(y + (long long)m * N + n, v);
     }
 }
-#endif  // GROUPED
+#endif  // GROUPED_PRODUCT
 
 #ifdef FP8
 // For each of four nibbles its entry in a table of eight positive bytes, or 0 where the nibble's upper bit is set.
@@ -325,16 +305,15 @@ extern "C" __global__ void unpack_e4m3(const uint2* packed, uint4* codes, int co
 }
 
 // y + bias + the output of the mean of a token's state, four columns a thread.
-extern "C" __global__ void add_ends(real* y, const float* bias, const float* shift, const unsigned char* state, int N,
-                                    int has_bias, int has_shift) {
+extern "C" __global__ void add_ends(real* y, const float* bias, const float* shift, const unsigned char* state, int N) {
     int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
     if (n >= N) return;
     float v[4], b[4];
     load4(y + (long long)m * N + n, v);
-    if (has_bias) load4(bias + n, b);
-    for (int j = 0; j < 4 && has_bias; j++) v[j] = __fadd_rn(v[j], b[j]);
-    if (has_shift) load4(shift + (state[m] ? N : 0) + n, b);
-    for (int j = 0; j < 4 && has_shift; j++) v[j] = __fadd_rn(v[j], b[j]);
+    if (bias) load4(bias + n, b);
+    for (int j = 0; j < 4 && bias; j++) v[j] = __fadd_rn(v[j], b[j]);
+    if (shift) load4(shift + (state[m] ? N : 0) + n, b);
+    for (int j = 0; j < 4 && shift; j++) v[j] = __fadd_rn(v[j], b[j]);
     store4(y + (long long)m * N + n, v);
 }
 #endif  // FP8

@@ -1,10 +1,9 @@
 """Which product serves a quantized linear on a GPU, and the whole way of a token through it.
 
 `linear` is what `QuantLinear.forward` calls. It makes codes (`codes`: centring, transform, gates, rounding) and
-multiplies them by the weight (`ways`). Five products do the same:
+multiplies them by the weight (`ways`). Four products do the same:
 
     tiled, grouped    INT4 weights read once and unpacked in registers, the epilogue inside; from few tokens to many
-    packed_product    the same for few tokens and narrow layers
     fp8               codes of 4 bits as fp8 numbers, which is exact, on `torch._scaled_mm`
     slices            `torch._int_mm` and `epilogue`: the readable one, which always serves
 
@@ -22,26 +21,18 @@ import kernels
 from runtime import cuda
 from starquant import Blocks, apply_basis
 
-FEW = 256  # tokens up to which packed_product is tried
-L2_BYTES = 16 * 2**20  # of int32 accumulators, and of unpacked weights, in flight at a time
-WAVE = 132 * 128 * 128  # of the product's elements that an H100 or H200 works on at once, a tile each multiprocessor
 
-
-def slice_width(M: int, N: int, K: int, packed: bool) -> int:
-    """Columns per slice: accumulators (and unpacked weights) within L2_BYTES, but enough to keep the GPU busy."""
-    width = max(min(L2_BYTES // (4 * M), L2_BYTES // K if packed else N), WAVE // M)
+def slice_width(M: int, N: int, K: int, packed: bool, device) -> int:
+    """Columns per slice: int32 sums, and unpacked weights, within a quarter of the L2 cache each, but enough to keep
+    every multiprocessor busy with a tile of 128 x 128."""
+    machine = torch.cuda.get_device_properties(device)
+    cached, wave = machine.L2_cache_size // 4, machine.multi_processor_count * 128 * 128
+    width = max(min(cached // (4 * M), cached // K if packed else N), wave // M)
     return min(N, max(256, width // 256 * 256))
 
 
-def few(x, N: int) -> bool:
-    """Whether `packed_product` serves activations x (M, K) and N outputs."""
-    M, K = x.shape
-    return x.is_cuda and M <= FEW and K % 128 == 0 and N % 32 == 0 and cuda.ready(x.device.index, x.dtype, "packed")
-
-
 class Way(NamedTuple):
-    """A product of a linear: the order in which it takes codes (`quantize_rows`), and
-    multiply(layer, codes, scale, zero, y, state), which fills y (M, C)."""
+    """A product of a linear: its order of codes (`quantize_rows`); multiply(layer, codes, ends, y) fills y (M, C)."""
 
     name: str
     order: str
@@ -49,9 +40,10 @@ class Way(NamedTuple):
 
 
 def serves(layer, x) -> bool:
-    """Whether the kernels serve a QuantLinear and activations x (..., d): a GPU, fp32 or bf16, d and C multiples of 16,
-    blocks of feedback of 64."""
-    return cuda.usable(x, len(layer.weight_scale), layer.feedback)
+    """Whether the kernels serve a QuantLinear and x (..., d): `cuda.usable`, C a multiple of 16, feedback of 64."""
+    V = layer.feedback
+    return len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK) and (
+        cuda.usable(x, "linear", *["feedback"] * (V is not None)))
 
 
 def linear(layer, x, state):
@@ -59,102 +51,90 @@ def linear(layer, x, state):
     state = None if state is None else state.flatten().contiguous()
     x, lead = x.reshape(-1, layer.in_features), x.shape[:-1]  # (M, d)
     y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
-    taken = cache(lambda order: codes(layer, x, state, order))
-    calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y, state), way)
-             for way in ways(layer, x)}
+    taken = cache(lambda order: _with_ends(layer, *codes(layer, x, state, order), state))
+    calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y), way) for way in ways(layer, x)}
     calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
     return y.reshape(*lead, -1)
 
 
 def codes(layer, x, state, order: str = "plain"):
-    """What a product takes of x (M, d) with states (M,): `token_codes` of (x - μ_s) P, in as few passes as possible."""
-    P, mean = layer.basis(x), layer.mean
-    if (x.dtype == torch.bfloat16 and P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64
-            and cuda.ready(x.device.index, x.dtype, "blocks")):
+    """What a product takes of x (M, d) with states (M,), in as few passes as possible: codes, scales and zero points of
+    (x - μ_s) P, gated, as `cuda.quantize_rows` returns them, rounded by feedback where the layer has it."""
+    P, mean, V = layer.basis(x), layer.mean, layer.feedback
+    if P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64 and cuda.ready(x.device.index, x.dtype, "blocks"):
         x, mean, P = cuda.centred_blocks(x, mean, state, P[0].B), None, P[1:]
-    x = x if mean is None else cuda.centre(x, mean, state)
-    if (rotation := cuda.rotation_of(x, P)) is None:
-        return cuda.token_codes(apply_basis(x, P), state, layer.d_m, layer.d_u, layer.abits, layer.clip,
-                                layer.feedback, order)
-    V = layer.feedback
-    y, integers, scale, zero = cuda.rotated_codes(rotation, x, P[0], state, layer.d_m, layer.d_u, layer.abits,
-                                                  layer.clip, V is not None, order)
+    x = x if mean is None else (x - mean[state.long()]).to(x.dtype)
+    given = state, layer.d_m, layer.d_u, layer.abits, layer.clip, V is not None, order
+    if rotation := cuda.rotation_of(x, P):
+        x, integers, scale, zero = cuda.rotated_codes(rotation, x, P[0], *given)
+    else:
+        x = apply_basis(x, P)
+        integers, scale, zero = cuda.quantize_rows(x, *given)
     if V is not None:
-        cuda.feedback(y, V, scale, zero, integers, layer.abits, order)
+        cuda.feedback(x, V, scale, zero, integers, layer.abits, order)
     return integers, scale, zero
 
 
-def ways(layer, x) -> list[Way]:
-    """The products that serve a layer and rows x (M, d); the last one always does.
+def _with_ends(layer, x, scale, zero, state):
+    """Codes, and what every product ends with."""
+    # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
+    x_sum = None if layer.weight_zero is None else x[: len(zero)].sum(-1, dtype=torch.int32) - layer.in_features * zero
+    return x, cuda.Ends(scale, zero, x_sum, layer.weight_scale, layer.weight_sum, layer.weight_zero, layer.bias,
+                        layer.shift, state)
 
-    Unpacked weights become fp8 numbers, a byte each as before, once for all, where fp8 products serve them.
-    """
-    (M, K), N, index = x.shape, len(layer.weight_scale), x.device.index
-    found = []
+
+def ways(layer, x) -> list[Way]:
+    """The products that serve a layer and rows x (M, d); the last one always does. Unpacked weights become fp8 numbers,
+    a byte each as before, once for all, where fp8 products serve them."""
+    (M, K), index, found = x.shape, x.device.index, []
     if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in cuda.TILES.items()
                   if K % tile.TK == 0 and suits(tile, M, torch.cuda.get_device_capability(index))
-                  and cuda.ready(index, x.dtype, name)]
+                  and cuda.ready(index, x.dtype, tile)]
     if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
             and x.is_cuda and fp8_is_exact(index)):
         if not layer.packed:
             layer.weight_packed = layer.weight_packed.to(torch.float8_e4m3fn)
         found.append(Way("fp8", "e4m3", _by_fp8))
-    if layer.packed and few(x, N):
-        found.append(Way("packed_product", "plain", _by_packed_product))
     return [*found, Way("slices", "plain", _in_slices)]
 
 
-def suits(tile: cuda.Tile | cuda.Grouped, M: int, capability: tuple) -> bool:
+def suits(tile: cuda.Tile, M: int, capability: tuple) -> bool:
     """Whether a tile is worth a try: neither mostly empty nor read again and again, on a GPU with its instructions."""
-    works = capability == (9, 0) if tile.part == "grouped" else capability >= (8, 0)
+    works = capability == (9, 0) if tile.GROUPS else capability >= (8, 0)
     return works and (tile.TM <= 32 or tile.TM <= 2 * M) and (tile.TM >= 128 or M <= 4 * tile.TM)
 
 
-def _ends_of(layer, codes, scale, zero, state) -> dict:
-    """What every product of our own ends with."""
-    # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
-    x_sum = None if layer.weight_zero is None else (
-        codes[: len(zero)].sum(-1, dtype=torch.int32) - layer.in_features * zero)
-    return {"scale": scale, "zero": zero, "x_sum": x_sum, "w_scale": layer.weight_scale, "w_sum": layer.weight_sum,
-            "w_zero": layer.weight_zero, "bias": layer.bias, "shift": layer.shift, "state": state}
+def _by_tiles(tile, layer, codes, ends, y):
+    cuda.tiled_product(tile, codes, layer.weight_packed, ends, y)
 
 
-def _by_tiles(tile, layer, codes, scale, zero, y, state):
-    cuda.tiled_product(tile, codes, layer.weight_packed, **_ends_of(layer, codes, scale, zero, state), y=y)
-
-
-def _by_packed_product(layer, codes, scale, zero, y, state):
-    cuda.packed_product(codes, layer.weight_packed, **_ends_of(layer, codes, scale, zero, state), y=y)
-
-
-def _in_slices(layer, codes, scale, zero, y, state):
+def _in_slices(layer, codes, ends, y):
     """`torch._int_mm` and `epilogue`, along N slice by slice: the readable way, of any shape and of up to 8 bits."""
-    ends, (N, K) = _ends_of(layer, codes, scale, zero, state), (len(layer.weight_scale), layer.in_features)
-    width = slice_width(len(codes), N, K, layer.packed)
+    N, K = y.shape[1], layer.in_features
+    width = slice_width(len(codes), N, K, layer.packed, y.device)
     scratch = torch.empty(width, K, dtype=torch.int8, device=y.device) if layer.packed else None
     for n in range(0, N, width):
         part = slice(n, min(n + width, N))
         w = layer.weight_packed[part]
-        w = cuda.unpack_int4(w, scratch[: len(w)], y.dtype) if layer.packed else w.to(torch.int8)
+        w = cuda.unpack(w, scratch[: len(w)], y.dtype) if layer.packed else w.to(torch.int8)
         acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), codes, w, 2 ** (layer.abits + layer.wbits - 2))
-        of_part = {name: ends[name] if ends[name] is None else ends[name][..., part]
-                   for name in ("w_scale", "w_sum", "w_zero", "bias", "shift")}
-        cuda.epilogue(acc, **(ends | of_part), y=y[:, part])
+        cuda.epilogue(acc, ends.columns(part), y[:, part])
 
 
-def _by_fp8(layer, codes, scale, zero, y, state):
+def _by_fp8(layer, codes, ends, y):
     """Y = s_x s_w Σ_k (X_c - z_c) W_c on fp8 tensor cores, exactly, and bias and shift behind y's rounding."""
-    weight = cuda.unpack_e4m3(layer.weight_packed) if layer.packed else layer.weight_packed
-    fp8_product(codes[: len(y)], weight, scale, layer.weight_scale, y)
-    if layer.bias is not None or layer.shift is not None:
-        cuda.add_ends(y, layer.bias, layer.shift, state)
+    weight = layer.weight_packed
+    if layer.packed:
+        weight = cuda.unpack(weight, codes.new_empty(len(weight), layer.in_features), y.dtype)
+    fp8_product(codes[: len(y)], weight, ends.scale, ends.w_scale, y)
+    if ends.bias is not None or ends.shift is not None:
+        cuda.add_ends(y, ends.bias, ends.shift, ends.state)
 
 
 def fp8_product(codes, weight, scale, w_scale, y):
-    """y (M, N) bf16 = scale (M,) w_scale (N,) Σ_k codes (M, K) weight (N, K), both e4m3, in one kernel of cuBLAS.
-
-    Integers up to 15 times integers up to 8 are exact, and so are their sums in fp32 without fast accumulation."""
+    """y (M, N) bf16 = scale (M,) w_scale (N,) Σ_k codes (M, K) weight (N, K), both e4m3, by cuBLAS. Products of numbers
+    up to 15 and up to 8 are exact, and so are their sums in fp32 without fast accumulation."""
     torch._scaled_mm(codes, weight.t(), scale_a=scale[:, None], scale_b=w_scale[None], out_dtype=y.dtype,
                      use_fast_accum=False, out=y)
 
@@ -162,23 +142,17 @@ def fp8_product(codes, weight, scale, w_scale, y):
 @cache
 def fp8_is_exact(index: int) -> bool:
     """Whether this GPU has fp8 tensor cores whose sums equal integers, also the largest: tried once."""
-    if torch.cuda.get_device_capability(index) < (8, 9):
+    if not cuda.ready(index, torch.bfloat16, "fp8"):
         return False
     device, g = torch.device("cuda", index), torch.Generator().manual_seed(0)
+    a, w = torch.randint(-15, 16, (33, 12288), generator=g), torch.randint(-8, 8, (528, 12288), generator=g)
+    a[0], w[0] = 15, -8
+    a, w, y = a.to(device).float(), w.to(device).float(), torch.empty(33, 528, dtype=torch.bfloat16, device=device)
     try:
-        for M, K, N in ((33, 1056, 272), (128, 12288, 512)):
-            a, w = torch.randint(-15, 16, (M, K), generator=g), torch.randint(-8, 8, (N, K), generator=g)
-            a[0], w[0] = 15, -8
-            a, w = a.to(device, torch.float32), w.to(device, torch.float32)
-            scale, w_scale = torch.rand(M, generator=g).to(device), torch.rand(N, generator=g).to(device)
-            y = torch.empty(M, N, dtype=torch.bfloat16, device=device)
-            fp8_product(a.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), scale, w_scale, y)
-            want = (a.double() @ w.double().t()).float() * scale[:, None] * w_scale
-            if not torch.equal(y, want.bfloat16()):
-                return False
-        return cuda.ready(index, torch.float32, "fp8")
+        fp8_product(*(t.to(torch.float8_e4m3fn) for t in (a, w)), torch.ones_like(a[:, 0]), torch.ones_like(w[:, 0]), y)
     except (RuntimeError, AttributeError, TypeError):  # no such call, or no such shape
         return False
+    return torch.equal(y, (a.double() @ w.double().t()).bfloat16())
 
 
 _FASTEST = {}  # (device, ...) -> name of a way
@@ -191,10 +165,8 @@ def chosen() -> dict:
 
 
 def fastest(calls: dict, key: tuple) -> str:
-    """The name of the fastest, when key was first met, of `calls`: functions that do the same on the device key[0].
-
-    One that fails for want of memory is not taken, unless it is the last one.
-    """
+    """The name of the fastest, when key was first met, of `calls`: functions that do the same on the device key[0]. One
+    that fails for want of memory is not taken, unless it is the last one."""
     *others, last = calls
     key = (*key, tuple(calls))  # another layer of the same shape may have other products
     if key in _FASTEST or not others:
@@ -207,7 +179,7 @@ def fastest(calls: dict, key: tuple) -> str:
             seconds[name] = _gpu_seconds(call, key[0])
         except torch.OutOfMemoryError:
             seconds[name] = math.inf
-    _FASTEST[key] = min(calls, key=seconds.get) if min(seconds.values()) < math.inf else last
+    _FASTEST[key] = min((last, *others), key=seconds.get)
     return _FASTEST[key]
 
 

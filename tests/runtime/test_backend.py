@@ -144,7 +144,7 @@ class TestBackend:
 
 
 def test_kernels_are_for_gpus_only():
-    assert not cuda.usable(torch.randn(4, 64), 64)
+    assert not cuda.usable(torch.randn(4, 64), "linear")
 
 
 def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypatch):
@@ -155,6 +155,6 @@ def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypat
     monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
     monkeypatch.setattr(torch, "device", lambda *_: "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # no earlier kernel has failed
-    said = r'epilogue, tac are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
+    said = r'epilogue are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
     with pytest.warns(UserWarning, match=said):
         assert not cuda.ready.__wrapped__(0, torch.float32)

@@ -7,9 +7,9 @@ from kernel_checks import (
     check_feedback,
     check_linear,
     check_nan,
-    check_packed,
     check_plus,
     check_tac,
+    check_tile,
     layer,
 )
 from references import fake_quantized
@@ -37,7 +37,7 @@ def nothing_is_refused(monkeypatch):
 @pytest.mark.parametrize("part", cuda.PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_are_in_use(dtype, part):
-    assert cuda.ready(torch.cuda.current_device(), dtype, part)
+    assert cuda.ready(torch.cuda.current_device(), torch.bfloat16 if part in cuda.ONLY_BF16 else dtype, part)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0)])
@@ -90,11 +90,13 @@ def test_feedback(dtype, clipped):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 128, 32), (33, 1152, 96), (128, 4096, 12288), (256, 18944, 3584)])
-@pytest.mark.parametrize("asymmetric", [True, False])
-def test_packed_product(dtype, M, K, N, asymmetric):
-    check_packed("cuda", 0, M, K, N, dtype, 4, asymmetric, True, True)
-    check_packed("cuda", 0, M, K, N, dtype, 8, asymmetric, False, False, extreme=True)
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 256, 32), (33, 1280, 96), (128, 4096, 12288), (256, 18944, 3584)])
+@pytest.mark.parametrize("name", cuda.TILES)
+def test_tiles(dtype, M, K, N, name):
+    if cuda.TILES[name].GROUPS and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    check_tile("cuda", cuda.TILES[name], M, K, N, dtype, None, True, True, True)
+    check_tile("cuda", cuda.TILES[name], M, K, N, dtype, 2, extreme=True)
 
 
 @pytest.mark.parametrize("M", [32, 256])
@@ -112,9 +114,8 @@ def test_nan_stays_nan_in_its_token(dtype):
     check_nan("cuda", dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tac(dtype):
-    check_tac("cuda", dtype, 1030, 256)
+def test_tac():
+    check_tac("cuda", 1030, 256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,18 +2,18 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import ptx
 import pytest
 import torch
-from kernel_checks import plus_layer
+from kernel_checks import check_tile, paired, plus_layer
 
-import kernels
 from runtime import cuda, products
 
 TILES = {"tiled": cuda.Tile(32, 64, WM=16), "tiled, long": cuda.Tile(32, 64, 256, 3),
-         "tiled, wide": cuda.Tile(64, 64, WM=64, STAGES=3), "grouped": cuda.Grouped(128, 128, STAGES=3),
-         "grouped, wide": cuda.Grouped(128, 256), "grouped, tall": cuda.Grouped(256, 128)}
+         "tiled, wide": cuda.Tile(64, 64, WM=64, STAGES=3), "grouped": cuda.Tile(128, 128, STAGES=3, GROUPS=2),
+         "grouped, wide": cuda.Tile(128, 256, GROUPS=2), "grouped, tall": cuda.Tile(256, 128, GROUPS=2)}
 
 
 @pytest.fixture
@@ -24,40 +24,10 @@ def launch(monkeypatch):
     launch = ptx.launcher()
     monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda, "ready", lambda *_: True)
+    monkeypatch.setattr(cuda, "ready", lambda _, dtype, part: part not in cuda.ONLY_BF16 or dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "slice_width", lambda *_: 256)
     cuda._counters.cache_clear()
     return launch
-
-
-def paired(codes):
-    """In every 32 channels the even ones before the odd ones."""
-    return codes.unflatten(-1, (-1, 16, 2)).transpose(-2, -1).reshape(codes.shape).contiguous()
-
-
-def check_tile(tile, M, K, N, dtype, splits=1, asymmetric=False, has_bias=False, shifted=False, extreme=False):
-    """A product by `tile` against its formula, every output equal; the counters that its blocks meet at are 0 again."""
-    g = torch.Generator().manual_seed(M + N)
-    codes = torch.zeros(kernels._multiple(M, 32), K, dtype=torch.int8)
-    codes[:M] = torch.randint(-128 if extreme else -8, 128 if extreme else 8, (M, K), generator=g)
-    w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
-    if extreme:  # the largest sum there is
-        codes[0], w[0] = -128, -8
-    scale, zero = torch.rand(M, generator=g), torch.randint(-8, 8, (M,), generator=g, dtype=torch.int32)
-    w_scale, w_sum, state = torch.rand(N, generator=g), kernels.row_sums(w), torch.rand(M, generator=g) < 0.5
-    w_zero = torch.randint(-8, 8, (N,), generator=g, dtype=torch.int32) if asymmetric else None
-    bias = torch.randn(N, generator=g) if has_bias else None
-    shift = torch.randn(2, N, generator=g) if shifted else None
-    x_sum = codes[:M].sum(-1, dtype=torch.int32) - K * zero if asymmetric else None
-    y = torch.full((M, N), torch.nan, dtype=dtype)
-    cuda.tiled_product(tile._replace(splits=splits), paired(codes), kernels.pack_int4(w), scale, zero, x_sum, w_scale,
-                       w_sum, w_zero, bias, y, shift, state)
-    acc = kernels.float_mm(codes[:M], w) - zero[:, None] * w_sum
-    acc = acc - x_sum[:, None] * w_zero if asymmetric else acc
-    want = acc.float() * scale[:, None] * w_scale
-    want = want + bias if has_bias else want
-    want = want + shift[state.long()] if shifted else want
-    assert torch.equal(y, want.to(dtype))
-    assert not cuda._counters(y.device).any()
 
 
 class TestTiles:
@@ -65,22 +35,22 @@ class TestTiles:
         ("tiled", torch.float32), ("grouped", torch.float32)])
     def test_ragged_with_everything(self, launch, name, dtype):
         tile = TILES[name]
-        check_tile(tile, tile.TM + 1, 512, tile.TN + 16, dtype, 1, True, True, True)
-        assert not launch.conflicts[cuda.PRODUCTS[tile.part][0]]
+        check_tile("cpu", tile, tile.TM + 1, 512, tile.TN + 16, dtype, 1, True, True, True)
+        assert not launch.conflicts[tile.kernel]
 
     @pytest.mark.parametrize("splits", [2, 3])
     @pytest.mark.parametrize("name", ["tiled", "grouped"])
     def test_blocks_that_share_out_the_channels(self, launch, name, splits):
-        check_tile(TILES[name], 33, 640, 48, torch.bfloat16, splits, shifted=True)
+        check_tile("cpu", TILES[name], 33, 640, 48, torch.bfloat16, splits, shifted=True)
 
     @pytest.mark.parametrize("name", ["tiled", "grouped"])
     @pytest.mark.parametrize("K", [128, 256, 384])
     def test_fewer_channels_than_stages(self, launch, name, K):
-        check_tile(TILES[name], 3, K, 16, torch.bfloat16, has_bias=True)
+        check_tile("cpu", TILES[name], 3, K, 16, torch.bfloat16, has_bias=True)
 
     @pytest.mark.parametrize("name", ["tiled", "grouped"])
     def test_extreme_codes_of_8_bits(self, launch, name):
-        check_tile(TILES[name], 5, 512, 32, torch.bfloat16, extreme=True)
+        check_tile("cpu", TILES[name], 5, 512, 32, torch.bfloat16, extreme=True)
 
     @pytest.mark.parametrize(("name", "old", "new"), [
         # values
@@ -90,7 +60,7 @@ class TestTiles:
         ("tiled", "more.x; c[4 * i + 1]", "0; c[4 * i + 1]"), ("tiled", "ended[tile] = 0", "ended[tile] = 1"),
         # races, which values alone may not show
         ("tiled", 'memory");\n        __syncthreads();', 'memory");'), ("tiled", '"n"(STAGES - 2)', '"n"(STAGES - 1)'),
-        ("tiled", "fetch(step + STAGES - 1);", "fetch(step + STAGES - 2);"),
+        ("tiled", "ask(step + STAGES - 1);", "ask(step + STAGES - 2);"),
         ("grouped", '"n"(STAGES - 3)', '"n"(STAGES - 2)'),
         ("grouped", "unpack(step + 1, next)", "unpack(step + 1, now)"),
         ("grouped", 'asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");\n    };', "};")])
@@ -100,7 +70,7 @@ class TestTiles:
         changed.write_text(text.replace(old, new))
         monkeypatch.setattr(cuda, "PRODUCTS_SOURCE", changed)
         with pytest.raises((ptx.Fault, AssertionError)):
-            check_tile(TILES[name], 33, 1024, 32, torch.bfloat16, 2)
+            check_tile("cpu", TILES[name], 33, 1024, 32, torch.bfloat16, 2)
 
 
 def test_fp8_codes_and_weights(launch):
@@ -112,8 +82,10 @@ def test_fp8_codes_and_weights(launch):
 def test_codes_in_the_order_of_a_product(launch, order, feedback):
     g = torch.Generator().manual_seed(0)
     x, V = torch.randn(5, 128, generator=g), 0.1 * torch.randn(2, 64, 64, generator=g).bfloat16()
-    codes, _, zero = cuda.token_codes(x, None, 0, 0, 4, None, V if feedback else None, order)
-    plain, *_ = cuda.token_codes(x, None, 0, 0, 4, None, V if feedback else None)
+    layer = SimpleNamespace(basis=lambda x: [], mean=None, feedback=V if feedback else None, d_m=0, d_u=0, abits=4,
+                            clip=None)
+    codes, _, zero = products.codes(layer, x, None, order)
+    plain, *_ = products.codes(layer, x, None)
     want = {"plain": plain, "paired": paired(plain)}.get(order)
     if order == "e4m3":
         assert codes.dtype == torch.float8_e4m3fn
@@ -175,20 +147,30 @@ class TestFastest:
         assert products.fastest({"a": fails, "b": fails}, ("cuda", 3)) == "b"
 
 
-def test_the_packed_product_is_for_few_tokens_whole_chunks_and_gpus(monkeypatch):
-    class Rows:
-        dtype = torch.bfloat16
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_a_tile_serves_any_number_of_tokens_on_every_gpu_with_its_instructions(capability):
+    for M in (1, 32, 128, 129, 4096):
+        names = [name for name, tile in cuda.TILES.items() if products.suits(tile, M, capability)]
+        assert ("tiled 32" in names) == (M <= 128)
+        assert ("tiled 128" in names) == (M >= 64)
+        assert ("grouped" in names) == (M >= 64 and capability == (9, 0))
+    assert all(tile.shared < 100 * 1024 for tile in cuda.TILES.values() if not tile.GROUPS)  # of an RTX 3090 or 4090
+    assert not any(products.suits(tile, 32, (7, 5)) for tile in cuda.TILES.values())
 
-        def __init__(self, M, K, is_cuda=True):
-            self.shape, self.is_cuda, self.device = (M, K), is_cuda, torch.device("cuda", 0)
 
-    asked = []
-    monkeypatch.setattr(cuda, "ready", lambda index, dtype, part: asked.append((index, dtype, part)) or True)
-    assert products.few(Rows(products.FEW, 4096), 4096)
-    assert asked == [(0, torch.bfloat16, "packed")]
-    for rows, N in ((Rows(products.FEW + 1, 4096), 4096), (Rows(32, 4160), 4096), (Rows(32, 4096), 4112),
-                    (Rows(32, 4096, False), 4096)):
-        assert not products.few(rows, N)
-    assert len(asked) == 1  # nothing is compiled that cannot serve
-    monkeypatch.setattr(cuda, "ready", lambda *_: False)
-    assert not products.few(Rows(32, 4096), 4096)
+def test_slices_fit_the_cache(monkeypatch):
+    """Of an H100 and of an A40: their L2 caches hold 50 and 6 MB."""
+    for L2, multiprocessors in ((50 * 2**20, 132), (6 * 2**20, 84)):
+        wave, part = multiprocessors * 128 * 128, L2 // 4
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, n=multiprocessors, L2=L2: SimpleNamespace(
+            multi_processor_count=n, L2_cache_size=L2))
+        for M in (32, 128, 1024, 4096):
+            for N, K in ((12288, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (126464, 4096), (37888, 3584)):
+                for packed in (True, False):
+                    width = products.slice_width(M, N, K, packed, "cuda")
+                    assert 0 < width <= N
+                    assert width == N or width % 256 == 0
+                    busy = M * width <= wave  # narrower slices would leave multiprocessors idle
+                    assert width in (N, 256) or busy or 4 * M * width <= part
+                    assert width in (N, 256) or busy or not packed or K * width <= part
+                    assert width == N or (width + 256) * M > wave

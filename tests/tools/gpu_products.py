@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 import kernels
 from runtime import cuda
-from runtime.cuda import Grouped, Tile
+from runtime.cuda import Tile
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA starts only after the processes that compile
 GPU = torch.cuda.is_available()
@@ -29,17 +30,16 @@ DEVICE, BF16 = torch.device("cuda:0" if GPU else "cpu"), torch.bfloat16
 SHAPES = {"gate_up": (4096, 24576), "out": (4096, 4096), "qkv": (4096, 12288), "down": (12288, 4096)}  # K, N
 TOKENS = (32, 128, 512, 64, 256, 1024, 4096)
 FEW = {"32x128": Tile(32, 128), "32x128 k256": Tile(32, 128, 256), "32x256": Tile(32, 256, WN=64),
-       "32x64 k256": Tile(32, 64, 256, RESIDENT=3, STAGES=3), "32x128 6 stages": Tile(32, 128, STAGES=6),
-       "32x128 x2": Tile(32, 128, splits=2), "32x128 x4": Tile(32, 128, splits=4), "32x128 x8": Tile(32, 128, splits=8)}
-SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64, RESIDENT=2),
-        "64x128 x2": Tile(64, 128, WN=64, splits=2), "64x256": Tile(64, 256, WM=64, WN=64)}
+       "32x64 k256": Tile(32, 64, 256, RESIDENT=3, STAGES=3), "32x128 6 stages": Tile(32, 128, STAGES=6)}
+SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64), "64x256": Tile(64, 256, WM=64, WN=64)}
 MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, RESIDENT=1),
         "128x128 tall": Tile(128, 128, WM=64, WN=32, RESIDENT=1), "256x128": Tile(256, 128, WM=64, WN=64, RESIDENT=1),
         "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64),
         "128x256": Tile(128, 256, WM=64, WN=64, RESIDENT=1)}
-GROUPED = {"128x128": Grouped(128, 128, RESIDENT=2), "128x256": Grouped(128, 256), "256x128": Grouped(256, 128),
-           "128x128 1 block": Grouped(128, 128, STAGES=6), "128x256 6 stages": Grouped(128, 256, STAGES=6),
-           "256x128 5 stages": Grouped(256, 128, STAGES=5)}
+GROUPED = {name: tile._replace(GROUPS=2) for name, tile in {
+    "128x128": Tile(128, 128), "128x256": Tile(128, 256, RESIDENT=1), "256x128": Tile(256, 128, RESIDENT=1),
+    "128x128 1 block": Tile(128, 128, STAGES=6, RESIDENT=1), "128x256 6 stages": Tile(128, 256, STAGES=6, RESIDENT=1),
+    "256x128 5 stages": Tile(256, 128, STAGES=5, RESIDENT=1)}.items()}
 if not GPU:
     SHAPES, TOKENS = {"qkv": (256, 512), "down": (512, 256)}, (32, 64)
     cuda._launch, cuda._multiprocessors = (lambda *arguments, **options: None), (lambda device: 132)
@@ -53,12 +53,13 @@ def tiles(M: int) -> dict:
 
 def ways(M: int, K: int, layers: list, a) -> dict:
     """Every product as a list of calls, one for each layer, that return y (M, N)."""
-    def own(product, codes, *first):
-        def call(layer):
-            y = torch.empty(M, len(layer.packed), dtype=BF16, device=DEVICE)
-            product(*first, codes, layer.packed, a.scale, a.zero, None, layer.scale, layer.sum, None, None, y)
-            return y
-        return [lambda layer=layer: call(layer) for layer in layers]
+    def own(tile, layer):
+        y = torch.empty(M, len(layer.packed), dtype=BF16, device=DEVICE)
+        cuda.tiled_product(tile, a.paired, layer.packed, cuda.Ends(a.scale, a.zero, None, layer.scale, layer.sum), y)
+        return y
+
+    def unpacked(layer):
+        return cuda.unpack(layer.packed, a.fp8.new_empty(len(layer.packed), K), BF16)
 
     def fp8(weight, layer):
         return torch._scaled_mm(a.fp8, weight.t(), scale_a=a.scale[:, None], scale_b=layer.scale[None], out_dtype=BF16,
@@ -66,14 +67,10 @@ def ways(M: int, K: int, layers: list, a) -> dict:
 
     every = {"bf16": [lambda w=layer.half: F.linear(a.half, w) for layer in layers if layer.half is not None],
              "fp8, resident": [lambda b=layer: fp8(b.fp8, b) for layer in layers if layer.fp8 is not None],
-             "fp8, unpacked": [lambda b=layer: fp8(cuda.unpack_e4m3(b.packed), b) for layer in layers],
-             "unpack_e4m3": [lambda b=layer: cuda.unpack_e4m3(b.packed) for layer in layers]}
-    if M <= 128:
-        every["packed_product"] = own(cuda.packed_product, a.codes)
-    for name, tile in tiles(M).items():
-        if K % tile.TK == 0:
-            every[name] = own(cuda.tiled_product, a.paired, tile)
-    return every
+             "fp8, unpacked": [lambda b=layer: fp8(unpacked(b), b) for layer in layers],
+             "unpack_e4m3": [lambda b=layer: unpacked(b) for layer in layers]}
+    return every | {name: [partial(own, tile, layer) for layer in layers] for name, tile in tiles(M).items()
+                    if K % tile.TK == 0}
 
 
 def microseconds(calls: list, repeats: int = 5) -> float:
@@ -100,14 +97,11 @@ def microseconds(calls: list, repeats: int = 5) -> float:
 
 
 def compiled(tile):
-    """The source of a tile's kernel and its machine code, or what the compiler says."""
-    source = cuda.source(BF16, tile.part, tile=tile)
-    with cuda._without_cuda_home():
-        try:
-            return source, torch.cuda._utils._nvrtc_compile(source, cuda.PRODUCTS[tile.part][0], cuda.target(
-                CAPABILITY, tile.part))[0]
-        except RuntimeError as error:
-            return source, str(error)
+    """A tile, and its kernel's machine code or what the compiler says."""
+    try:
+        return tile, cuda._machine_code(BF16, tile, CAPABILITY)
+    except RuntimeError as error:
+        return tile, str(error)
 
 
 def compile_all(tiles):
@@ -121,9 +115,9 @@ def compile_all(tiles):
     for said in code.values():
         if isinstance(said, str):
             print("does not compile:", said[:300], flush=True)
-    tools, one = torch.cuda._utils, torch.cuda._utils._nvrtc_compile
-    tools._nvrtc_compile = lambda source, name, *others: (
-        (code[source], name) if isinstance(code.get(source), bytes) else one(source, name, *others))
+    one = cuda._machine_code
+    cuda._machine_code = lambda dtype, part, capability: (
+        code[part] if isinstance(code.get(part), bytes) else one(dtype, part, capability))
 
 
 def main(argv=None):
@@ -186,7 +180,7 @@ def main(argv=None):
             del acc, want
         del layers, w
     kinds = {"bf16": "bf16", "fp8, resident": "fp8, resident", "fp8, unpacked": "fp8, unpacked",
-             "packed_product": "packed_product", "tiled": "tiled .*", "grouped": "grouped .*"}
+             "tiled": "tiled .*", "grouped": "grouped .*"}
     print("\n| linear | tokens | " + " | ".join(kinds) + " |\n|" + "---|" * (2 + len(kinds)))
     for row in rows:
         cells = []
