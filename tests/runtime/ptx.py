@@ -750,12 +750,14 @@ def compiled(source: str, architecture: str) -> dict:
 def launcher(architecture="compute_90a"):
     """A stand-in for `runtime.cuda._launch` whose tensors lie on the CPU; `conflicts` of a kernel counts the rows of
     `ldmatrix` that meet in a bank of shared memory."""
-    def launch(name, dtype, grid, args, threads=None, tile=None):
-        part = next(part for part, names in (cuda.PARTS | cuda.PRODUCTS).items() if name in names)
-        module = compiled(cuda.source(dtype, part, tile=tile), architecture)
+    def launch(name, dtype, grid, args, threads=None, sizes=None):
+        part = sizes or next(part for part, names in cuda.PARTS.items() if name in names)
+        module = compiled(cuda.source(dtype, part), architecture)
         arguments, memory = [], {}
         for j, x in enumerate(args):
-            if isinstance(x, torch.Tensor):
+            if x is None:
+                arguments.append(0)
+            elif isinstance(x, torch.Tensor):
                 start = x.data_ptr()
                 arguments.append(start)
                 extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
@@ -765,8 +767,8 @@ def launcher(architecture="compute_90a"):
                     memory[start] = (start, view, f"argument {j}")
             else:
                 arguments.append(x)
-        machine = Machine(module[name], grid, threads or cuda.THREADS, arguments,
-                          list(memory.values()), tile.shared if tile else 0)
+        machine = Machine(module[name], grid, sizes.threads if sizes else threads or cuda.THREADS, arguments,
+                          list(memory.values()), sizes.shared if sizes else 0)
         machine.run()
         launch.conflicts[name] = launch.conflicts.get(name, 0) + machine.conflicts
 
