@@ -21,7 +21,7 @@ import torch
 import kernels
 from checkpoint.families import FUSED
 from checkpoint.folder import write_json
-from checkpoint.published import write_checkpoint
+from checkpoint.published import SHAPES, write_checkpoint
 from experiments import peers
 from experiments.timing import busy, ceilings, in_turn, measure, measure_each, roofline
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
@@ -30,7 +30,7 @@ from model import generate, load_model, swiglu
 from runtime import cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
-from runtime.processes import Parser, Refused, pick_device
+from runtime.processes import Parser, Refused, pick_device, writable
 
 # Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
 TABLE_4 = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
@@ -247,7 +247,11 @@ def measure_all(args, keep=lambda result: None) -> dict:
     if args.random_weights:
         model = random_model(args.model, device, dtype, args.seed, args.blocks)
     else:
-        model = load_model(args.model, device, dtype)
+        try:
+            model = load_model(args.model, device, dtype)
+        except Refused as error:
+            other = ", or add --random-weights." if args.model in SHAPES else "."
+            raise Refused(str(error).removesuffix(".") + other) from None
     model.requires_grad_(False)
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise Refused(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
@@ -346,6 +350,9 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
+    for flag, folder in (("--out", args.out and args.out.parent), ("--write", args.write)):
+        if folder:
+            writable(folder, flag)
     if args.write:
         size = write_checkpoint(args.model, args.write, args.blocks, args.gain or 30.0, args.seed)
         return {"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.write)}

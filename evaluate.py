@@ -24,7 +24,7 @@ from experiments import protocol, tables, watch
 from experiments.judge import checkpoints, judge
 from model import load_model
 from runtime import processes
-from runtime.processes import Parser, Refused, pick_device
+from runtime.processes import Parser, Refused, pick_device, writable
 from tiny import tasks
 
 # the flags of each use of this command, and their defaults
@@ -50,6 +50,8 @@ def prompt(args) -> dict:
         raise Refused("--prompt holds no text; write the question or the beginning of a text behind it.")
     if args.steps and args.threshold is not None:
         raise Refused("--threshold decides itself how many passes there are; leave --steps out.")
+    if args.steps and args.steps > args.gen_length:
+        raise Refused(f"--steps {args.steps} is more than the {args.gen_length} tokens of --gen-length.")
     steps = args.steps or (args.gen_length if args.threshold is None else None)
     models = {name: load_model(name, args.device, args.dtype, args.weights) for name in reversed(checkpoints(args))}
     model = models[args.model]
@@ -177,10 +179,11 @@ def parse(argv=None):
 
 def run(args) -> dict:
     file = args.out if args.use in ("judge", "data", "prompt", "tasks") else None
-    if file and (file.is_dir() or not next(p for p in file.absolute().parents if p.exists()).is_dir()):
-        raise Refused(f"--out {file} cannot be a file there.")
-    if args.use in ("table", "figure") and args.out and args.out.is_file():
-        raise Refused(f"--out {args.out} is a file; a {args.use} is written into a folder.")
+    if file and file.is_dir():
+        raise Refused(f"--out {file} is a folder; give a file.")
+    for flag, folder in (("--out", file.parent if file else args.out), ("--cache", getattr(args, "cache", None))):
+        if folder:
+            writable(folder, flag)
     record = {"judge": judge, "data": judge, "prompt": prompt, "table": table, "figure": figure,
               "tasks": benchmarks}[args.use](args)
     if file and processes.rank() == 0:

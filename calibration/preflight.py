@@ -6,7 +6,6 @@ free, and reads every weight once to find NaN and Inf. (Opening the model has ch
 `rehearse` fits the first linear of the first block for one step and estimates the time of the whole run from it.
 """
 
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -23,7 +22,7 @@ from methods import METHODS
 from methods.rtn import Inputs, check_tied
 from methods.settings import Settings
 from methods.storage import output_bytes
-from runtime.processes import Refused, free_memory, synchronize, watched
+from runtime.processes import Refused, free_memory, synchronize, watched, writable
 from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
@@ -81,10 +80,7 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
     check_tied(c.tied, config.head_bits, config.embed_bits)
     model_bytes = sum(Tensor(shape, source.dtypes[name]).nbytes for name, shape in source.shapes.items())
     blocks, outer = output_bytes(source, config)
-    home = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        what = "cannot be written to" if home.is_dir() else "is not a folder"
-        raise Refused(f"{home} {what}; choose another --out.")
+    home = writable(out, "--out")
     files = sum((source.folder / n).stat().st_size for n in TOKENIZER_FILES if (source.folder / n).is_file())
     disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2) + (model_bytes + files + HEADER) * stressed
     kept = sum(p.stat().st_size for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else 0
@@ -93,8 +89,8 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
         raise Refused(f"the output takes {disk / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; free "
                               f"some or choose another --out.")
     if spill is not None:
-        if not spill.is_dir() or not os.access(spill, os.W_OK | os.X_OK):
-            raise Refused(f"--spill {spill} is not a folder that can be written to; make it first or choose another.")
+        if writable(spill, "--spill") != spill:
+            raise Refused(f"--spill {spill} is no folder; make it first.")
         room, free_there = spilled_bytes(c, tokens, dtype.itemsize), shutil.disk_usage(spill).free
         if room > free_there:
             raise Refused(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "

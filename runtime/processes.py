@@ -14,6 +14,7 @@ import atexit
 import json
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
             except (OSError, ValueError):  # no such group, or "max": no limit
                 continue
     return out
+
+
+def writable(path: Path, flag: str) -> Path:
+    """The nearest folder there is on the way to `path`, a folder to be made; Refused if it takes no file."""
+    home = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    try:
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise Refused(f"{flag} {path}: nothing can be written to {home} ({error.strerror}); choose another.") from None
+    return home
 
 
 def pick_device(device: str) -> torch.device:

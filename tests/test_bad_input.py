@@ -322,8 +322,8 @@ ARGUMENTS = [
     ("calibrate", ["--out", "theirs", "--resume"], "theirs exists and is not a folder of this program"),
     ("calibrate", ["--out", "MODEL", "--resume"], "exists and is not a folder of this program"),
     ("calibrate", ["--out", "MODEL", "--overwrite"], "exists and is not a folder of this program"),
-    ("calibrate", ["--out", "file.txt"], "file.txt is not a folder"),
-    ("calibrate", ["--out", "file.txt/q"], "file.txt is not a folder"),
+    ("calibrate", ["--out", "file.txt"], "--out file.txt: nothing can be written to file.txt"),
+    ("calibrate", ["--out", "file.txt/q"], "--out file.txt/q: nothing can be written to"),
     ("calibrate", ["--out", "QUANTIZED"], "add --resume to continue it or --overwrite to replace it"),
     ("calibrate", ["--out", "QUANTIZED", "--resume"], "segments was 9 and is 128, length was 24 and is 64 now"),
     ("calibrate", ["--out", "state-only", "--resume"], "state-only"),
@@ -351,8 +351,19 @@ ARGUMENTS = [
     ("evaluate", ["--table", "1", "--model", "QUANTIZED"], "is quantized already"),
     ("evaluate", ["--seed", "18446744073709551616"], "argument --seed: must be at least 0 and below 2^63"),
     ("evaluate", ["--device", "abacus"], "not available"),
-    ("evaluate", ["--out", "theirs"], "--out theirs cannot be a file there"),
-    ("evaluate", ["--out", "file.txt/x.json"], "cannot be a file there"),
+    ("evaluate", ["--out", "theirs"], "--out theirs is a folder; give a file"),
+    *(("evaluate", arguments, f"{arguments[-2]} {at}: nothing can be written to") for arguments, at in (
+        (["--out", "file.txt/x.json"], "file.txt"), (["--prompt", "x", "--out", "gone/x.json"], "gone"),
+        (["--tasks", "piqa", "--cache", "file.txt"], "file.txt"), (["--table", "2", "--out", "file.txt"], "file.txt"),
+        (["--table", "2", "--out", "gone"], "gone"), (["--figure", "4", "--out", "file.txt"], "file.txt"),
+        (["--figure", "6", "--out", "/proc/x"], "/proc/x"), (["--data", "blank.txt", "--out", "/proc/x"], "/proc"))),
+    ("calibrate", ["--out", "gone"], "gone exists and is not a folder|--out gone: nothing can be written to gone"),
+    ("calibrate", ["--out", "/proc/x"], "--out /proc/x: nothing can be written to /proc"),
+    ("calibrate", ["--spill", "file.txt"], "--spill file.txt: nothing can be written to file.txt"),
+    ("calibrate", ["--spill", "not-there"], "--spill not-there is no folder; make it first"),
+    ("bench", ["--out", "/proc/x.json"], "--out /proc: nothing can be written to /proc"),
+    ("bench", ["--model", "llada-8b", "--write", "gone"], "--write gone: nothing can be written to gone"),
+    ("stress", ["--model", "MODEL", "--out", "/proc/x"], "--out /proc/x: nothing can be written to /proc"),
 ]
 FILES = {"empty.txt": b"", "blank.txt": b" \n\t\n", "nul.txt": b"\0" * 99, "latin.txt": "größer".encode("latin-1") * 99,
          "short.txt": b"too short", "a.csv": b"a,b\n", "a.parquet": b"PAR1",
@@ -367,7 +378,7 @@ COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": ben
 
 
 def tree(folder: Path) -> dict:
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+    return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")}
 
 
 def refused(command, arguments, words, tmp_path, capsys):
@@ -400,6 +411,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "theirs" / "model-stress3").mkdir()
     (tmp_path / "theirs" / "model-stress3" / "model.safetensors").write_bytes(b"mine")
     (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at-all")  # a link to a disk that is not there
     return tmp_path
 
 

@@ -19,7 +19,7 @@ from checkpoint.folder import Checkpoint, read_json, resolve, sha256, write_json
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
 from runtime.layers import rebuilt
-from runtime.processes import Parser, Refused
+from runtime.processes import Parser, Refused, writable
 from tiny import tasks
 
 FRACTION = 32  # one channel in 32 is scaled, as many as SGAT gives a state
@@ -104,6 +104,7 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     mark = folder / "stress.json"
     if not empty and (not mark.is_file() or read_json(mark).get("source") != about["source"]):
         raise Refused(f"{folder} exists and is not this model stressed; move it away first.")
+    writable(folder, "--out")
     stressed = stress(load_model(name, "cpu", torch.float32), c)
     if not all(p.isfinite().all() for p in stressed.parameters()):
         raise Refused(f"stress {c:g} makes weights infinite; give a smaller one.")
