@@ -5,6 +5,7 @@ A forward pass compares the ids with the mask token in one place, `DiffusionLM.p
 goes with the hidden states to every linear: a 16-bit linear ignores it, and a quantized one picks its gate by it.
 
     model = load_model("tiny")                      # or llada-8b, dream-7b, a hub id, a folder; 16-bit or quantized
+    text = write(model, "Ann has 4 boxes of 6 eggs.\n", gen_length=24)
     ids = generate(model, prompt_ids, steps=32, gen_length=32)
 
 Shapes: B batch, L length, D d_model, H heads, K key-value heads, h head_dim, F d_ffn, V vocabulary.
@@ -12,6 +13,7 @@ A block has four linears, `qkv`, `out`, `gate_up` and `down`: linears with the s
 one product and one transform P. `checkpoint/loading.py` fills these modules from a folder and writes them to one.
 """
 
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -22,12 +24,12 @@ from torch import nn
 from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
-from checkpoint.tokenizer import load_tokenizer
+from checkpoint.tokenizer import chat_prompt, load_tokenizer
 from runtime import cuda
 from runtime.processes import Refused, pick_device, pick_dtype
-from runtime.sampling import denoise, generate
+from runtime.sampling import END_OF_TURN, denoise, generate, pad_left
 
-__all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer"]
+__all__ = ["Block", "DiffusionLM", "denoise", "generate", "load_block", "load_model", "load_outer", "stream", "write"]
 
 
 class Linear(nn.Linear):
@@ -236,3 +238,42 @@ def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -
     for i in range(checkpoint.config.n_layers):
         model.blocks.append(load_block(checkpoint, i, device, dtype, weights))
     return model.eval()
+
+# ---- from text to text ---------------------------------------------------------------------------------------------
+
+
+def write(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = None, chat: bool = False, **options):
+    """What a model writes after a text (str), or after each of several (list of str, as one batch): the same of text.
+
+    chat: the texts are questions to an instruct model, in whose chat template they are put. steps: gen_length unless
+    given or decoded by a `threshold`. options: the others of `generate`. An answer ends where the model ends it.
+    Raises Refused for what are no texts, for a model without a tokenizer, and where `generate` does.
+    """
+    *_, answers = stream(model, texts, gen_length, steps, chat, **options)
+    return answers
+
+
+def stream(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = None, chat: bool = False, **options):
+    """Yield after every pass what `write` has written so far; ░ is a token that is still masked."""
+    tokenizer, given = model.tokenizer, [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) and text for text in given):
+        raise Refused("texts must be a text or a list of texts, each with at least one character.")
+    if tokenizer is None:
+        raise Refused("the model's folder has no tokenizer.json, which text needs; generate takes token ids.")
+    if chat:
+        given = [chat_prompt(model.config.family, [{"role": "user", "content": text}]) for text in given]
+    encoded = tokenizer.encode_batch(list(given), add_special_tokens=not chat)
+    ids, attention_mask = (t.to(model.device) for t in pad_left([e.ids for e in encoded], model.config.eos_id or 0))
+    if steps is None and options.get("threshold") is None:
+        steps = gen_length
+    for step in denoise(model, ids, steps, gen_length, attention_mask=attention_mask, **options):
+        answers = [answer(model, row) for row in step.ids[:, ids.shape[1] :].tolist()]
+        yield answers[0] if isinstance(texts, str) else answers
+
+
+def answer(model: DiffusionLM, ids: list[int]) -> str:
+    """Generated ids as text, up to the first end of text or of turn."""
+    ends = {model.config.eos_id, model.tokenizer.token_to_id(END_OF_TURN[model.config.family])}
+    ids = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    return "".join("░" * len(part) if masked else model.tokenizer.decode(part) for masked, part in (
+        (masked, list(group)) for masked, group in groupby(ids, lambda token: token == model.mask_id)))

@@ -30,7 +30,7 @@ from model import DiffusionLM, load_model
 from runtime import processes
 from runtime.likelihood import log_likelihoods, request_generator, suffix_greedy_prediction
 from runtime.processes import Refused, pick_device
-from runtime.sampling import END_OF_TURN, generate
+from runtime.sampling import END_OF_TURN, generate, pad_left
 
 MAX_LENGTH = {"llada": 4096, "dream": 2048}  # tokens, as the authors evaluate; longer prompts lose their beginning
 DREAM_BOS = "<|beginoftext|>"  # Dream's evaluation puts it before every context (add_bos_token=true)
@@ -152,14 +152,13 @@ class HarnessLM(LM):
         options |= {"gen_length": length, "steps": options["steps"] or steps}
         room = self.max_length - length  # at least 1, as generate_until has checked
         prompts = [self.encode(context)[-room:] for context, _ in batch]
-        longest, pad = max(map(len, prompts)), self.model.config.eos_id or 0
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], dtype=torch.long)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = pad_left(prompts, self.model.config.eos_id or 0)
         if options.get("temperature"):  # the draws of a batch are determined by its prompts
             seed = request_generator(ids.flatten(), mask.flatten(), self.likelihood["seed"]).initial_seed()
             options["generator"] = torch.Generator(self.device).manual_seed(seed)
-        out = generate(self.model, ids.to(self.device), attention_mask=mask.to(self.device), **options)[:, longest:]
-        return [self._text(row, args[1].get("until") or []) for row, args in zip(out.tolist(), batch, strict=True)]
+        out = generate(self.model, ids.to(self.device), attention_mask=mask.to(self.device), **options)
+        answers = out[:, ids.shape[1] :].tolist()
+        return [self._text(row, args[1].get("until") or []) for row, args in zip(answers, batch, strict=True)]
 
     def _text(self, ids, until) -> str:
         """Generated tokens as text up to a stop string; only LLaDA's evaluation does not stop at end of text."""

@@ -29,6 +29,7 @@ Cost
 
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
+from inspect import signature
 
 import torch
 
@@ -326,6 +327,8 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
             threshold: float | None = None, logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False,
             eos_id: int | None = None, eot_id: int | None = None, generator=None, cuda_graph: bool = True):
     """Yield a `Step` after each pass; the arguments are those of `generate`."""
+    if not torch.is_tensor(prompt_ids) or prompt_ids.dtype not in (torch.int32, torch.int64):
+        raise Refused("the prompt must be an integer tensor of token ids, (batch, length); model.write takes texts.")
     if cuda_graph and prompt_ids.is_cuda:
         model = GraphedModel(model)
     if algorithm is None and model.config.family == "dream":
@@ -352,6 +355,10 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
 
 def _check(algorithm, steps, gen_length, block_length, temperature, threshold, llada, dream) -> int:
     """The block length; refused is what does not fit together."""
+    whole = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
+    for name, value in {**whole, "temperature": temperature, "threshold": threshold}.items():
+        if value is not None and not isinstance(value, int if name in whole else int | float):
+            raise Refused(f"{name} {value!r} is no {'whole ' * (name in whole)}number.")
     if algorithm not in LLADA + DREAM:
         raise Refused(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
     foreign = dream if algorithm in LLADA else llada
@@ -397,8 +404,13 @@ def generate(*args, **options):
         eps: the time at which masking ends. top_p, top_k: cuts of the distribution. alg_temp > 0 draws the positions by
         confidence. Blocks are known to its threshold decoding alone.
 
-    Raises Refused for an option that the algorithm does not have, or if blocks divide neither gen_length nor steps.
+    Raises Refused for an option that the algorithm does not have, for blocks that divide neither gen_length nor steps,
+    and for a sequence that is longer than the model's positions.
     """
+    try:
+        signature(denoise).bind(*args, **options)
+    except TypeError as error:  # would speak of denoise, which nobody called
+        raise TypeError(f"generate(): {error}") from None
     for step in denoise(*args, **options):
         ids = step.ids
     return ids

@@ -167,14 +167,6 @@ class TestSettings:
         with pytest.raises(Refused, match="embed_bits is for models with a head of their own"):
             quantize_model(model, ids().clamp(max=900), QuantConfig("rtn", head_bits=8, embed_bits=4))
 
-    def test_problems_of_a_model_without_tasks_are_refused(self, small_folder, tmp_path, capsys):
-        shutil.copytree(small_folder, tmp_path / "m")
-        (tmp_path / "m" / "training.json").unlink()
-        (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
-        rest = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "q")]
-        assert calibrate.main([*rest, "--problems", "3"]) == 2
-        assert "is no model of the embedded tasks" in capsys.readouterr().err
-
     def test_the_plan_of_a_stressed_run_is_what_is_written(self, small_folder, tmp_path, capsys):
         """The stressed model is written in fp32, so that what stays in 16 bit is twice as large as in the source."""
         arguments = (small_folder, tmp_path / "q", "--method", "rtn", "--stress", "4")

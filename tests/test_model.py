@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import model as model_module
 from checkpoint import loading
 from checkpoint.families import FUSED, ModelConfig
-from model import DiffusionLM, Linear, RMSNorm, load_model, rope_table, rotate
+from model import DiffusionLM, Linear, RMSNorm, load_model, rope_table, rotate, stream, write
 from runtime import sampling
+from runtime.processes import Refused
 from runtime.sampling import denoise, generate
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -419,3 +421,52 @@ def test_tied_head_is_the_embedding():
         scaled = DiffusionLM(tiny_config(tied=True, logit_scale=0.25))
         scaled.load_state_dict(model.state_dict())
         torch.testing.assert_close(scaled(ids), model(ids) / 4)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
+
+
+class TestWrite:
+    TEXTS = ("Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?\n", "Ben has 3 pens.\n")
+
+    def test_a_batch_is_what_each_text_gets_alone(self, tiny):
+        alone = [write(tiny, text, gen_length=24) for text in self.TEXTS]
+        assert alone[0] == "4*6=24\n24-5=19\n#### 19"
+        assert write(tiny, list(self.TEXTS), gen_length=24) == alone
+        ids = torch.tensor([tiny.tokenizer.encode(self.TEXTS[1]).ids])
+        out = generate(tiny, ids, None, 24, threshold=0.9)[0, ids.shape[1] :].tolist()
+        end = out.index(tiny.config.eos_id)
+        assert write(tiny, self.TEXTS[1], 24, threshold=0.9) == tiny.tokenizer.decode(out[:end])
+
+    def test_a_stream_fills_in_what_is_masked(self, tiny):
+        parts = list(stream(tiny, self.TEXTS[0], gen_length=24))
+        assert len(parts) == 24
+        assert parts[0].count("░") >= 20
+        assert parts[-1] == write(tiny, self.TEXTS[0], gen_length=24)
+
+    def test_a_question_goes_through_the_chat_template(self, tiny, monkeypatch):
+        seen = []
+        monkeypatch.setattr(model_module, "denoise", lambda m, ids, *a, **k: seen.append(ids) or iter(()))
+        list(stream(tiny, "How many?", chat=True))
+        want = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|><|start_header_id|>" \
+               "assistant<|end_header_id|>\n\n"
+        assert tiny.tokenizer.decode(seen[0][0].tolist(), skip_special_tokens=False) == want
+
+    @pytest.mark.parametrize("texts", [None, 3, [], [3], "", ["a", ""], {"a": 1}])
+    def test_what_are_no_texts_is_refused(self, tiny, texts):
+        with pytest.raises(Refused, match="texts must be a text or a list of texts"):
+            write(tiny, texts)
+
+    def test_a_model_without_a_tokenizer_is_named(self, models):
+        with pytest.raises(Refused, match=r"has no tokenizer\.json"):
+            write(models["llada"], "x")
+
+
+def test_a_type_is_given_by_name_or_as_torch_has_it(tmp_path):
+    assert load_model("tiny", "cpu", "bf16").norm.weight.dtype == torch.bfloat16
+    assert load_model("tiny", "cpu", torch.float64).norm.weight.dtype == torch.float64
+    for wrong in ("int4", torch.int8, 16):
+        with pytest.raises(Refused, match="is neither bf16 nor fp32"):
+            load_model("tiny", "cpu", wrong)

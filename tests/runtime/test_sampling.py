@@ -432,7 +432,24 @@ def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
         ("llada", {"threshold": 0.9, "algorithm": "random"}), ("dream", {"threshold": 0.9, "algorithm": "entropy"}),
         ("dream", {"threshold": 0.9, "alg_temp": 0.5}))),
     ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
+    ("llada", {"steps": 4.0}, "steps 4.0 is no whole number"), ("dream", {"gen_length": "8"}, "'8' is no whole number"),
+    ("llada", {"temperature": "hot"}, "temperature 'hot' is no number"),
+    ("llada", {"steps": None, "threshold": "0.9"}, "threshold '0.9' is no number"),
+    ("llada", {"steps": 5000, "gen_length": 5000}, "tokens is longer than the model's"),
 ])
 def test_options_are_refused_in_a_sentence(family, options, sentence):
     with pytest.raises(Refused, match=sentence):
         generate(MODELS[family], PROMPT, **{"steps": 8, "gen_length": 8, **options})
+
+
+@pytest.mark.parametrize("prompt", ["a text", [[1, 2]], torch.ones(1, 3), None])
+def test_what_are_no_token_ids_is_refused_in_a_sentence(prompt):
+    with pytest.raises(Refused, match="must be an integer tensor of token ids"):
+        generate(MODELS["llada"], prompt, 8, 8)
+
+
+def test_a_forgotten_argument_is_one_of_the_function_that_was_called():
+    with pytest.raises(TypeError, match=r"generate\(\): missing a required argument: 'gen_length'"):
+        generate(MODELS["llada"], PROMPT, 8)
+    with pytest.raises(TypeError, match=r"generate\(\): got an unexpected keyword argument 'stepz'"):
+        generate(MODELS["llada"], PROMPT, 8, 8, stepz=3)
