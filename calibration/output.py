@@ -42,6 +42,7 @@ VERSION = "0.3.0"
 STATE = "starquant.json"
 OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors", r"LICENSE[\w.-]*",
                             *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
+# what a killed run leaves: a temporary file of `write_file`, or the safetensors library's for it (.tmpAb12Cd)
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
 
@@ -92,11 +93,6 @@ def hold(folder: Path, owner) -> None:
         pass
 
 
-def is_leftover(path: Path) -> bool:
-    """A temporary file that a killed run left: `write_file`'s, or the safetensors library's for it (.tmpAb12Cd)."""
-    return LEFTOVER.fullmatch(path.name) is not None
-
-
 class Output:
     """A quantized checkpoint in the making: `write_block` for each block, then `finish`."""
 
@@ -109,7 +105,7 @@ class Output:
         if processes.rank() == 0:
             hold(folder, self)
         for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
-            if is_leftover(path) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
+            if LEFTOVER.fullmatch(path.name) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
                 path.unlink()
         if not before:
             self._write_state(complete=False)

@@ -168,8 +168,6 @@ _QWEN = _ANY | {
     "tie_word_embeddings": (bool, False), "hidden_act": (["silu"], "silu"),
     # sizes of a window that only use_sliding_window would open
     "sliding_window": (int, None), "max_window_layers": (int, None)}
-# Qwen2's q, k and v have biases, whatever this key says; Qwen3's have none, and there it stays refused unless false
-_BIASED = _QWEN | {"attention_bias": (bool, True)}
 
 
 def read_llada(raw: dict) -> ModelConfig:
@@ -192,31 +190,22 @@ def read_llada(raw: dict) -> ModelConfig:
         rope_fp32=c["rope_full_precision"], logit_scale=c["d_model"] ** -0.5 if c["scale_logits"] else 1.0, raw=raw)
 
 
-def _qwen(c: dict, raw: dict, **switches) -> ModelConfig:
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+def read_qwen(raw: dict) -> ModelConfig:
+    """Dream-v0, Dream-Coder, DiffuCoder (`model_type: Dream`), and Qwen2 and Qwen3 made bidirectional by dLLM."""
+    dream, qwen3 = raw["model_type"] == "Dream", raw["model_type"] == "a2d-qwen3"
+    # Qwen2's q, k and v have biases, whatever attention_bias says; Qwen3's have none, and true is refused
+    c = _read(raw, _QWEN | ({"head_dim": (int, 128)} if qwen3 else {"attention_bias": (bool, True)}))
+    d, heads, kv_heads, told = (c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
     return ModelConfig(
-        d_model=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads,
-        n_kv_heads=heads if kv_heads is None else kv_heads, d_ffn=c["intermediate_size"], vocab_size=c["vocab_size"],
-        rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"], mask_id=c["mask_token_id"], eos_id=c["eos_token_id"],
-        tied=c["tie_word_embeddings"], rope_fp32=False, raw=raw, **switches)
+        family="dream" if dream else "a2d", d_model=d, n_layers=c["num_hidden_layers"], n_heads=heads,
+        n_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=_head_dim(d, heads, told) if dream or told is None else told, d_ffn=c["intermediate_size"],
+        vocab_size=c["vocab_size"], rope_theta=c["rope_theta"], norm_eps=c["rms_norm_eps"], mask_id=c["mask_token_id"],
+        eos_id=c["eos_token_id"], qkv_bias=not qwen3, qk_norm=qwen3, tied=c["tie_word_embeddings"], rope_fp32=False,
+        positions_skip_padding=dream, logit_shift=dream, raw=raw)
 
 
-def read_dream(raw: dict) -> ModelConfig:
-    """Dream-v0-Base, -Instruct, Dream-Coder, DiffuCoder (`model_type: Dream`)."""
-    c = _read(raw, _BIASED)
-    return _qwen(c, raw, family="dream", head_dim=_head_dim(c["hidden_size"], c["num_attention_heads"], c["head_dim"]),
-                 qkv_bias=True, positions_skip_padding=True, logit_shift=True)
-
-
-def read_a2d(raw: dict) -> ModelConfig:
-    """Qwen2 and Qwen3 made bidirectional by dLLM (`model_type: a2d-qwen2`, `a2d-qwen3`); logits are not shifted."""
-    qwen3 = raw["model_type"] == "a2d-qwen3"
-    c = _read(raw, _QWEN | {"head_dim": (int, 128)} if qwen3 else _BIASED)
-    head_dim = _head_dim(c["hidden_size"], c["num_attention_heads"]) if c["head_dim"] is None else c["head_dim"]
-    return _qwen(c, raw, family="a2d", head_dim=head_dim, qkv_bias=not qwen3, qk_norm=qwen3)
-
-
-READERS = {"llada": read_llada, "Dream": read_dream, "a2d-qwen2": read_a2d, "a2d-qwen3": read_a2d}
+READERS = {"llada": read_llada, "Dream": read_qwen, "a2d-qwen2": read_qwen, "a2d-qwen3": read_qwen}
 
 
 def read_config(raw: dict) -> ModelConfig:

@@ -232,23 +232,21 @@ class Checkpoint:
         if "bd3lm" in str(self.folder).lower():
             warnings.warn(f"{self.folder} is called a block-diffusion model (BD3LM), which config.json cannot tell; "
                           f"here every token attends to all others, as in its MDLM sibling.", stacklevel=2)
-        self.files = self._shards()
         self._open = {}
+        self.files = self._files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for file in sorted(set(self.files.values())) if self.files else [SINGLE]:
+        for file in sorted(set(self.files.values())):
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
-                if self.files is not None and self.files.get(name) != file:
+                if self.files.get(name) != file:
                     raise Refused(f"{self.folder / file} holds {name!r}, which {INDEX} does not place there.")
                 view = handle.get_slice(name)
                 self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-        missing = sorted(set(self.files or ()) - set(self.shapes))
+        missing = sorted(set(self.files) - set(self.shapes))
         if missing:
             raise Refused(f"{self.folder}: {INDEX} lists {missing[0]!r} (and {len(missing) - 1} more), but its "
                           f"shard does not hold it.")
-        if self.files is None:
-            self.files = dict.fromkeys(self.shapes, SINGLE)
         names, self.stored = NAMES[self.config.family], {}
         embed, head = f"{names.embed}.weight", f"{names.head}.weight"
         if self.config.tied and embed not in self.shapes and head in self.shapes:  # the one tensor has the other's name
@@ -256,41 +254,36 @@ class Checkpoint:
             for values in (self.files, self.shapes, self.dtypes):
                 values[embed] = values.pop(head)
 
-    def _shards(self) -> dict[str, str] | None:
-        """The index's map from tensor to file, or None for a single file; a path out of the folder is refused."""
-        if (self.folder / INDEX).exists() and (self.folder / SINGLE).exists():
-            raise Refused(f"{self.folder} holds both {SINGLE} and {INDEX}, which may be two models; move one of them "
-                          f"away.")
-        if (self.folder / INDEX).exists():
-            index = read_json(self.folder / INDEX)
-            files, metadata = index.get("weight_map"), index.get("metadata")
-            if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
-                raise Refused(f"{self.folder / INDEX} has no usable weight_map.")
-            bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
-            if bad:
-                raise Refused(f"{self.folder / INDEX} names {bad[0]!r}, which is not a safetensors file in "
-                              f"this folder.")
-            missing = sorted({f for f in files.values() if not (self.folder / f).is_file()})
-            if missing:
-                raise Refused(f"{self.folder} lacks {len(missing)} of {len(set(files.values()))} shards that "
-                              f"{INDEX} lists: {', '.join(missing)}.")
-            stray = sorted(p.name for p in self.folder.glob("model-*-of-*.safetensors") if p.name not in files.values())
-            if stray:
-                raise Refused(f"{self.folder} holds {stray[0]}, which {INDEX} does not list; it belongs to "
-                              f"another model.")
-            self._verify(metadata.get("sha256") if isinstance(metadata, dict) else None)
-            return files
-        if (self.folder / SINGLE).is_file():
-            return None
-        hint = " (pickled weights are never loaded)" if any(self.folder.glob("*.bin")) else ""
-        raise Refused(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
-
-    def _verify(self, sums) -> None:
-        """Compare the shards with the checksums in the index's metadata, if it has any."""
+    def _files(self) -> dict[str, str]:
+        """From tensor to file, by the index if there is one; a path out of the folder is refused."""
+        folder, index, single = self.folder, self.folder / INDEX, (self.folder / SINGLE).is_file()
+        if index.exists() and single:
+            raise Refused(f"{folder} holds both {SINGLE} and {INDEX}, which may be two models; move one of them away.")
+        if single:
+            return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+        if not index.exists():
+            hint = " (pickled weights are never loaded)" if any(folder.glob("*.bin")) else ""
+            raise Refused(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.")
+        said = read_json(index)
+        files, metadata = said.get("weight_map"), said.get("metadata")
+        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+            raise Refused(f"{index} has no usable weight_map.")
+        shards = set(files.values())
+        bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
+        if bad:
+            raise Refused(f"{index} names {bad[0]!r}, which is not a safetensors file in this folder.")
+        missing = sorted(f for f in shards if not (folder / f).is_file())
+        if missing:
+            raise Refused(f"{folder} lacks {len(missing)} of {len(shards)} shards that {INDEX} lists: "
+                          f"{', '.join(missing)}.")
+        stray = sorted({p.name for p in folder.glob("model-*-of-*.safetensors")} - shards)
+        if stray:
+            raise Refused(f"{folder} holds {stray[0]}, which {INDEX} does not list; it belongs to another model.")
+        sums = metadata.get("sha256") if isinstance(metadata, dict) else None
         for file, digest in (sums if isinstance(sums, dict) else {}).items():
-            if file in os.listdir(self.folder) and sha256(self.folder / file) != digest:
-                raise Refused(f"{self.folder / file} differs from its checksum in {INDEX}; copy or make it "
-                              f"again.")
+            if file in shards and sha256(folder / file) != digest:
+                raise Refused(f"{folder / file} differs from its checksum in {INDEX}; copy or make it again.")
+        return files
 
     def _handle(self, file: str):
         if file not in self._open:

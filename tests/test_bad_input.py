@@ -357,6 +357,8 @@ ARGUMENTS = [
         (["--tasks", "piqa", "--cache", "file.txt"], "file.txt"), (["--table", "2", "--out", "file.txt"], "file.txt"),
         (["--table", "2", "--out", "gone"], "gone"), (["--figure", "4", "--out", "file.txt"], "file.txt"),
         (["--figure", "6", "--out", "/proc/x"], "/proc/x"), (["--data", "blank.txt", "--out", "/proc/x"], "/proc"))),
+    ("bench", ["--model", "llada-8b"], "or add --random-weights"),
+    ("evaluate", ["--model", "models/none"], "there is no folder models/none here"),
     ("calibrate", ["--out", "gone"], "gone exists and is not a folder|--out gone: nothing can be written to gone"),
     ("calibrate", ["--out", "/proc/x"], "--out /proc/x: nothing can be written to /proc"),
     ("calibrate", ["--spill", "file.txt"], "--spill file.txt: nothing can be written to file.txt"),
