@@ -1,6 +1,6 @@
 """Judge a 16-bit or quantized model, compare two, watch one write, or make the paper's tables and figures.
 
-    python evaluate.py --model out/tiny-starquant+-w4a4 --against tiny     NELBO, KL, tasks, passes, paired differences
+    python evaluate.py --model out/tiny-starquant-plus-w4a4 --against tiny NELBO, KL, tasks, passes, paired differences
     python evaluate.py --model Q --against F --data FILE                   the same of any two models on your own text
     python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, pass by pass
     python evaluate.py --table 2 --quick                                   a table of the paper (experiments/tables.py)
