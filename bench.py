@@ -3,6 +3,7 @@
     python bench.py                                                      # the embedded model, CPU, under a minute
     python bench.py --model llada-8b --random-weights                    # true shapes, no download, minutes of a GPU
     python bench.py --model llada-8b --random-weights --write FOLDER     # only writes a checkpoint of that shape
+    python bench.py --model llada-8b --predict --gpu h200                # only counts, without a GPU
 
 All models are in memory together and are called in turns (`experiments/timing.py`). Every time is a median. Beside it
 stands its roofline: the least time that the bytes and the operations of that work can take, at the bandwidth and the
@@ -22,7 +23,7 @@ import kernels
 from checkpoint.families import FUSED
 from checkpoint.folder import write_json
 from checkpoint.published import SHAPES, write_checkpoint
-from experiments import peers
+from experiments import peers, predict
 from experiments.timing import busy, ceilings, in_turn, measure, measure_each, roofline
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
@@ -330,6 +331,9 @@ def parse(argv=None):
     parser.add_argument("--repeats", type=int, help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False,
                         help="also torch.compile and torchao, where they install; takes minutes more")
+    parser.add_argument("--predict", action="store_true", help="count launches, bytes and operations of a step without "
+                        "a GPU, and measure nothing")
+    parser.add_argument("--gpu", choices=predict.GPUS, help="whose datasheet --predict goes by (h200)")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
@@ -341,6 +345,9 @@ def parse(argv=None):
         "--blocks needs --random-weights": args.blocks is not None and not args.random_weights,
         "--gain needs --write": args.gain is not None and not args.write,
         "--write measures nothing": args.write and (args.points or args.repeats or args.peers or args.out),
+        "--gpu needs --predict": args.gpu and not args.predict,
+        "--predict knows --model, --gpu, --points and --out alone": args.predict and (
+            args.random_weights or args.repeats or args.peers or args.embed_bits or args.head_bits == 16 or args.dtype),
         "--repeats must be at least 1": args.repeats is not None and args.repeats < 1,
         "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
         f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}
@@ -356,6 +363,12 @@ def run(args) -> dict:
     if args.write:
         size = write_checkpoint(args.model, args.write, args.blocks, args.gain or 30.0, args.seed)
         return {"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.write)}
+    if args.predict:
+        result = predict.predict(args.model, args.gpu or "h200", args.points or POINTS["cuda"])
+        if args.out:
+            write_json(args.out, result)
+        print(predict.table(result))
+        return result
     with torch.no_grad():
         result = measure_all(args, lambda part: args.out and write_json(args.out, part))
     print(tables(result))
