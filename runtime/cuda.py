@@ -21,6 +21,7 @@ with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. In
 and the cost of a launch (some 10 us from Python) is gone.
 """
 
+import struct
 import warnings
 from functools import cache
 from pathlib import Path
@@ -334,7 +335,7 @@ def eager_glue():
 def rms_norm(x, gain, eps: float):
     """`model.RMSNorm` of x (..., K) with the gain (K,)."""
     out, K = torch.empty_like(x), x.shape[-1]
-    bits = torch.tensor(eps, dtype=torch.float32).view(torch.int32).item()
+    (bits,) = struct.unpack("i", struct.pack("f", eps))  # a launch takes integers
     _launch("rms_norm", x.dtype, (x.numel() // K,), [x, gain, out, K, bits])
     return out
 
