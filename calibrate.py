@@ -61,7 +61,7 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     tokens (S, L): clean calibration segments. config: a `QuantConfig(...)`. region (S, L) bool: where [MASK] may
     stand, everywhere by default. Raises Refused if activations become NaN or Inf.
     """
-    if "quantization_config" in model.config.raw:
+    if model.config.raw.get("quantization_config"):
         raise Refused("the model is quantized already; give the 16-bit model.")
     if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise Refused("tokens must be an integer tensor of token ids, one row a segment: (segments, length).")

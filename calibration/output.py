@@ -130,7 +130,7 @@ class Output:
             return None
         view = self._shard_view(i)
         try:
-            about = json.loads(view.metadata(path.name)["starquant"])
+            about = json.loads(view._handle(path.name).metadata()["starquant"])
             found = about.pop("sha256")
         except (AttributeError, KeyError, TypeError, ValueError):
             about = found = None

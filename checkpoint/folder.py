@@ -94,11 +94,13 @@ def offline() -> bool:
     return False
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; Refused if there is none."""
+def read_json(path: Path, absent: dict | None = None) -> dict:
+    """A JSON object from a file; `absent`, if it is given, where there is no file; Refused for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if absent is not None:
+            return absent
         if (path.parent / "starquant.json").is_file():
             raise Refused(f"{path.parent} is unfinished; run the same calibrate.py command with --resume.") from None
         raise Refused(f"{path} does not exist.") from None
@@ -113,10 +115,9 @@ def read_json(path: Path) -> dict:
 
 def added_tokens(folder: Path) -> dict[int, dict]:
     """The tokens that the tokenizer's small files add to its vocabulary: id -> {content, special, ...}."""
-    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     try:
-        out = {i: {"content": t} for t, i in (read_json(plain) if plain.is_file() else {}).items()}
-        listed = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+        out = {i: {"content": t} for t, i in read_json(folder / "added_tokens.json", {}).items()}
+        listed = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder")
         out |= {int(i): dict(t) for i, t in (listed or {}).items()}
         if not all(isinstance(i, int) and isinstance(t["content"], str) for i, t in out.items()):
             raise TypeError("an id is no number or a token no text")
@@ -127,11 +128,12 @@ def added_tokens(folder: Path) -> dict[int, dict]:
 
 def mask_token_id(folder: Path) -> int:
     """Id of the mask token from the tokenizer's files, where dLLM's Qwen models keep it instead of in config.json."""
-    small = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    text = next(filter(None, (read_json(path).get("mask_token") for path in small if path.is_file())), "<|mask|>")
+    said = [read_json(folder / name, {}).get("mask_token") for name in ("tokenizer_config.json",
+                                                                        "special_tokens_map.json")]
+    text = next(filter(None, said), "<|mask|>")
     text = text.get("content") if isinstance(text, dict) else text
-    whole = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-    listed = [(t.get("id"), t) for t in whole.get("added_tokens") or [] if isinstance(t, dict)]
+    whole = read_json(folder / "tokenizer.json", {}).get("added_tokens") or []
+    listed = [(t.get("id"), t) for t in (whole if isinstance(whole, list) else []) if isinstance(t, dict)]
     ids = [i for i, t in (*added_tokens(folder).items(), *listed) if t.get("content") == text]
     if not ids:
         raise Refused(f"{folder} has no mask token: config.json has no mask_token_id, and tokenizer_config.json, "
@@ -295,17 +297,6 @@ class Checkpoint:
                     raise Refused(f"{self.folder / file} may not be read (permission denied).") from None
                 raise Refused(f"{self.folder / file} is not a whole safetensors file ({error}).") from None
         return self._open[file]
-
-    def metadata(self, file: str) -> dict:
-        return self._handle(file).metadata() or {}
-
-    def require(self, name: str, shape) -> None:
-        """Refused if a tensor is missing or has another shape; nothing is allocated."""
-        if name not in self.shapes:
-            raise Refused(f"{self.folder} lacks the tensor {name!r}.")
-        if self.shapes[name] != tuple(shape):
-            raise Refused(f"{self.folder}: tensor {name!r} has shape {list(self.shapes[name])}, but "
-                          f"config.json asks for {list(shape)}.")
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor; Refused if it holds NaN or Inf."""

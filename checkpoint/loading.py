@@ -50,10 +50,14 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     else:
         expected = {name: storage.Tensor(shape, "BF16") for name, shape in expected_tensors(c).items()}
     for name, (shape, dtype) in expected.items():
-        checkpoint.require(name, shape)
+        if name not in checkpoint.shapes:
+            raise Refused(f"{checkpoint.folder} lacks the tensor {name!r}.")
+        if checkpoint.shapes[name] != tuple(shape):
+            raise Refused(f"{checkpoint.folder}: tensor {name!r} has shape {list(checkpoint.shapes[name])}, but "
+                          f"config.json asks for {list(shape)}.")
         found = checkpoint.dtypes[name]
-        if found != dtype and not {found, dtype} <= set(storage.FLOATS):
-            wanted = "a float type of 16 to 64 bits" if dtype in storage.FLOATS else dtype
+        if found != dtype and not {found, dtype} <= set(DTYPES):
+            wanted = "a float type of 16 to 64 bits" if dtype in DTYPES else dtype
             raise Refused(f"{checkpoint.folder}: tensor {name!r} has type {found}, not {wanted}.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
     embed, head = f"{names.embed}.weight", f"{names.head}.weight"
@@ -209,13 +213,16 @@ def stays_16_bit(name: str) -> bool:
     return name.endswith(".weight")
 
 
+def parts_of(model) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each block and, last, of the outer part."""
+    return [*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)]
+
+
 def stored_bytes(model) -> int:
     """Bytes of the tensors that `save_model` writes; what is left in 16 bit counts 2 bytes a number."""
-    quantized, sizes = is_quantized(model), []
-    for tensors in (*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)):
-        sizes += [tensor.nbytes if quantized and not stays_16_bit(name) else 2 * tensor.numel()
-                  for name, tensor in tensors.items()]
-    return sum(sizes)
+    quantized = is_quantized(model)
+    return sum(tensor.nbytes if quantized and not stays_16_bit(name) else 2 * tensor.numel()
+               for part in parts_of(model) for name, tensor in part.items())
 
 
 def save_model(model, folder: Path, dtype=None) -> None:
@@ -227,7 +234,7 @@ def save_model(model, folder: Path, dtype=None) -> None:
     kind, or where a quantized model does not know its quantization_config.
     """
     quantized = is_quantized(model)
-    if quantized and "quantization_config" not in model.config.raw:
+    if quantized and not model.config.raw.get("quantization_config"):
         raise Refused("this quantized model has no quantization_config, which calibrate.quantize_model gives a model.")
     other = SINGLE if quantized else INDEX
     if (folder / other).exists():
@@ -237,15 +244,17 @@ def save_model(model, folder: Path, dtype=None) -> None:
     def typed(name, tensor):
         if quantized and not stays_16_bit(name):
             return tensor
-        return tensor.to(dtype or (DTYPES[model.dtypes[name]] if quantized and name in model.dtypes else tensor.dtype))
+        return tensor.to(dtype or (quantized and DTYPES.get(model.dtypes.get(name))) or tensor.dtype)
 
-    parts = [*map(block_tensors, model.blocks, range(len(model.blocks))), outer_tensors(model)]
-    parts = parts if quantized else [{name: tensor for part in parts for name, tensor in part.items()}]
-    files = [disk.shard_name(i, len(parts)) if quantized else SINGLE for i in range(len(parts))]
-    for file, part in zip(files, parts, strict=True):
-        disk.write_tensors(folder / file, {name: typed(name, tensor) for name, tensor in part.items()})
+    parts = [{name: typed(name, tensor) for name, tensor in part.items()} for part in parts_of(model)]
     if quantized:
-        disk.write_index(folder, {name: file for file, part in zip(files, parts, strict=True) for name in part})
+        files = {disk.shard_name(i, len(parts)): part for i, part in enumerate(parts)}
+    else:
+        files = {SINGLE: {name: tensor for part in parts for name, tensor in part.items()}}
+    for file, part in files.items():
+        disk.write_tensors(folder / file, part)
+    if quantized:
+        disk.write_index(folder, {name: file for file, part in files.items() for name in part})
     disk.write_config(folder, model.config.raw)
     if model.tokenizer is not None:
         disk.write_file(folder / "tokenizer.json", lambda path: model.tokenizer.save(str(path)))

@@ -22,7 +22,6 @@ from runtime.layers import factor_kinds, factor_names
 from starquant import Across, Blocks, Dense, Diagonal, Factor, Kronecker
 
 WIDTH = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}  # bytes of safetensors' types
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Tensor(NamedTuple):

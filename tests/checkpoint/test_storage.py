@@ -164,6 +164,16 @@ def test_a_model_quantized_in_memory_is_saved_like_the_command_s(small_folder, t
     assert torch.equal(load_model(tmp_path / "again", "cpu")(ids), model(ids))
 
 
+def test_a_source_that_says_it_is_not_quantized_is_not(small_folder, tmp_path):
+    shutil.copytree(small_folder, tmp_path / "m")
+    raw = json.loads((small_folder / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw | {"quantization_config": None, "auto_map": {"A": "b"}}))
+    quantize_model(load_model(tmp_path / "m", "cpu"), tokens(), QuantConfig("rtn")).save(tmp_path / "q")
+    written = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert written["quantization_config"]["method"] == "rtn"
+    assert "auto_map" not in written
+
+
 def test_a_save_never_leaves_two_models_in_a_folder(small_folder, full, tmp_path):
     quantized = quantize_model(full, tokens(), QuantConfig("rtn"))
     quantized.save(tmp_path / "q")
