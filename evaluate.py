@@ -16,6 +16,7 @@ standard output, whose last line is JSON; progress goes to standard error.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -187,8 +188,12 @@ def run(args) -> dict:
     record = {"judge": judge, "data": judge, "prompt": prompt, "table": table, "figure": figure,
               "tasks": benchmarks}[args.use](args)
     if file and processes.rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, record)
+        except OSError:  # the disk may be full by now
+            print(json.dumps(record))
+            raise
     return record
 
 

@@ -442,6 +442,18 @@ def test_bad_arguments_are_refused(command, arguments, words, good, here, capsys
     assert tree(good) == before
 
 
+def test_what_was_measured_is_said_though_the_disk_is_full(good, tmp_path, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    out = tmp_path / "deep" / "x.json"
+    assert evaluate.main(["--model", str(good / "quantized"), *ASK, "--out", str(out)]) == 2
+    printed, error = capsys.readouterr()
+    assert json.loads(printed.splitlines()[-1])["prompt"] == "x"
+    assert error.endswith(f"evaluate.py: No space left on device: {out}.\n")
+
+
 def test_the_table_is_long_enough():
     assert len(FOLDERS) + len(ARGUMENTS) >= 100
 
