@@ -76,13 +76,13 @@ def chat_prompt(family: str, messages: list[dict], generation_prompt: bool = Tru
     """A conversation [{"role": "system" | "user" | "assistant", "content": text}, ...] as the prompt text of a family.
 
     The text holds the special tokens; `tokenizer.encode(text, add_special_tokens=False)` turns them into their ids.
-    Raises ValueError for an empty conversation, an unknown role, or a family whose template is not known here.
+    Raises Refused for an empty conversation, an unknown role, or a family whose template is not known here.
     """
     if family not in _CHAT:
-        raise ValueError(f"no chat template is known for family {family!r}; format the prompt yourself.")
+        raise Refused(f"no chat template is known for family {family!r}; format the prompt yourself.")
     if not messages:
-        raise ValueError("a conversation needs at least one message.")
+        raise Refused("a conversation needs at least one message.")
     for m in messages:
         if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
-            raise ValueError(f"message {m!r} needs a role (system, user or assistant) and a text as content.")
+            raise Refused(f"message {m!r} needs a role (system, user or assistant) and a text as content.")
     return _CHAT[family](messages, generation_prompt)

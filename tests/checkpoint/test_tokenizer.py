@@ -185,5 +185,5 @@ def test_chat_text():
     ("dream", [{"role": "user", "content": None}], "a text as content"),
 ])
 def test_chat_refuses(family, messages, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(Refused, match=sentence):
         chat_prompt(family, messages)
