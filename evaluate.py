@@ -17,9 +17,11 @@ standard output, whose last line is JSON; progress goes to standard error.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+from checkpoint.families import ALIASES
 from checkpoint.folder import write_json
 from experiments import protocol, tables, watch
 from experiments.judge import checkpoints, judge
@@ -121,7 +123,8 @@ def seed(text: str) -> int:
 
 def parse(argv=None):
     """The arguments; a flag that has no part in what is asked for is refused."""
-    parser = Parser("evaluate.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = Parser("evaluate.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--data", help="judge on this text: a .txt, .jsonl or .parquet file, best one that was not "
                      "calibrated on")
@@ -129,7 +132,8 @@ def parse(argv=None):
     use.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
     use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
     use.add_argument("--tasks", help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))
-    parser.add_argument("--model", help="alias, hub id or folder, 16-bit or quantized (tiny)")
+    parser.add_argument("--model", help=f"tiny (the default), {', '.join(ALIASES)}, a hub id or a folder, 16-bit or "
+                        "quantized")
     parser.add_argument("--device", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
     parser.add_argument("--weights", choices=("packed", "int8"), help="4-bit weights in memory two a byte (smallest) "
@@ -179,6 +183,8 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
+    if args.use in ("judge", "data", "prompt", "figure") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Refused("torchrun shares --table and --tasks among processes; start everything else without it.")
     file = args.out if args.use in ("judge", "data", "prompt", "tasks") else None
     if file and file.is_dir():
         raise Refused(f"--out {file} is a folder; give a file.")
@@ -198,7 +204,9 @@ def run(args) -> dict:
 
 
 def main(argv=None) -> int:
-    return processes.run("evaluate.py", run, parse(argv), smaller="--batch-size or --problems")
+    args = parse(argv)
+    smaller = {"tasks": "--batch-size", "data": "--length", "prompt": "--gen-length"}.get(args.use, "--problems")
+    return processes.run("evaluate.py", run, args, smaller)
 
 
 if __name__ == "__main__":

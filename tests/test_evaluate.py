@@ -124,6 +124,19 @@ class TestCommand:
         assert evaluate.main(["--device", "cpu"]) == 130
         assert capsys.readouterr().err == "evaluate.py: interrupted.\n"
 
+    @pytest.mark.parametrize("use", [[], ["--data", "x.txt"], ["--prompt", "x"], ["--figure", "hero"]])
+    def test_what_several_processes_would_do_alike_is_refused(self, use, monkeypatch, capsys):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert evaluate.main(use) == 2
+        assert "start everything else without it" in capsys.readouterr().err
+
+    def test_help_has_the_examples(self, capsys):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--help"])
+        out = capsys.readouterr().out
+        assert "python evaluate.py --model Q --against F --data FILE" in out
+        assert "llada-8b-instruct" in out
+
     def test_report_and_json(self, capsys):
         assert evaluate.main(["--problems", "2", "--against", "tiny", "--device", "cpu"]) == 0
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
