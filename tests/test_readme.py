@@ -119,7 +119,7 @@ def test_commands_parse(line, monkeypatch, tmp_path):
             assert program in ("experiments.harness", "tests/tools/against_official.py", "tests/tools/mutate.py")
 
 
-@pytest.mark.parametrize("body", [body for kind, body in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("body", re.findall(r"```python\n(.*?)```", README, flags=re.S))
 def test_code_runs(body, capsys):
     exec(compile(body, "README.md", "exec"), {})
     assert "####" in capsys.readouterr().out  # the example prints a solved word problem
