@@ -14,7 +14,8 @@ FLOORS = ({"kernels", "starquant"}, {"runtime"}, {"checkpoint"}, {"model"}, {"me
           {"calibrate"}, {"experiments"}, {"evaluate", "bench"})
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = [ROOT / f"{name}.py" for name in MODULES] + [f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py"))]
-OTHERS = {"README.md", "LICENSE", "pyproject.toml", "requirements.txt", "docs", "results", "tests"}
+OTHERS = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml", "requirements.txt", "docs",
+          "results", "tests"}
 IGNORED = {line.strip("/\n") for line in (ROOT / ".gitignore").read_text().splitlines()}
 
 
