@@ -1,4 +1,4 @@
-"""How each model is evaluated on the paper's nine benchmarks, and what the paper reports (Tables 1 and 5).
+"""How each model is evaluated on the paper's nine benchmarks, and what the paper (Tables 1 and 5) and others report.
 
 There is one row per model and task: the harness' task, shots, Monte-Carlo samples, guidance, generation lengths.
 
@@ -109,6 +109,22 @@ REPORTED = {
         "STaR-Quant W8A8": (49.02, 60.28, 72.89, 73.50, 74.23, 70.11, 62.89, 51.76, 73.44)},
 }
 REPORTED_MODEL = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+# QDLM (arXiv 2508.14896), read in the source: the same benchmarks under its own settings; None: not reported
+QDLM = {
+    "LLaDA-8B": {
+        "FP": (None, 46.4, None, 69.9, 74.6, 65.7, None, 32.9, 69.7),
+        "SmoothQuant W4A4": (None, 29.2, None, 49.4, 58.8, 27.1, None, 0.0, 0.3),
+        "QuaRot W4A4": (None, 43.7, None, 63.4, 68.1, 61.8, None, 23.8, 62.9),
+        "DuQuant W4A4": (None, 42.8, None, 69.3, 64.9, 64.0, None, 25.6, 64.4)},
+}
+# means at W4A4 of publications that we know at second hand only; their tasks and settings differ from the paper's
+SECOND_HAND = {
+    "LLaDA-8B": ("FAIR-Calib (arXiv 2606.06547) 61.09 of 62.12 on ten tasks",),
+    "LLaDA-1.5": ("SoloQ (arXiv 2610.07121) 68.48 of 69.86 on the paper's nine tasks",
+                  "FAIR-Calib (arXiv 2606.06547) 72.75 of 73.53 on ten tasks"),
+    "Dream-7B": ("SoloQ (arXiv 2610.07121) 62.53 on the paper's nine tasks",
+                 "FAIR-Calib (arXiv 2606.06547) 64.64 of 70.01 on ten tasks"),
+}
 
 
 def source_name(name: str, folder: Path) -> str:
@@ -136,20 +152,30 @@ def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) 
 
 
 def table(protocol: str, results: dict[str, dict]) -> str:
-    """Our numbers beside the paper's, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
-    paper = REPORTED.get(REPORTED_MODEL.get(protocol), {})
-    head = ["task", "measure", "here", *(f"paper: {row}" for row in paper)]
+    """Our numbers beside published ones, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
+    model = REPORTED_MODEL.get(protocol)
+    beside = {f"paper: {name}": row for name, row in REPORTED.get(model, {}).items()}
+    beside |= {f"QDLM: {name}": row for name, row in QDLM.get(model, {}).items()}
+    head = ["task", "measure", "here", *beside]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for task, values in results.items():
         for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
             error = values.get(key.replace(",", "_stderr,"))
             here = f"{100 * values[key]:.2f}" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")
-            known = task in BENCHMARKS and i == 0
-            beside = [f"{row[BENCHMARKS.index(task)]:.2f}" if known else "" for row in paper.values()]
-            lines.append("| " + " | ".join([task, name, here, *beside]) + " |")
+            known = [row[BENCHMARKS.index(task)] if task in BENCHMARKS and i == 0 else None for row in beside.values()]
+            lines.append("| " + " | ".join([task, name, here, *map(_percent, known)]) + " |")
     if set(BENCHMARKS) <= set(results):
         mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in BENCHMARKS) / len(BENCHMARKS)
-        beside = [f"{sum(row) / len(row):.2f}" for row in paper.values()]
-        lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *beside]) + " |")
-    note = f"\n\nThe paper's columns are for {REPORTED_MODEL[protocol]} (its Tables 1 and 5)." if paper else ""
-    return "\n".join(lines) + note
+        known = [None if None in row else sum(row) / len(row) for row in beside.values()]
+        lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *map(_percent, known)]) + " |")
+    if not model:
+        return "\n".join(lines)
+    notes = [f"The paper's columns are for {model} (its Tables 1 and 5)."]
+    if model in QDLM:
+        notes.append("QDLM's (arXiv 2508.14896) are under its own settings.")
+    notes.append(f"Means at W4A4 known at second hand: {'; '.join(SECOND_HAND[model])}.")
+    return "\n".join(lines) + "\n\n" + " ".join(notes)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -81,6 +81,20 @@ def test_table_puts_our_number_beside_the_paper_s():
     assert "paper" not in protocol.table("llada-8b-instruct", results)  # the paper has no such model
 
 
+def test_table_shows_other_publications_and_how_they_are_known():
+    results = {t: {"acc,none": 0.5} for t in protocol.BENCHMARKS}
+    head, _, *rows, _, note = protocol.table("llada-8b", results).splitlines()
+    shown = {cells[0]: dict(zip(head.split(" | "), cells, strict=True))
+             for cells in (row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows)}
+    columns = [name for name in head.removesuffix(" |").split(" | ") if name.startswith("QDLM")]
+    assert columns == [f"QDLM: {name}" for name in ("FP", "SmoothQuant W4A4", "QuaRot W4A4", "DuQuant W4A4")]
+    assert [shown[task]["QDLM: QuaRot W4A4"] for task in ("winogrande", "gsm8k", "hellaswag")] == ["63.40", "62.90", ""]
+    assert "second hand: FAIR-Calib" in note
+    assert "own settings" in note
+    assert "SoloQ" in protocol.table("dream-7b", results)
+    assert "QDLM" not in protocol.table("dream-7b", results)
+
+
 class TestRefusals:
     def refused(self, capsys, *arguments):
         try:
