@@ -1,9 +1,9 @@
 """A whitelist interpreter for the small functions that the `code` task asks for.
 
-Code written by a model is never given to `exec`: `run_function` parses it, walks the syntax tree, and evaluates
-only the node types listed here. There is no import, no attribute access except a few string methods, no loop
-statement; every evaluated node costs one unit of a fixed budget, integers and sequences are bounded and sequences
-do not nest, so hostile text (comprehension bombs, huge powers or ranges) ends quickly with `Failed`.
+Code that a model wrote is never given to `exec`. `run_function` parses it, walks the syntax tree, and evaluates only
+the node types listed here: no imports, no loop statements, and no attributes but a few string methods. Every node costs
+one unit of a fixed budget. Integers and sequences are bounded, and sequences do not nest. So hostile text (nested
+comprehensions, huge powers or ranges) ends quickly with `Failed`.
 
     run_function("def f(xs):\\n return sum(x * x for x in xs)", ([1, 2, 3],))   ->   14
 """

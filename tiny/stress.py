@@ -98,7 +98,7 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     source = Checkpoint(resolve(name))
     if source.quantization:
         raise Refused(f"{name} is quantized already; give the 16-bit model.")
-    # the same model stressed before is written again, anything else, the source above all, is not ours to replace
+    # only a folder that holds this model, stressed earlier, may be replaced
     empty = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
     about = {"c": c, "source": {file: sha256(source.folder / file) for file in sorted(set(source.files.values()))}}
     mark = folder / "stress.json"

@@ -186,8 +186,8 @@ def cloze_problems(tokenizer, split: str, n: int, seed: int, context=40, length=
 def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_length=GEN_LENGTH):
     """Problems as sequences of one length: prompt, answer, end-of-text up to the end.
 
-    Returns ids (n, L) and answer (n, L) bool, True where the answer region (filler included) lies: at least
-    `gen_length` tokens, more after a short prompt, so that no padding and no attention mask is needed.
+    Returns ids (n, L) and region (n, L) bool, True from the answer to the end. The region has at least `gen_length`
+    tokens, and more after a short prompt. So no row needs padding or an attention mask.
     """
     eos = tokenizer.token_to_id("<|endoftext|>")
     batch = problems(task, split, n, seed)
@@ -202,12 +202,12 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
 
 
 def chain_tokens(tokenizer, n: int, seed: int, mask_id: int, ahead: int = 4):
-    """Drill for training only: `math` of two or three steps as left-to-right decoding meets it.
+    """A drill for training: `math` of two or three steps as left-to-right decoding meets it.
 
-    All behind a cut is masked, half of the cuts right behind an '='. Returns clean ids, masked ids and the `ahead`
-    tokens behind the cut (n, L) bool, which are to be predicted. Under independent masks a result can mostly be copied
-    from a later line, so that the arithmetic itself is hardly trained; of two-step problems there are so few that a
-    model learns them by heart.
+    Each problem is cut at a random place, in half of them right behind an '='. All that follows the cut is masked.
+    Returns clean ids, masked ids, and (n, L) bool for the `ahead` tokens behind the cut, which the model must predict.
+    With independent masks a result can mostly be copied from a later line, so a model hardly learns to calculate. And
+    there are so few two-step problems that it would learn them by heart.
     """
     ids, region = problem_tokens(tokenizer, ("math", "chain")[seed % 2], "train", n, seed, gen_length=34)
     g, equals = torch.Generator().manual_seed(seed), ids == tokenizer.token_to_id("=")
@@ -219,7 +219,7 @@ def chain_tokens(tokenizer, n: int, seed: int, mask_id: int, ahead: int = 4):
 
 
 def sum_tokens(tokenizer, n: int, length: int, seed: int):
-    """Drill for training only: lines of sums like those in `math`, where only the results are maskable.
+    """A drill for training: lines of sums like those in `math`, in which only results are masked.
 
     Word problems alone teach a small model to copy numbers long before it adds them.
     """
@@ -255,7 +255,7 @@ def english_segments(tokenizer, split: str, n: int, length: int, seed: int):
 def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "calib"):
     """n clean segments of one length from the three domains in turn: ids (n, length) and the maskable region.
 
-    A problem that is longer than `length` is cut, a shorter one is continued with end-of-text.
+    Longer problems are cut; shorter ones are continued with end-of-text.
     """
     parts, eos = [], tokenizer.token_to_id("<|endoftext|>")
     for i, domain in enumerate(("english", "math", "code")[:n]):
