@@ -414,8 +414,8 @@ def _checks(device, dtype, part):
 
     if part == "glue":
         x, gain, close = normal(2, 19, 288), normal(288), {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
-        norm = gain * torch.nn.functional.rms_norm(x.float(), (288,), None, 1e-5).to(dtype)
-        yield "rms_norm", torch.allclose(rms_norm(x, gain, 1e-5), norm, **close)
+        norm = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+        yield "rms_norm", torch.allclose(rms_norm(x, gain, 1e-5), gain * norm.to(dtype), **close)
         silu = torch.nn.functional.silu(x[..., :144]) * x[..., 144:]
         yield "silu_up", torch.allclose(silu_up(x), silu, **close)
         for table in (fp32, dtype):
@@ -455,6 +455,7 @@ def _checks(device, dtype, part):
         yield part, equal(codes[:M], cpu.token_codes(x, 4, clip, V)[0])
     else:  # products
         x, w = normal(M, 1280), integers(272, 1280, most=8, to=torch.int8).clamp(max=7)
+        x[3] = 0
         w_sum, w_zero, packed = w.sum(-1, dtype=torch.int32), w[:, 0].int(), kernels.pack_int4(w)
         (w_scale, bias), shift, y = normal(2, 272, to=fp32), normal(2, 272, to=fp32), normal(M, 272)
         codes, scale, zero = quantize_rows(x, state, d_m, d_u, 4, clip)
