@@ -115,7 +115,7 @@ def _read(raw: dict, table: dict) -> dict:
         elif value is REQUIRED:
             wrong.append(f"{key} is missing")
         elif value is not default and (not isinstance(value, (int, float) if kind is float else kind)
-                                         or isinstance(value, bool) != (kind is bool)):
+                                       or isinstance(value, bool) != (kind is bool)):
             wrong.append(f"{key} is {reprlib.repr(value)}, not {_NOUNS[kind]}")
     if other:
         raise Refused(f"config.json asks for what is not implemented here: {', '.join(other)}.")
