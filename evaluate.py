@@ -43,7 +43,7 @@ USES = {
               "stress": 1.0, "nelbo": False, "quick": False, "fresh": False},
     "figure": {"model": "tiny", "device": "auto", "out": Path("out/figures"), "stress": 1.0},
     "figure from tables": {"out": Path("out/figures")}}
-FIGURES, FROM_TABLES = ("1", "3", "4", "5", "6", "hero"), ("6", "hero")
+FIGURES, FROM_TABLES = ("1", "3", "4", "5", "6", "hero", "passes", "denoising"), ("6", "hero", "passes")
 
 # ---- watch ---------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,13 @@
     3     error of the hidden state along the denoising steps, with and without TAC (Fig. 3)
     4     outliers of the attention output's input, block by block, at the first step (Fig. 4)
     5     beyond the paper: energy that gates take away, per linear, for each way to choose the subspaces
-    6     beyond the paper: KL from 16 bit against bits for every method, from the published tables in `results/`
+    6     beyond the paper: KL from 16 bit by bits and method, from the published tables in `results/`
     hero  README's first picture: KL from 16 bit by method, plain and with outlier channels, from the same tables
+    passes     accuracy against passes of parallel decoding, one curve a method, from `results/passes.json`
+    denoising  16 bit, RTN and STaR-Quant write the answer to README's question, an SVG that moves
 
-A figure is written as PNG and SVG, with its numbers beside it as JSON, to the folder of --out (`out/figures`).
+A figure is written as PNG and SVG, with its numbers beside it as JSON, to the folder of --out (`out/figures`). A method
+has the same colour and mark in every figure. All are made for the width of README's page.
 """
 
 import json
@@ -24,6 +27,8 @@ from calibrate import quantize_model
 from calibration.segments import masked_copies
 from calibration.streams import run_block
 from checkpoint.families import FUSED
+from experiments import watch
+from experiments.animation import Panel, picture
 from experiments.tables import RESULTS, SETTINGS
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
@@ -48,17 +53,33 @@ class Look(NamedTuple):
     linestyle: str = "-"
 
 
-# how a method looks in every figure; a broken line is a variant of the method that has the colour to itself
-LOOKS = {"RTN": Look(GREY, "x"), "GPTQ": Look(GREY, "v", "--"),
+# how a method looks in every figure; a broken line and a hollow mark are a variant of the method of the same colour
+LOOKS = {"16-bit": Look(BLACK, "*"), "RTN": Look(GREY, "x"), "GPTQ": Look(GREY, "v", "--"),
          "AWQ": Look(PURPLE, "<"), "DLLMQuant+": Look(PURPLE, ">", "--"),
          "QuaRot": Look(BLUE, "^"), "QuaRot*": Look(BLUE, "^", "--"), "DLLMQuant++": Look(SKY, "p"),
          "FlatQuant": Look(ORANGE, "P"), "FreeAct": Look(ORANGE, "h", "--"),
          "STaR-Quant": Look(RED, "s"), "STaR-Quant, P dense": Look(RED, "d", "--"),
          "STaR-Quant without TAC": Look(RED, "o", ":"), "starquant+ (ours)": Look(GREEN, "D")}
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-         "legend.frameon": False, "svg.hashsalt": "starquant", "figure.constrained_layout.use": True}
+WIDTH = 8.4  # inches, which README shows on 838 pixels
+STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "starquant", "lines.markersize": 5,
+         "lines.linewidth": 1.2, "figure.constrained_layout.use": True}
 PROMPT, WRITTEN, PASSAGES = 40, 24, 48  # tokens given, tokens written one a step, english passages
 SEED = 20
+QUESTION, ANSWER = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?", "19"  # README's
+
+
+def style(label: str) -> dict:
+    """A method's look, and its label, as matplotlib takes them."""
+    look = LOOKS[label]
+    return {**look._asdict(), "markerfacecolor": look.color if look.linestyle == "-" else "none", "label": label}
+
+
+def plain_numbers(axis, subs=(1, 2, 5), form: str = "{x:g}"):
+    """Ticks of a logarithmic axis as numbers without powers."""
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(form)
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def denoising_states(model, prompts):
@@ -89,7 +110,7 @@ def figure_1(model):
     states = denoising_states(model, prompts_for(model))
     block, name = len(model.blocks) // 2, "qkv"
     rms, axes_at = {"masked": [], "unmasked": []}, [0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1]
-    figure, axes = plt.subplots(1, 5, figsize=(11, 2.4), width_ratios=[1, 1, 1, 1, 1.35])
+    figure, axes = plt.subplots(1, 5, figsize=(WIDTH, 2.6), width_ratios=[1, 1, 1, 1, 1.5])
     panels = dict(zip(axes_at, axes, strict=False))
     for step, ids in enumerate(states):
         x, masked = inputs_of(model, ids, (name,))[block][name], ids == model.mask_id
@@ -101,13 +122,16 @@ def figure_1(model):
                                   linewidth=1.2, label=label)
     limit = max(abs(v) for p in panels.values() for v in p.get_xlim())
     for step, panel in panels.items():
-        panel.set(title=f"step {step + 1} of {WRITTEN}", yscale="log", xlim=(-limit, limit), ylim=(1e-4, 3),
+        panel.set(title=f"step {step + 1} of {WRITTEN}", yscale="log", xlim=(-limit, limit), ylim=(1e-4, 20),
                   xlabel="activation")
+        panel.tick_params(labelleft=step == 0)
     axes[0].set_ylabel("density")
+    axes[0].legend(loc="upper left", fontsize=8, borderaxespad=0, handlelength=1)
     for (label, values), colour, marker in zip(rms.items(), (ORANGE, BLUE), "os", strict=True):
         axes[4].plot(range(1, WRITTEN + 1), values, color=colour, marker=marker, markersize=3, label=label)
-    axes[4].set(title="root mean square", xlabel="denoising step")
-    axes[4].legend(fontsize=7)
+    axes[4].set(title="root mean square", xlabel="denoising step",
+                ylim=(0, 1.15 * max(map(max, rms.values()))))
+    figure.suptitle(f"Input of q, k and v in block {block + 1} of {len(model.blocks)}", fontsize=10)
     return figure, {"block": block, "linear": name, "rms": rms}
 
 
@@ -137,15 +161,16 @@ def figure_3(model):
 
 
 def draw_3(numbers):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
     for axis, kind, title in zip(axes, ("same", "own"), ("on the 16-bit model's states", "on its own states"),
                                  strict=True):
         for label, values in numbers.items():
-            axis.plot(range(1, WRITTEN + 1), values[kind], **LOOKS[label]._asdict(), markersize=3, linewidth=1.2,
-                      label=label)
+            size = 7 if label == "STaR-Quant without TAC" else 3.5  # a ring around the marks that it would lie under
+            axis.plot(range(1, WRITTEN + 1), values[kind], **style(label), markersize=size)
         axis.set(title=title, xlabel="denoising step", yscale="log")
     axes[0].set_ylabel("relative MSE of the hidden state")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=(
+        "RTN and QuaRot have K, V and the softmax output in 4 bits, too; QuaRot* and the others in 16 bits"))
     return figure
 
 
@@ -161,9 +186,7 @@ def figure_4(model):
     for (label, heights), colour, marker in zip(numbers.items(), (GREY, SKY, BLUE, RED), "osv^", strict=True):
         axis.plot(blocks, heights, color=colour, marker=marker, label=label)
     axis.set(xlabel="block", ylabel="|input of the output projection|", yscale="log", xticks=list(blocks))
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    plain_numbers(axis.yaxis)
     figure.legend(loc="outside lower center", fontsize=8, ncols=4)
     return figure, numbers
 
@@ -194,16 +217,18 @@ def figure_5(model):
 
 
 def draw_5(numbers):
-    figure, axis = plt.subplots(figsize=(8, 2.8))
-    places = range(len(numbers["random"]))
-    for (label, shares), colour, marker in zip(numbers.items(), (GREY, RED, SKY, BLACK), "xosD", strict=True):
-        axis.plot(places, shares, color=colour, marker=marker, markersize=4, linewidth=1, label=label)
-    axis.axhline(1 / 32, color=BLACK, linewidth=0.8, linestyle=":")
-    axis.text(places[-1] + 0.2, 1 / 32, "1/32", va="center", fontsize=8)
-    axis.set(ylabel="energy gated away", yscale="log", xticks=list(places),
-             xticklabels=FUSED * (len(places) // len(FUSED)))
-    axis.tick_params(axis="x", rotation=90, labelsize=7)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure, axes = plt.subplots(1, len(FUSED), figsize=(WIDTH, 2.9), sharey=True)
+    looks = ("+", ":", BLACK, BLACK), ("s", "-", RED, RED), ("o", "--", BLACK, "none"), ("D", "-", BLACK, BLACK)
+    for i, (axis, name) in enumerate(zip(axes, FUSED, strict=True)):
+        for (label, shares), (marker, line, colour, inside) in zip(numbers.items(), looks, strict=True):
+            percent = [100 * share for share in shares[i :: len(FUSED)]]
+            axis.plot(range(1, len(percent) + 1), percent, color=colour, marker=marker, linestyle=line, label=label,
+                      markerfacecolor=inside)
+        axis.axhline(100 / 32, color=GREY, linewidth=0.8, zorder=0, label="1/32")
+        axis.set(title=f"input of {name}", xlabel="block", yscale="log", xticks=range(1, len(percent) + 1))
+    axes[0].set_ylabel("energy gated away")
+    plain_numbers(axes[0].yaxis, (1, 2, 3, 5), "{x:g} %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -225,15 +250,61 @@ def figure_6():
                 points.setdefault(method, {})[width] = row["kl"]
     if not points:
         raise Refused(f"{RESULTS} holds no table-1, table-5 or table-low-bit; run evaluate.py --table first.")
-    figure, axis = plt.subplots(figsize=(6, 3.2))
-    for method, values in points.items():
-        # NaN where nothing was measured: a line joins neighbours only
-        mean, low, high = zip(*(values.get(b, [float("nan")] * 3) for b in bits), strict=True)
-        axis.plot(mean, **LOOKS[method]._asdict(), markersize=4, linewidth=1.1, label=method)
-        axis.fill_between(range(len(bits)), low, high, color=LOOKS[method].color, alpha=0.15, linewidth=0)
-    axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="KL from 16 bit, nats/token", yscale="log")
-    axis.legend(fontsize=7, ncols=2)
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2))
+    for method in sorted(points, key=list(LOOKS).index):
+        axis.plot([], [], **style(method) | {"linestyle": "none"})
+    for place, width in enumerate(bits):
+        here = sorted((m for m in points if width in points[m]), key=lambda m: -points[m][width][0])
+        for i, method in enumerate(here):  # side by side, so that none hides another
+            mean, low, high = points[method][width]
+            axis.errorbar(place + (i + 0.5) / len(here) * 0.84 - 0.42, mean, [[mean - low], [high - mean]],
+                          **style(method) | {"linestyle": "none", "label": None}, elinewidth=1)
+        axis.axvspan(place - 0.5, place + 0.5, color=GREY, alpha=0.12 * (place % 2), linewidth=0)
+    axis.set(xticks=range(len(bits)), xticklabels=bits, xlim=(-0.5, len(bits) - 0.5), yscale="log",
+             ylabel="KL from 16 bit, nats/token")
+    axis.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure, points
+
+
+def figure_passes():
+    """Accuracy against passes per answer, one point a threshold τ and one curve a method, as `passes.json` has them."""
+    file = RESULTS / "passes.json"
+    if not file.exists():
+        raise Refused(f"{file} does not exist; it holds the passes that were measured.")
+    numbers = json.loads(file.read_text(encoding="utf-8"))
+    figure, axis = plt.subplots(figsize=(WIDTH, 4))
+    for label, curve in numbers["methods"].items():
+        axis.plot(curve["passes"], [100 * share for share in curve["accuracy"]], **style(label))
+    first = next(iter(numbers["methods"].values()))
+    for threshold, *place in zip(numbers["threshold"], first["passes"], first["accuracy"], strict=True):
+        axis.annotate(f"τ = {threshold:g}", (place[0], 100 * place[1]), (4, 6), textcoords="offset points", color=DIM,
+                      fontsize=8)
+    axis.set(xlabel="passes per answer (further left is faster)", ylabel="accuracy, %")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure, numbers
+
+
+@torch.no_grad()
+def figure_denoising(model):
+    """Three models answer README's question, one token a pass, quantized as `calibrate.py` does it at seed 0."""
+    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, 0)
+    writers = {"16 bit": model, **{f"{label}, W4A4": quantize_model(model, tokens, QuantConfig(method=method), region)
+                                   for label, method in (("RTN", "rtn"), ("STaR-Quant", "starquant"))}}
+    ids = watch.encode_prompt(model, QUESTION, chat=False).to(model.device)
+    panels, texts, reference = [], {}, None
+    for label, writer in writers.items():
+        steps = list(denoise(writer, ids, WRITTEN, WRITTEN))
+        answer = steps[-1].ids[0, ids.shape[1] :].tolist()
+        when = torch.stack([step.committed[0, ids.shape[1] :] for step in steps]).int().argmax(0).tolist()
+        reference = reference or answer
+        texts[label] = model.tokenizer.decode(answer)
+        right = texts[label].rpartition("#### ")[2].strip() == ANSWER
+        panels.append(Panel(label, ["".join(watch.visible(model.tokenizer.decode([token]))) for token in answer], when,
+                            [a != b for a, b in zip(answer, reference, strict=True)],
+                            "right" if right else f"wrong, it is {ANSWER}", right))
+    return picture(QUESTION, panels, WRITTEN), texts
+
 
 def figure_hero():
     """README's first picture: what W4A4 costs by method, plain and with outlier channels, by the published Table 1."""
@@ -259,9 +330,7 @@ def figure_hero():
     for label in axis.get_yticklabels():
         if label.get_text().startswith(("starquant+", "STaR-Quant")):
             label.set(color=LOOKS[label.get_text()].color, fontweight="bold")
-    axis.xaxis.set_major_locator(ticker.FixedLocator([2, 5, 10, 20, 50, 100, 200, 500]))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    plain_numbers(axis.xaxis)
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
     axis.grid(axis="y", visible=False)
@@ -275,9 +344,8 @@ def figure_hero():
     return figure, {"plain": plain, "stressed": stressed}
 
 
-
-
-FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "hero": figure_hero}
+FIGURES = {"1": figure_1, "3": figure_3, "4": figure_4, "5": figure_5, "6": figure_6, "hero": figure_hero,
+           "passes": figure_passes, "denoising": figure_denoising}
 
 
 def make(number: str, out: Path, model: str | None = None, c: float = 1.0, device: str = "auto") -> dict:
@@ -294,10 +362,13 @@ def make(number: str, out: Path, model: str | None = None, c: float = 1.0, devic
     with plt.rc_context(STYLE):
         figure, numbers = FIGURES[number](*given)
     name = "" if model in (None, "tiny") else f"-{Path(model).name}"
-    stem = ("hero" if number == "hero" else f"figure-{number}") + name + (f"-stress{c:g}" if c != 1 else "")
-    figure.savefig(out / f"{stem}.png", dpi=160)
-    figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
-    plt.close(figure)
+    stem = (f"figure-{number}" if number.isdigit() else number) + name + (f"-stress{c:g}" if c != 1 else "")
+    if isinstance(figure, str):  # it moves
+        (out / f"{stem}.svg").write_text(figure, encoding="utf-8")
+    else:
+        figure.savefig(out / f"{stem}.png", dpi=160)
+        figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
+        plt.close(figure)
     (out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    print(f"{out / stem}.png", file=sys.stderr)
+    print(f"{out / stem}.svg", file=sys.stderr)
     return {"out": str(out), "figure": stem}
