@@ -8,17 +8,18 @@ Where nothing moves, in print or because the reader asked for less motion, it is
 from html import escape
 from typing import NamedTuple
 
-WIDTH, LINE, COLUMN, SIZE = 838, 30, 12.6, 21  # of the picture, a line, a character, its font; pixels
+WIDTH, LINE, COLUMN, SIZE = 838, 36, 15.6, 26  # of the picture, a line, a character, its font; pixels
 PASS, PAUSE = 0.3, 4.0  # seconds of a pass, and between the last pass and the next beginning
 STYLE = """text{{font:{size}px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#e6edf3}}
 .s{{font:15px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}}.d{{fill:#8b949e}}.w{{fill:#ff7b72}}
-.r{{fill:#7ee787}}rect.b{{fill:#484f58;opacity:0}}.b,.t{{animation:{seconds:g}s step-end infinite}}
-@media(prefers-reduced-motion:reduce){{.b,.t{{animation:none!important}}}}"""
+.r{{fill:#7ee787}}.p{{fill:#9e6a03;transform-origin:16px 0;animation:p {seconds:g}s linear infinite}}
+.b,.t{{animation:{seconds:g}s step-end infinite}}rect.b{{fill:#484f58;opacity:0}}
+@media(prefers-reduced-motion:reduce){{.b,.t,.p{{animation:none!important}}}}"""
 
 
 class Panel(NamedTuple):
     title: str
-    tokens: list[str]  # the text of each token of the answer; "" of one that shows nothing
+    tokens: list[str]  # the text of each token of the answer
     when: list[int]  # the pass, from 0, that commits it
     wrong: list[bool]  # whether it is marked
     verdict: str
@@ -40,8 +41,7 @@ def placed(panel: Panel, columns: int):
     for text, number, wrong in zip(panel.tokens, panel.when, panel.wrong, strict=True):
         if column + len(text) > columns:
             column, row = 0, row + 1
-        if text:
-            yield text, number, wrong, column, row
+        yield text, number, wrong, column, row
         column += len(text)
         if text.endswith("⏎"):
             column, row = 0, row + 1
@@ -54,16 +54,20 @@ def picture(heading: str, panels: list[Panel], passes: int) -> str:
     laid = [list(placed(panel, int((wide - 24) // COLUMN))) for panel in panels]
     rows = 1 + max(row for tokens in laid for *_, row in tokens)
     high = 114 + rows * LINE
-    style = STYLE.format(size=SIZE, seconds=round_of(passes))
-    for n in sorted({number for tokens in laid for _, number, *_ in tokens} | {passes - 1}):
+    style = STYLE.format(size=SIZE, seconds=round_of(passes)) + (
+        f"\n@keyframes p{{0%{{transform:scaleX(0)}}{at(passes, passes)}{{transform:scaleX(1)}}}}")
+    for n in range(passes):
         done, shown = at(n, passes), at(n + 1, passes)  # committed, and no longer new
         style += (f"\n@keyframes b{n}{{0%{{opacity:1}}{done}{{opacity:1;fill:#9e6a03}}{shown}{{opacity:0}}}}"
                   f"@keyframes t{n}{{0%{{opacity:0}}{done}{{opacity:1}}}}.b{n}{{animation-name:b{n}}}"
                   f".t{n}{{animation-name:t{n}}}")
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{high + apart}" '
-           f'viewBox="0 0 {WIDTH} {high + apart}" role="img" aria-label="{escape(heading)}"><style>{style}</style>',
-           f'<rect width="{WIDTH}" height="{high + apart}" rx="8" fill="#0d1117"/>',
-           f'<text class="s" x="{apart}" y="29">{escape(heading)}</text>']
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{high + 36}" '
+           f'viewBox="0 0 {WIDTH} {high + 36}" role="img" aria-label="{escape(heading)}"><style>{style}</style>',
+           f'<rect width="{WIDTH}" height="{high + 36}" rx="8" fill="#0d1117"/>',
+           f'<rect class="p" x="{apart}" y="38" width="{WIDTH - 2 * apart}" height="2"/>',  # how far the passes are
+           f'<text class="s" x="{apart}" y="29">{escape(heading)}</text>',
+           f'<text class="s d" x="{apart}" y="{high + 24}">{passes} passes. Grey is still masked, amber was just '
+           f'committed. ⏎ ends a line, · the text.</text>']
     for i, (panel, tokens) in enumerate(zip(panels, laid, strict=True)):
         x = apart + i * (wide + apart)
         out.append(f'<rect x="{x:.1f}" y="44" width="{wide:.1f}" height="{high - 44}" rx="6" fill="#161b22"/>'
@@ -72,10 +76,10 @@ def picture(heading: str, panels: list[Panel], passes: int) -> str:
                    f'{escape(panel.verdict)}</text>')
         for text, number, wrong, column, row in tokens:
             left, top, long = x + 12 + column * COLUMN, 82 + row * LINE, len(text) * COLUMN
-            kind = "w" if wrong else "d" if text == "⏎" else ""
+            kind = "w" if wrong else "d" if text in "⏎·" else ""
             out.append(f'<rect class="b b{number}" x="{left + 1:.1f}" y="{top}" width="{long - 2:.1f}" '
                        f'height="{LINE - 4}" rx="3"/>')
             if text.strip():
-                out.append(f'<text class="t t{number} {kind}" x="{left:.1f}" y="{top + 20}" xml:space="preserve" '
+                out.append(f'<text class="t t{number} {kind}" x="{left:.1f}" y="{top + 24}" xml:space="preserve" '
                            f'textLength="{long:.1f}" lengthAdjust="spacingAndGlyphs">{escape(text)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"

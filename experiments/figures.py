@@ -292,18 +292,17 @@ def figure_denoising(model):
     writers = {"16 bit": model, **{f"{label}, W4A4": quantize_model(model, tokens, QuantConfig(method=method), region)
                                    for label, method in (("RTN", "rtn"), ("STaR-Quant", "starquant"))}}
     ids = watch.encode_prompt(model, QUESTION, chat=False).to(model.device)
-    panels, texts, reference = [], {}, None
+    panels, reference = [], None
     for label, writer in writers.items():
         steps = list(denoise(writer, ids, WRITTEN, WRITTEN))
         answer = steps[-1].ids[0, ids.shape[1] :].tolist()
         when = torch.stack([step.committed[0, ids.shape[1] :] for step in steps]).int().argmax(0).tolist()
         reference = reference or answer
-        texts[label] = model.tokenizer.decode(answer)
-        right = texts[label].rpartition("#### ")[2].strip() == ANSWER
-        panels.append(Panel(label, ["".join(watch.visible(model.tokenizer.decode([token]))) for token in answer], when,
-                            [a != b for a, b in zip(answer, reference, strict=True)],
+        shown = ["".join(watch.visible(model.tokenizer.decode([token]))) or "·" for token in answer]
+        right = model.tokenizer.decode(answer).rpartition("#### ")[2].strip() == ANSWER
+        panels.append(Panel(label, shown, when, [a != b for a, b in zip(answer, reference, strict=True)],
                             "right" if right else f"wrong, it is {ANSWER}", right))
-    return picture(QUESTION, panels, WRITTEN), texts
+    return picture(QUESTION, panels, WRITTEN), [panel._asdict() for panel in panels]
 
 
 def figure_hero():

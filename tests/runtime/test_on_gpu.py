@@ -82,7 +82,7 @@ def test_every_method_calibrates_and_its_checkpoint_is_the_model(tmp_path, metho
 
 def test_figures(tmp_path):
     for number in ("1", "4", "5"):
-        assert figures.main(["--only", number, "--device", DEVICE, "--out", str(tmp_path)]) == 0
+        figures.make(number, tmp_path, "tiny", device=DEVICE)
 
 
 def test_benchmark_with_peers(tmp_path):
