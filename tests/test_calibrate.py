@@ -333,7 +333,7 @@ class TestSpill:
 
     def test_a_folder_that_is_none_or_too_small_is_named(self, small_folder, tmp_path, monkeypatch, capsys):
         assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path / "none")) == 2
-        assert f"--spill {tmp_path / 'none'} is not a folder" in capsys.readouterr().err
+        assert f"--spill {tmp_path / 'none'} is no folder; make it first" in capsys.readouterr().err
         monkeypatch.setattr(preflight, "spilled_bytes", lambda *_: 10**17)
         assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path)) == 2
         assert "lower --segments or --length or choose another folder" in capsys.readouterr().err
