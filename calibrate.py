@@ -34,7 +34,7 @@ from calibration import closing, preflight
 from calibration.output import Output, default_folder, gates, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
-from checkpoint.families import FUSED
+from checkpoint.families import ALIASES, FUSED
 from checkpoint.folder import Checkpoint, hub_id, resolve
 from checkpoint.loading import check_tensors
 from methods import METHODS, QuantConfig, config_from, settings_help  # noqa: F401 (users import QuantConfig here)
@@ -217,39 +217,51 @@ def fit_attention(quantized, x_q, state, rope, config: Settings, generator) -> Q
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+EXAMPLES = """Quantize a masked-diffusion language model and judge the result.
+
+  python calibrate.py                                            the embedded model, by the paper's method
+  python calibrate.py --method starquant+                        ours: closer to 16 bit, no training
+  python calibrate.py --model llada-8b                           LLaDA-8B on one GPU, calibrated on WinoGrande
+  python calibrate.py --model FOLDER --data text.txt --abits 8   your own model and text
+  torchrun --nproc-per-node 4 calibrate.py --inputs fp           blocks shared by four processes"""
+
+
 def parse(argv):
-    parser = Parser("calibrate.py", description=__doc__.split("\n")[0], epilog=settings_help(),
+    parser = Parser("calibrate.py", description=EXAMPLES, epilog=settings_help(),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="tiny, llada-8b, llada-1.5, dream-7b, a hub id or a folder")
-    parser.add_argument("--method", default="starquant", help="starquant (the paper, the default), starquant+ (ours), "
-                        + ", ".join(m for m in METHODS if "starquant" not in m))
-    parser.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
-    parser.add_argument("--abits", type=int, default=4, help="activation bits (4)")
-    parser.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA; + is written -plus)")
-    again = parser.add_mutually_exclusive_group()
+    what, where = parser.add_argument_group("what is quantized, and how"), parser.add_argument_group("output")
+    what.add_argument("--model", default="tiny", help="tiny, " + ", ".join(ALIASES) + ", a hub id or a folder (tiny)")
+    what.add_argument("--method", default="starquant", help="starquant (the paper, the default), starquant+ (ours), "
+                      + ", ".join(m for m in METHODS if "starquant" not in m))
+    what.add_argument("--wbits", type=int, default=4, help="weight bits (4)")
+    what.add_argument("--abits", type=int, default=4, help="activation bits (4)")
+    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see below")
+    what.add_argument("--stress", type=float, default=1.0, metavar="C",
+                      help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
+    text = parser.add_argument_group("calibration text")
+    text.add_argument("--data", help="a .txt, .jsonl or .parquet file (winogrande, downloaded, as the paper; the "
+                      "embedded model has its own)")
+    text.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
+    text.add_argument("--length", type=int, help="tokens per segment (256; 64 for the embedded model)")
+    text.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
+                      "states of the model's own denoising (masked)")
+    text.add_argument("--seed", type=int, default=0, help="of segments, masks and everything drawn at random (0)")
+    where.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA; + is written -plus)")
+    again = where.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
-                        "write nothing (a model of the hub is downloaded)")
-    parser.add_argument("--stress", type=float, default=1.0, metavar="C",
-                        help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
-    parser.add_argument("--data", help="calibration text: a .txt, .jsonl or .parquet file (winogrande, downloaded, as "
-                        "the paper; the embedded model has its own)")
-    parser.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
-    parser.add_argument("--length", type=int, help="tokens per segment (256; 64 for the embedded model)")
-    parser.add_argument("--inputs", default="quantized", help="inputs of the next block: quantized, or fp, which lets "
-                        "torchrun share the blocks (quantized)")
-    parser.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
-                        "states of the model's own denoising (masked)")
-    parser.add_argument("--spill", type=Path, metavar="FOLDER", help="keep the calibration set's activations in files "
-                        "there, not in memory (same result; for many or long segments)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (24); for "
-                        "a model that does not know these, segments of the text that it was not calibrated on (16); "
-                        "0: no table")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see below")
+    where.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
+                       "write nothing (a model of the hub is downloaded)")
+    where.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (24); for "
+                       "a model that does not know these, segments of the text that it was not calibrated on (16); "
+                       "0: no table")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    machine.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
+    machine.add_argument("--inputs", default="quantized", help="inputs of the next block: quantized, or fp, which lets "
+                         "torchrun share the blocks (quantized)")
+    machine.add_argument("--spill", type=Path, metavar="FOLDER", help="keep the calibration set's activations in files "
+                         "there, not in memory (same result; for many or long segments)")
     args = parser.parse_args(argv)
     args.out = args.out or default_folder(args)
     return args
@@ -279,7 +291,7 @@ def calibrate(args) -> dict:
     out, start, n = open_output(args, source, key), time.time(), source.config.n_layers
     noisy = token_states(lambda: load_model(source.folder, device, dtype), tokens, region, outer.mask_id, config)
     noisy = noisy.to(device)
-    with tqdm(total=n * progress_steps(config), unit="step", file=sys.stderr, disable=processes.rank() > 0) as bar:
+    with processes.Bar(total=n * progress_steps(config), unit="step") as bar:
         stream = calibrate_blocks(outer, lambda: (load_block(source, i, device, dtype) for i in range(n)), noisy,
                                   config, lambda i: out.finished(i, device, dtype), partial(advance, bar),
                                   (processes.rank(), processes.world()), args.spill)
@@ -294,6 +306,7 @@ def calibrate(args) -> dict:
                            closing.table_of_text(args, source, config, texts, device, dtype))
         print(closing.described(args, result["table"]))
         out.write_card(result["table"])
+    print(closing.farewell(args, source, config, ours))
     return result
 
 

@@ -5,6 +5,7 @@ calibration text that it was not calibrated on. Then every model is read block b
 table takes the memory of one block, two embeddings and heads, and the activations of these segments.
 """
 
+import shlex
 from math import prod
 
 import torch
@@ -24,6 +25,7 @@ from tiny import metrics
 
 PROBLEMS, SEGMENTS = 24, 16  # unless --problems is given
 SEED = 1  # of problems, segments and masks
+QUESTION = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?"
 
 
 def named(config: Settings) -> str:
@@ -78,7 +80,7 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
 
 def described(args, rows: list[dict]) -> str:
     """The table as it is printed, or a sentence in its place."""
-    judge = f"python evaluate.py --model {args.out} --against {args.model} --data FILE"
+    judge = f"python evaluate.py --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
     if not rows:
         return (f"There is no closing table: the text has fewer than two segments of {args.length} tokens beside those "
                 f"that it was calibrated on. Judge the model on another text: {judge}")
@@ -86,3 +88,17 @@ def described(args, rows: list[dict]) -> str:
         return metrics.table(rows)
     return (f"On {rows[0]['segments']} segments of {args.length} tokens from the same text, not calibrated on "
             f"(± half a 95 % interval; more: {judge}):\n\n{metrics.table(rows)}")
+
+
+def farewell(args, source: Checkpoint, config: Settings, ours: bool) -> str:
+    """What was written, its size beside 16 bit, and what to do next."""
+    written = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
+    full = 2 * sum(map(prod, source.shapes.values()))
+    unit, name = (1e9, "GB") if full > 1e9 else (1e6, "MB")
+    out, model = shlex.quote(str(args.out)), shlex.quote(args.model)
+    lines = [f"\nWrote {args.out}: {written / unit:.2f} {name}, {full / unit:.2f} {name} in 16 bit.",
+             f"Next: python evaluate.py --model {model} --against {out} " + (
+                 f'--prompt "{QUESTION}"' if ours else "--data FILE")]
+    if config.method != "starquant+":
+        lines.append("Where quality counts, try --method starquant+: closer to 16 bit in our tables, without training.")
+    return "\n".join(lines)

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.tokenizer import chat_prompt
@@ -186,8 +185,7 @@ class HarnessLM(LM):
         todo = [b for b in mine if any(keys[i] not in known for i in b)]
         new, start = {}, time.time()
         total = sum(map(len, mine))
-        with tqdm(total=total, initial=total - sum(map(len, todo)), desc=kind, unit="request", file=sys.stderr,
-                  disable=processes.rank() > 0) as bar:
+        with processes.Bar(total=total, initial=total - sum(map(len, todo)), desc=kind, unit="request") as bar:
             for batch in todo:
                 answers = dict(zip([keys[i] for i in batch], compute([args[i] for i in batch]), strict=True))
                 self._store(answers)

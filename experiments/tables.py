@@ -36,13 +36,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from calibrate import QuantConfig, quantize_model
 from checkpoint.folder import SINGLE, Checkpoint, resolve, sha256
@@ -326,7 +324,7 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
 
     mine = todo[processes.rank() :: processes.world()]  # under torchrun every process measures its share
     commit = current_commit()
-    for _, setting, seed in tqdm(mine, desc=f"table {number}", unit="cell", file=sys.stderr):
+    for _, setting, seed in processes.Bar(mine, desc=f"table {number}", unit="cell", disable=False):
         for threshold in kinds:
             key = run.key(setting, seed, threshold)
             if finished(key) is None:

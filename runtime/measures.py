@@ -7,16 +7,14 @@ Memory: the head runs at masked tokens alone, a few at a time. What a model pred
 states that enter it. So two models need not be in memory together, and a model may be read block by block.
 """
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from runtime import sampling
-from runtime.processes import ROWS, batches
+from runtime.processes import ROWS, Bar, batches
 
 SCORES = 2**25  # logits at once, of which KL holds some copies: 128 MiB each in fp32
 TOKENS = 2**13  # in a forward pass at once, unless one sequence has more
@@ -24,8 +22,7 @@ TOKENS = 2**13  # in a forward pass at once, unless one sequence has more
 
 def progress_bar(total: int, what: str):
     """A bar of the time left, moved by parts of `total`, whose sum may exceed it by what floating point rounds."""
-    return tqdm(total=total + 1e-6, desc=what, file=sys.stderr, leave=False,
-                bar_format="{l_bar}{bar}| [{elapsed}<{remaining}]")
+    return Bar(total=total + 1e-6, desc=what, leave=False, bar_format="{l_bar}{bar}| [{elapsed}<{remaining}]")
 
 
 def at_once(length: int) -> int:

@@ -12,9 +12,11 @@ Several processes
 import argparse
 import atexit
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,9 +102,42 @@ def gather(value) -> list:
     return values
 
 
+class Bar(tqdm):
+    """tqdm's bar on standard error, of the first process alone; a line every 30 s where that is no terminal.
+
+    Such a line is plain text without control characters, so that a log stays short and readable.
+    """
+
+    SECONDS = 30
+
+    def __init__(self, *args, **options):
+        self.due = time.monotonic() + self.SECONDS
+        super().__init__(*args, **{"file": sys.stderr, "disable": rank() > 0} | options)
+
+    def display(self, *args, **options):
+        if self.fp.isatty():
+            return super().display(*args, **options)
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + self.SECONDS
+            print(self, file=sys.stderr, flush=True)
+        return True
+
+    def clear(self, *args, **options):
+        if self.fp.isatty():
+            super().clear(*args, **options)
+
+    def close(self):
+        if self.disable or self.fp.isatty():
+            return super().close()
+        self.due = 0 if self.leave else math.inf
+        self.display()
+        self.disable = True
+        self._decr_instances(self)
+
+
 def watched(items, what: str):
-    """The items; the first process shows a progress bar once they take more than two seconds."""
-    return tqdm(items, desc=what, delay=2, leave=False, disable=rank() > 0)
+    """The items; a bar shows how far they are once they take more than two seconds."""
+    return Bar(items, desc=what, delay=2, leave=False)
 
 
 def first(function):
