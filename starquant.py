@@ -88,13 +88,11 @@ def quant_params(x, bits: int, symmetric: bool = False):
 def fake_quantize(x, bits: int, symmetric: bool = False):
     """Q(x), Eqs. 2-4 per row: quantize and dequantize, in fp32 or wider; differentiable (also through s and z)."""
     y = x if x.dtype == torch.float64 else x.float()
-    if y.requires_grad and torch.is_grad_enabled():
-        y = FakeQuantize.apply(y, bits, symmetric)
-    else:
-        scale, zero_point = quant_params(y, bits, symmetric)
-        y = dequantize(quantize(y, scale, zero_point, bits), scale, zero_point)
     largest = torch.finfo(x.dtype).max  # the grid may end half a step above it
-    return y.clamp(-largest, largest).to(x.dtype)
+    if y.requires_grad and torch.is_grad_enabled():
+        return FakeQuantize.apply(y, bits, symmetric, largest).to(x.dtype)
+    scale, zero_point = quant_params(y, bits, symmetric)
+    return dequantize(quantize(y, scale, zero_point, bits), scale, zero_point).clamp(-largest, largest).to(x.dtype)
 
 
 def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
@@ -191,7 +189,7 @@ def sgat_linear(x, state, P, weight, d_m: int, d_u: int, abits: int | None = 4, 
 def reconstruction_loss(y, y_hat):
     """Eq. 14: mean over tokens of the squared error (an expectation over the denoising steps that y samples)."""
     # L = E_t ‖Y − Ŷ‖_F²
-    return (y - y_hat).square().sum(-1).mean()
+    return torch.nn.functional.mse_loss(y_hat, y, reduction="sum") / y[..., 0].numel()
 
 
 def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None,
@@ -302,39 +300,41 @@ def shrink_to_identity(M, alpha: float):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Eqs. 2-4 with their gradient written out (tested equal): it keeps one mask and one copy instead of a dozen."""
+    """Eqs. 2-4 with their gradient written out (tested equal); masks are 0 and 1 in x's dtype, faster than bool."""
 
     @staticmethod
-    def forward(ctx, x, bits, symmetric):
+    def forward(ctx, x, bits, symmetric, largest):
         scale, zero_point = quant_params(x, bits, symmetric)
-        rounded = (x / scale).round_().add_(zero_point)
-        codes = rounded.clamp(0, 2**bits - 1)
-        inside = codes == rounded
-        x_hat = codes.sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, x_hat, inside, scale)
+        rounded, top = (x / scale).round_(), 2**bits - 1 - zero_point
+        # no code is below 0, since s and z are those of the row; one may be above 2ᵇ − 1, unless symmetric
+        inside = None if symmetric else torch.le(rounded, top, out=torch.empty_like(x))
+        # X̂ = s (X_int − z),  X_int − z = min(⌊X/s⌉, 2ᵇ − 1 − z)
+        x_hat = torch.minimum(rounded, top, out=rounded).mul_(scale).clamp_(-largest, largest)
+        ctx.save_for_backward(x, x_hat, scale, inside)
         ctx.bits, ctx.symmetric = bits, symmetric
         return x_hat
 
     @staticmethod
     def backward(ctx, grad):
-        def add_at(out, where, amount):  # each row's amount, shared equally among the entries at `where`
-            return torch.where(where, out + amount / where.sum(-1, keepdim=True).clamp_min(1), out)
+        def share(x, end):  # of each entry of a row in what is due to the entries that equal its end
+            where = torch.eq(x, end, out=torch.empty_like(x))
+            return where.div_(where.sum(-1, keepdim=True).clamp_min_(1))
 
-        x, x_hat, inside, scale = ctx.saved_tensors
+        x, x_hat, scale, inside = ctx.saved_tensors
         # through the rounding: ∂X̂/∂X = [inside]
-        out = grad * inside
+        out = grad if ctx.symmetric else grad * inside
         # ∂X̂/∂s = (X_int − z) − [inside] X/s, nothing where s is held at its least value
         d_scale = ((grad * x_hat).sum(-1, keepdim=True) - (out * x).sum(-1, keepdim=True)) / scale
         d_scale = d_scale * (scale > torch.finfo(torch.float32).tiny)
         if ctx.symmetric:
             # s = max|X| / (2^(b−1) − 1)
-            largest = x.abs() == x.abs().amax(-1, keepdim=True)
-            return add_at(out, largest, x.sign() * d_scale / (2 ** (ctx.bits - 1) - 1)), None, None
+            at_max = share(x.abs(), x.abs().amax(-1, keepdim=True)).mul_(x.sign())
+            return torch.addcmul(out, at_max, d_scale / (2 ** (ctx.bits - 1) - 1)), None, None, None
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         # z = −X_min / s,  ∂X̂/∂z = s ([inside] − 1), here divided by s, as s² may be 0;  s = (X_max − X_min) / (2ᵇ − 1)
         d_zero = out.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True)
-        share = (d_scale + d_zero * (low / scale)) / (2**ctx.bits - 1)
-        return add_at(add_at(out, x == low, -share - d_zero), x == high, share), None, None
+        d_high = (d_scale + d_zero * (low / scale)) / (2**ctx.bits - 1)
+        return out.addcmul_(share(x, low), -d_high - d_zero).addcmul_(share(x, high), d_high), None, None, None
 
 
 # ---- Factors of P ----------------------------------------------------------------------------------------------------
@@ -390,9 +390,10 @@ class Kronecker(Factor, namedtuple("Kronecker", "P1 P2")):
     """P = P1 ⊗ P2, P1 (n1, n1) and P2 (n2, n2): two small products, d (n1 + n2) multiplications."""
 
     def apply(self, x):
-        x = rearrange(x, "... (i j) -> ... i j", i=len(self.P1))  # (..., n1, n2)
+        mat = rearrange(x, "... (i j) -> i (...) j", i=len(self.P1))  # (n1, N, n2): both products are plain ones
         # x (P1 ⊗ P2) = P1ᵀ · mat(x) · P2
-        return (self.P1.mT @ (x @ self.P2)).flatten(-2)
+        mat = (self.P1.mT @ mat.flatten(1)).view(mat.shape) @ self.P2
+        return rearrange(mat, "i n j -> n (i j)").view(x.shape)
 
     def dense(self):
         return torch.kron(self.P1.contiguous(), self.P2.contiguous())
