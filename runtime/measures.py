@@ -149,15 +149,17 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
+def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
+              level: float = 0.95) -> tuple[float, float, float]:
     """Mean and percentile interval of the mean: (mean, low, high). values (n,) over examples, or (S, n) over S
-    calibration seeds and, within each that is drawn, its examples; a paired difference alike."""
+    calibration seeds and, within each that is drawn, its examples; a paired difference alike. Several values are drawn
+    together, and `of` computes what is wanted from their means."""
     g = torch.Generator().manual_seed(seed)
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if values.ndim == 1:
-        values = values[None]
-    S, n = values.shape
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])  # (k, n) or (k, S, n)
+    values = values[:, None] if values.ndim == 2 else values
+    _, S, n = values.shape
     seeds = torch.randint(S, (draws, S, 1), generator=g) if S > 1 else torch.zeros(draws, 1, 1, dtype=torch.long)
-    means = values[seeds, torch.randint(n, (draws, S, n), generator=g)].mean((-1, -2))
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return float(values.mean()), float(low), float(high)
+    examples = torch.randint(n, (draws, S, n), generator=g)
+    drawn = of(*(v[seeds, examples].mean((-1, -2)) for v in values))
+    low, high = torch.quantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return float(of(*values.mean((-1, -2)))), float(low), float(high)
