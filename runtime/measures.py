@@ -161,5 +161,6 @@ def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
     seeds = torch.randint(S, (draws, S, 1), generator=g) if S > 1 else torch.zeros(draws, 1, 1, dtype=torch.long)
     examples = torch.randint(n, (draws, S, n), generator=g)
     drawn = of(*(v[seeds, examples].mean((-1, -2)) for v in values))
-    low, high = torch.quantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    # a draw whose ratio is 0/0 says nothing
+    low, high = torch.nanquantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(of(*values.mean((-1, -2)))), float(low), float(high)

@@ -119,6 +119,49 @@ class TestRows:
         assert lines[2].startswith("| 16-bit |  |  |  |  | 50.0 ± 50.0 |")
 
 
+class TestParallel:
+    def values(self, right, passes):
+        return {f"{task}{what} at 0.9": torch.tensor([v], dtype=torch.float64)
+                for task in metrics.GENERATION for what, v in (("", right), ("_passes", passes))}
+
+    def test_right_answers_per_pass_are_a_share_of_16_bit(self):
+        base, slow = self.values([1.0, 1.0], [2.0, 2.0]), self.values([1.0, 0.0], [4.0, 4.0])
+        found = tables.in_parallel(slow, base)
+        assert found["accuracy at 0.9"][0] == 0.5
+        assert found["passes at 0.9"] == (4, 4, 4)
+        assert found["per pass at 0.9"][0] == 0.25  # half of the answers in twice the passes
+        assert tables.in_parallel(base, base)["per pass at 0.9"] == (1, 1, 1)
+
+    def test_passes_are_cells_of_their_own_and_a_curve(self, results, monkeypatch):
+        monkeypatch.setitem(tables.TABLES, "passes", [tables.Row("RTN", tables.RTN, None)])
+        monkeypatch.setitem(tables.THRESHOLDS, "passes", (0.5, 1.1))
+        run = tables.Run("tiny", 1.0, 2, False, "cpu", segments=8)
+        record = tables.make("passes", run, 1, out=results)
+        assert [r["passes at 1.1"] for r in record["rows"]] == [(24, 24, 24)] * 2
+        assert record["rows"][1]["passes at 0.5"][0] < 24
+        curves = json.loads((results / "passes.json").read_text())
+        assert curves["threshold"] == [0.5, 1.1]
+        assert curves["methods"]["RTN"]["passes"] == [r["passes at 0.5"][0] for r in record["rows"][1:]] + [24]
+        cells = [json.loads(line) for line in (results / "cells.jsonl").read_text().splitlines()]
+        assert [c["threshold"] for c in cells] == [0.5, 1.1] * 2
+        assert all("nelbo" not in c for c in cells)
+        text = (results / "table-passes-1x2.md").read_text()
+        assert text.splitlines()[2].endswith("| 100.0 ± 0.0 |")
+        with pytest.raises(Refused, match="no likelihoods"):
+            tables.make("passes", replace(run, nelbo=True), 1, out=results)
+
+    def test_calibration_text_is_what_the_row_says(self):
+        run = tables.Run("tiny", 1.0, 2, True, "cpu", segments=8)
+        ids, region = run.calibration_set({"text": "random", "segments": 5}, 1)
+        assert ids.shape == region.shape == (5, 64)
+        assert region.all()
+        assert int(ids.max()) < run.model().mask_id
+        english, _ = run.calibration_set({"text": "english"}, 1)
+        own, region = run.calibration_set({}, 1)
+        assert english.shape == own.shape == (8, 64)
+        assert not region.all()  # prompts are not masked
+
+
 class TestSettings:
     @pytest.mark.parametrize("number", tables.TABLES)
     def test_every_setting_is_valid_and_differs_from_the_others(self, number):

@@ -129,3 +129,11 @@ class TestBootstrap:
 
     def test_constant(self):
         assert bootstrap(torch.full((7,), 2.0)) == (2.0, 2.0, 2.0)
+
+    def test_a_ratio_of_values_that_are_drawn_together(self):
+        top, bottom = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[2.0, 4.0], [6.0, 12.0]])
+        assert bootstrap(top, bottom, of=lambda a, b: a / b) == (0.5, 0.5, 0.5)  # in every draw, though both vary
+        mean, low, high = bootstrap(top, top.flip(-1), of=lambda a, b: a / b)
+        assert mean == 1.0
+        assert low < 0.9
+        assert high > 1.1
