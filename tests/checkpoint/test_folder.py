@@ -4,24 +4,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_RDWR
 from threading import Thread
 
 import pytest
 
 from checkpoint import folder as folder_module
-from checkpoint.folder import INDEX, sha256
+from checkpoint.folder import INDEX, resolve, sha256
 from runtime.processes import Refused
 
-ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(small_folder, tmp_path):
+def hub(small_folder, tmp_path, monkeypatch):
     """(server, folder it serves as someone/small): two shards, and a pickle that nobody may ask for."""
     from safetensors.torch import load_file, save_file
 
@@ -49,8 +47,7 @@ def hub(small_folder, tmp_path):
             if self.command == "GET":
                 self.wfile.write(body[:cut])
                 if cut is not None:  # the line goes dead in the middle
-                    self.wfile.flush()
-                    self.connection.close()
+                    self.connection.shutdown(SHUT_RDWR)
 
         def do_GET(self):
             server.asked.append((self.command, self.path))
@@ -78,63 +75,56 @@ def hub(small_folder, tmp_path):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.broken, server.cut = [], set(), []
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"ENDPOINT": url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False,
+                        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+                        "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder_module.offline.cache_clear()
     yield server, served
+    folder_module.offline.cache_clear()
     server.shutdown()
     server.server_close()
-
-
-def resolve(server, home, name="someone/small"):
-    """`folder.resolve` in a process of its own, whose hub is the server: (exit code, its last line)."""
-    program = ("import sys\nfrom checkpoint import folder\ntry:\n    print(folder.resolve(sys.argv[1]))\n"
-               "except folder.Refused as error:\n    sys.exit(f'said: {error}')\n")
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
-                        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
-                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", program, name], cwd=ROOT, env=env, capture_output=True, text=True,
-                          check=False, timeout=120)
-    return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
 
 
 def downloads(server, file):
     return [path for command, path in server.asked if command == "GET" and path.endswith(f"/{file}")]
 
 
-def test_a_model_arrives_whole_though_the_line_breaks(hub, tmp_path):
+def test_a_model_arrives_whole_though_the_line_breaks(hub):
     server, served = hub
     broken = max(p.name for p in served.glob("*.safetensors"))
     server.cut.append(broken)
-    code, folder = resolve(server, tmp_path / "home")
-    assert code == 0, folder
+    folder = resolve("someone/small")
     for path in served.iterdir():
         if path.suffix != ".bin":
-            assert sha256(Path(folder) / path.name) == sha256(path)
+            assert sha256(folder / path.name) == sha256(path)
     assert len(downloads(server, broken)) == 2
     # pickled weights are not even asked for
-    assert not (Path(folder) / "pytorch_model.bin").exists()
+    assert not (folder / "pytorch_model.bin").exists()
     assert not downloads(server, "pytorch_model.bin")
 
 
-def test_an_interrupted_download_keeps_what_it_has(hub, tmp_path):
+def test_an_interrupted_download_keeps_what_it_has(hub):
     server, served = hub
     first, second = sorted(p.name for p in served.glob("*.safetensors"))
     server.broken.add(second)
-    code, said = resolve(server, tmp_path / "home")
-    assert code == 1
-    assert said.startswith("said: there is no folder someone/small here, and someone/small could not be downloaded (")
-    assert "give the folder instead" in said
+    said = r"^there is no folder someone/small here, and someone/small could not be downloaded \(.* the folder instead"
+    with pytest.raises(Refused, match=said):
+        resolve("someone/small")
     assert len(downloads(server, first)) == 1
     server.broken.clear()
-    code, folder = resolve(server, tmp_path / "home")
-    assert code == 0, folder
+    folder = resolve("someone/small")
     assert len(downloads(server, first)) == 1
-    assert sha256(Path(folder) / second) == sha256(served / second)
+    assert sha256(folder / second) == sha256(served / second)
 
 
-def test_a_model_that_does_not_exist_is_one_sentence(hub, tmp_path):
-    code, said = resolve(hub[0], tmp_path / "home", "someone/else")
-    assert code == 1
-    assert "there is no folder someone/else here, and someone/else could not be downloaded (RepositoryNotF" in said
+@pytest.mark.usefixtures("hub")
+def test_a_model_that_does_not_exist_is_one_sentence():
+    with pytest.raises(Refused, match=r"^there is no folder .* someone/else could not be downloaded \(RepositoryNotF"):
+        resolve("someone/else")
 
 
 def test_the_hub_is_asked_once_whether_it_is_there(hub, monkeypatch):
