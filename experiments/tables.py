@@ -165,9 +165,20 @@ TABLES = {
     "low-bit": list(low_bit_rows()),
     "data": list(data_rows()),
     "passes": [SETTINGS[label]._replace(against=None)
-               for label in ("RTN", "QuaRot", "STaR-Quant", "starquant+ (ours)")]}
+               for label in ("RTN", "QuaRot", "STaR-Quant", "starquant+ (ours)")],
+    "state": [
+        Row("RTN", RTN),
+        Row("TAC only", {"transform": "none"}),
+        Row("SGAT + TAC (STaR-Quant)", {}, None),
+        Row("SGAT only", NO_TAC),
+        Row("SGAT only, its gates switched off", NO_TAC | GATES_OFF),
+        Row("SGAT + TAC, no gates", NO_GATES, "SGAT + TAC (STaR-Quant)"),
+        Row("starquant+ (ours)", PLUS, None),
+        Row("starquant+, one mean for both states", PLUS | {"centre": "joint"}),
+        Row("starquant+, no centring", PLUS | {"centre": "none"}, "starquant+ (ours)")]}
+DECODING = ("passes", "state")  # tables of decoding alone, without likelihoods
 # confidence thresholds at which a table decodes
-THRESHOLDS = {"1": (0.9,), "passes": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)}
+THRESHOLDS = {"1": (0.9,), "state": (0.9,), "passes": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)}
 
 # ---- the cells -----------------------------------------------------------------------------------------------------
 
@@ -308,7 +319,7 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     """Measure what is missing of one table (fresh: all of it) and write it to the folder `out` as .json and .md."""
     run.check()
     # what is measured of a setting: likelihoods and tasks (None), and decoding by each threshold
-    kinds = [None] * (number != "passes") + [*THRESHOLDS.get(number, ())] * (quick or not run.nelbo)
+    kinds = [None] * (number not in DECODING) + [*THRESHOLDS.get(number, ())] * (quick or not run.nelbo)
     if not kinds:
         raise Refused(f"table {number} has no likelihoods; leave --nelbo out.")
     out.mkdir(parents=True, exist_ok=True)
@@ -362,8 +373,8 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
 
 
 def curves(record: dict) -> dict:
-    """Passes an answer and accuracy of every row by threshold, for a figure."""
-    thresholds = record["thresholds"]
+    """Passes an answer and accuracy of every row by threshold, for a figure; at τ = 1 it is a token a pass, far off."""
+    thresholds = [t for t in record["thresholds"] if t < 1]
     methods = {row["setting"]: {k: [row[at(k, t)][0] for t in thresholds] for k in ("passes", "accuracy")}
                for row in record["rows"]}
     return {"command": record["command"], "threshold": thresholds, "methods": methods}
@@ -400,31 +411,33 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
         # levels are uncertain by their problems, of which seeds bring more; what is counted from 16 bit by seeds, too
         row = {"setting": label, **{k: metrics.bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()}}
         row |= in_parallel(values, base)
+        out.append(row)
+        if label == "16-bit":
+            continue
         if "kl" in values:
-            penalty = values["nelbo"] - base["nelbo"]
-            row["penalty"] = metrics.bootstrap(penalty)
+            row["penalty"] = metrics.bootstrap(values["nelbo"] - base["nelbo"])
             row["kl_by_seed"] = values["kl"].mean(-1).tolist()
             rtn = values["kl"] if "RTN" in label else rtn  # of the same bits: it comes first of them
             if rtn is not None:
                 # share of RTN's divergence that is gone
                 row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())
-            other = (reference or {}).get(label, above)
-            if other in measured:
-                compared = [k for k in ("kl", "nelbo", *metrics.TASKS) if k in values]
-                differences = {k: values[k] - measured[other][k] for k in compared}
-                row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()}}
+        other = (reference or {}).get(label, above)
+        if other in measured:
+            differences = {k: values[k] - measured[other][k] for k in ("kl", "nelbo", *metrics.TASKS) if k in values}
+            row["against"] = {"setting": other, **{k: metrics.bootstrap(d) for k, d in differences.items()},
+                              **{k: v for k, v in in_parallel(values, measured[other]).items() if "per pass" in k}}
+            if "kl" in values:
                 row["against"]["significant"] = significant(row["against"]["kl"], differences["kl"])
-            measured[label], above = values, label
-            if set(metrics.TASKS) <= values.keys():
-                # every task has as many problems: the mean over problems is the mean of the tasks
-                row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in metrics.TASKS], -1))
-        out.append(row)
+        measured[label], above = values, label
+        if set(metrics.TASKS) <= values.keys():
+            # every task has as many problems: the mean over problems is the mean of the tasks
+            row["mean"] = metrics.bootstrap(torch.cat([values[k] - base[k] for k in metrics.TASKS], -1))
     return out
 
 
 def in_parallel(values: dict, base: dict) -> dict:
     """Of `math` and `code` together, by threshold: accuracy, passes an answer, and right answers per pass as a share of
-    16 bit's. A value is (S, n), the result (mean, low, high)."""
+    those of `base` (16 bit or another row). A value is (S, n), the result (mean, low, high)."""
     found = {}
     for threshold in (k.removeprefix("math_passes at ") for k in values if k.startswith("math_passes at ")):
         right, passes, right_16, passes_16 = (
@@ -453,44 +466,53 @@ def interval(triple, scale: float = 100, digits: int = 1, sign: str = "") -> str
     return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
 
 
-def columns(record: dict) -> dict:
-    """{heading: (measure, scale, digits, sign)} of what a table shows with an interval."""
-    one = len(record["thresholds"]) == 1
-    shown = {"KL from 16 bit, 10⁻³ nats/token": ("kl", 1000, 1, ""), "NELBO penalty": ("penalty", 1000, 1, ""),
-             **{f"{task} %": (task, 100, 1, "") for task in metrics.TASKS},
-             "mean of the tasks, points from 16 bit": ("mean", 100, 1, "+"), "same tokens %": ("tokens", 100, 1, "")}
+def columns(record: dict) -> list:
+    """What a table shows of a row: [(heading, text of (row, setting of the row above)), ...]."""
+    last, out, one = record["rows"][-1], [], len(record["thresholds"]) == 1
+
+    def add(heading, measure, *how):
+        if measure in last:
+            out.append((heading, lambda row, _: interval(row[measure], *how) if measure in row else ""))
+
+    def compare(heading, measure, scale, zero=0):
+        out.append((heading, lambda row, above: against(row, above, measure, scale, zero)))
+
+    add("KL from 16 bit, 10⁻³ nats/token", "kl", 1000)
+    if "kl" in last:
+        compare("against the row above (or the one named)", "kl", 1000)
+        out.append(("recovered %", lambda row, _: f"{100 * row['recovered']:.1f}" if "recovered" in row else ""))
+    add("NELBO penalty", "penalty", 1000)
+    for task in metrics.TASKS:
+        add(f"{task} %", task)
+    add("mean of the tasks, points from 16 bit", "mean", 100, 1, "+")
+    add("same tokens %", "tokens")
     for t in record["thresholds"]:
         for task in metrics.GENERATION if one else ():
-            shown[f"{task} %, τ = {t:g}"] = at(task, t), 100, 1, ""
-            shown[f"{task} passes, τ = {t:g}"] = at(f"{task}_passes", t), 1, 2, ""
+            add(f"{task} %, τ = {t:g}", at(task, t))
+            add(f"{task} passes, τ = {t:g}", at(f"{task}_passes", t), 1, 2)
         if not one:
-            shown[f"accuracy %, τ = {t:g}"] = at("accuracy", t), 100, 1, ""
-            shown[f"passes, τ = {t:g}"] = at("passes", t), 1, 2, ""
-        shown[f"right answers per pass, % of 16 bit, τ = {t:g}"] = at("per pass", t), 100, 1, ""
-    return {heading: how for heading, how in shown.items() if how[0] in record["rows"][-1]}
+            add(f"accuracy %, τ = {t:g}", at("accuracy", t))
+            add(f"passes, τ = {t:g}", at("passes", t), 1, 2)
+        add(f"right answers per pass, % of 16 bit, τ = {t:g}", at("per pass", t))
+        if one and "kl" not in last:
+            compare("against the row above (or the one named) in %", at("per pass", t), 100, 1)
+    return out
 
 
-def against(row: dict, above: str) -> str:
-    """The difference in KL from another row, which is named unless it is the row `above`."""
-    if "against" not in row:
+def against(row: dict, above: str, measure: str, scale: float, zero: float) -> str:
+    """How a measure differs from that of another row, which is named unless it is the row `above`."""
+    other = row.get("against", {})
+    if measure not in other:
         return ""
-    mean, low, high = (1000 * v for v in row["against"]["kl"])
-    named = "" if row["against"]["setting"] == above else f" {row['against']['setting']}"
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" + " *" * row["against"]["significant"] + named
+    difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(scale * (value - zero) for value in other[measure]))
+    return difference + " *" * other.get("significant", False) + f" {other['setting']}" * (other["setting"] != above)
 
 
 def markdown(record: dict) -> str:
     shown, rows = columns(record), record["rows"]
-    heads, lines = ["setting", *shown], []
+    lines = [f"| {' | '.join(['setting', *(heading for heading, _ in shown)])} |", "|" + "---|" * (1 + len(shown))]
     for above, row in zip([{"setting": ""}, *rows], rows, strict=False):
-        cells = [row["setting"], *(interval(row[k], *how) if k in row else "" for k, *how in shown.values())]
-        if "kl" in rows[-1]:
-            recovered = f"{100 * row['recovered']:.1f}" if "recovered" in row else ""
-            cells[2:2] = [against(row, above["setting"]), recovered]
-        lines.append(f"| {' | '.join(cells)} |")
-    if "kl" in rows[-1]:
-        heads[2:2] = ["against the row above (or the one named)", "recovered %"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *lines]
+        lines.append(f"| {' | '.join([row['setting'], *(text(row, above['setting']) for _, text in shown)])} |")
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task and "
             f"{record['sequences']} sequences of each kind for each; ± half a 95 % bootstrap interval over seeds and "
             f"their examples (of a task: over its problems), differences with theirs, * where it is clear of 0 and all "
