@@ -160,10 +160,11 @@ def transform(x, P, gate):
     return apply_basis(x, P) * gate
 
 
-def fold_weight(weight, P):
-    """Eqs. 12/23 before Q_w, in our row layout: (P_e Wᵀ)ᵀ = W P_eᵀ, (C, d). P_e = Pᵀ if orthogonal, else P⁻¹."""
+def fold_weight(weight, P, orthogonal: bool = False):
+    """Eqs. 12/23 before Q_w, in our row layout: (P_e Wᵀ)ᵀ = W P_eᵀ, (C, d). P_e = Pᵀ if orthogonal (known, or
+    looked up), else P⁻¹."""
     # P_e Wᵀ = (W P_eᵀ)ᵀ:  W P for orthogonal P, W P^{-T} in general
-    orthogonal = all(factor.is_orthogonal() for factor in factors(P))
+    orthogonal = orthogonal or all(factor.is_orthogonal() for factor in factors(P))
     return apply_basis(weight, P if orthogonal else [factor.inverse_transpose() for factor in factors(P)])
 
 
@@ -193,9 +194,9 @@ def reconstruction_loss(y, y_hat):
 
 
 def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None,
-              symmetric: bool = True):
+              symmetric: bool = True, orthogonal: bool = False):
     """Eqs. 15/29 for x (..., d), y (..., C), differentiable in P: the sum over states is Eq. 14 of all tokens."""
-    folded = fake_quantize(fold_weight(weight, P), wbits, symmetric)
+    folded = fake_quantize(fold_weight(weight, P, orthogonal), wbits, symmetric)
     phi = transform(x, P, state_gate(state, x.shape[-1], d_m, d_u, x.dtype))
     y_hat = linear(fake_quantize(phi, abits), folded)
     # L = E_t Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖_F²

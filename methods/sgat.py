@@ -84,11 +84,25 @@ def initial_basis(d: int, kind: str, generator: torch.Generator):
     return Kronecker(*(random_orthogonal(n, generator) for n in kronecker_sizes(d)))
 
 
-def cayley(A):
+class Cayley(torch.autograd.Function):
     """Orthogonal matrix of the skew-symmetric part of A: Q = (I + S)⁻¹ (I − S), S = (A − Aᵀ)/2; A = 0 gives I."""
-    S = (A - A.mT) / 2
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve(eye + S, eye - S)
+
+    @staticmethod
+    def forward(ctx, A):
+        S, eye = (A - A.mT) / 2, torch.eye(len(A), dtype=A.dtype, device=A.device)
+        Q = torch.linalg.solve_ex(eye + S, eye - S)[0]  # I + S is never singular
+        ctx.save_for_backward(eye + Q)
+        return Q
+
+    @staticmethod
+    def backward(ctx, grad):
+        # (I + S)⁻¹ = (I + Q)/2, so dQ = −½ (I + Q) dS (I + Q) and ∂L/∂A = Mᵀ − M with M = ¼ (I + Q)ᵀ (∂L/∂Q) (I + Q)ᵀ
+        (twice,) = ctx.saved_tensors
+        M = twice.mT @ grad @ twice.mT / 4
+        return M.mT - M
+
+
+cayley = Cayley.apply
 
 
 class OrthogonalBasis(nn.Module):
@@ -182,7 +196,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     norm = float(y.square().sum(-1).mean()) or 1.0
 
     def loss_of(rows, P):
-        return sgat_loss(x[rows], y[rows], state[rows], P, weight, d_m, d_u, abits, wbits, bias, symmetric) / norm
+        batch = (t.index_select(0, rows.to(t.device)) for t in (x, y, state))  # a CPU copies faster than by x[rows]
+        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, True) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 
@@ -201,7 +216,7 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
     train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
     held = held.nonzero()[:, 0]
     optimizer = torch.optim.AdamW([{"params": [p], "lr": lr * (10 if name.startswith("clip") else 1)}
-                                   for name, p in parameters.named_parameters()], lr=lr)
+                                   for name, p in parameters.named_parameters()], lr=lr, fused=True)
     steps = epochs * -(-len(train) // batch)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
 
