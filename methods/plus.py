@@ -61,6 +61,18 @@ class StarQuantPlus(Compensated):
     second_order = True
 
 
+def lean(moment, tokens: int, prior: float = 0.14, damping: float = 1e-2):
+    """Second moments H (..., d, d) of `tokens` tokens, in place leant on a prior: equal variances, no correlation.
+
+    Few tokens tell little of d channels, and what is fitted to them alone does not hold for others. The moments of
+    14 d tokens and more stay as they are, because what follows damps them as much.
+    """
+    # H + max(0, prior · d / tokens − damping) · mean(diag H) · I
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += max(0.0, prior * moment.shape[-1] / tokens - damping) * diagonal.mean(-1, keepdim=True)
+    return moment
+
+
 def _cholesky(moment, damping: float):
     """Lower Cholesky factor of second moments (..., n, n), damped by a share of the mean diagonal."""
     load = damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -141,7 +153,7 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
         return [Kronecker((balance(S1, R1, a).mT @ H1).to(x), (balance(S2, R2, a).mT @ H2).to(x))]
     # the largest block that divides d; dense is one block
     size = d if kind == "dense" else tac_block_size(d, block)
-    S, R = aligned(hessian(x, token_weights, block=size), block_moments(weight, size))
+    S, R = aligned(lean(hessian(x, token_weights, block=size), len(x)), block_moments(weight, size))
     T = balance(S, R, choose(S))
     # blockdiag(Tᵀ) (H1 ⊗ H2) = blockdiag(Tᵀ H2) (H1 ⊗ I): spreading inside a block costs nothing on top of T
     P = T.mT @ spread(size, generator).to(x.device)
@@ -214,7 +226,8 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     P = [factor.to(torch.bfloat16).to(weight) for factor in P]
     P = in_order(P, weight) if feedback else P
     x, folded = apply_basis(x, P), fold_weight(weight, P)
-    codes, scale = gptq(folded, hessian(x, token_weights), config.wbits, shrunk_scale(folded, config.wbits))
+    H = lean(hessian(x, token_weights), len(x))
+    codes, scale = gptq(folded, H, config.wbits, shrunk_scale(folded, config.wbits))
     W = scale[:, None] * codes
     V = feedback_matrix(W, P[0][-1].shape[-1]) if feedback else None
     clip = best_clip(x, W, config.abits, token_weights, V)
