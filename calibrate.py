@@ -20,6 +20,7 @@ Standard output ends with one line of JSON; progress goes to standard error.
 
 import argparse
 import copy
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -52,6 +53,8 @@ from starquant import fold_weight, linear, tac_fit
 from tiny.stress import write_stressed
 from tiny.tasks import knows_our_tasks
 
+NARROW = 512  # channels of a model that one thread calibrates
+
 # ---- the loop over blocks --------------------------------------------------------------------------------------------
 
 
@@ -79,9 +82,25 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     return rebuilt(quantized, blocks=nn.ModuleList(blocks)).eval()
 
 
+def calibrate_blocks(outer: DiffusionLM, *args, **options):
+    """`each_block`, by one thread where the model is too narrow to gain from more, unless OMP_NUM_THREADS is set.
+
+    Threads wait for one another after every operation. Beside other work that made a narrow model 20 times as slow.
+    """
+    threads = torch.get_num_threads()
+    if outer.config.d_model <= NARROW and outer.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    blocks = each_block(outer, *args, **options)
+    del outer  # `each_block` lets go of it
+    try:
+        yield from blocks
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
-def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
-                     share=(0, 1), spill: Path | None = None):
+def each_block(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
+               share=(0, 1), spill: Path | None = None):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L): the calibration segments with [MASK] in place. blocks(): iterates over the 16-bit blocks in order.
