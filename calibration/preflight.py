@@ -7,6 +7,7 @@ free, and reads every weight once to find NaN and Inf. (Opening the model has ch
 """
 
 import shutil
+import sys
 import time
 from dataclasses import replace
 from math import prod
@@ -22,7 +23,7 @@ from methods import METHODS
 from methods.rtn import Inputs, check_tied
 from methods.settings import Settings
 from methods.storage import output_bytes
-from runtime.processes import Refused, free_memory, synchronize, watched, writable
+from runtime.processes import Refused, free_memory, rank, synchronize, watched, writable
 from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
@@ -72,7 +73,7 @@ def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
 
 def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, dtype, spill: Path | None = None,
           stressed: bool = False) -> dict:
-    """What the run will take, in bytes, or Refused in one sentence; nothing is written.
+    """What the run will take, in bytes, or Refused in one sentence; nothing is written. Few tokens bring a warning.
 
     stressed: the run writes `source` to the disk first, as wide as its dtypes say.
     """
@@ -103,8 +104,20 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
                               + (", or add --spill FOLDER." if spill is None else "."))
     for name in watched(source.shapes, "checking tensors"):
         source.get(name)  # names NaN and Inf
+    warn_of_few_tokens(c, tokens, config)
     return {"blocks": blocks, "outer": outer, "disk": disk, "disk_free": free, "memory": memory,
             "memory_free": available, "model_bytes": model_bytes}
+
+
+def warn_of_few_tokens(c: ModelConfig, tokens: int, config: Settings) -> None:
+    """One line on standard error below two tokens a channel of the widest linear; `docs/results.md` has what they cost.
+
+    RTN needs none.
+    """
+    channels = max(d for _, d in linear_shapes(c).values())
+    if tokens < 2 * channels and config.method != "rtn" and rank() == 0:
+        print(f"calibrate.py: {tokens} tokens are fewer than two for each of the {channels} channels of the widest "
+              f"linear, so the result suffers; give more --segments.", file=sys.stderr)
 
 # ---- --dry-run -------------------------------------------------------------------------------------------------------
 

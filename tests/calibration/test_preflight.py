@@ -18,7 +18,7 @@ import model
 from calibrate import quantize_model
 from calibration import preflight
 from checkpoint.families import read_config
-from checkpoint.folder import INDEX, Checkpoint
+from checkpoint.folder import INDEX, Checkpoint, resolve
 from checkpoint.published import SHAPES
 from methods import METHODS, QuantConfig, awq, gptq, plus, settings_of, storage
 from model import DiffusionLM, load_model
@@ -138,6 +138,13 @@ class TestMemory:
         assert calibrate.main(arguments(small_folder, tmp_path / "q")) == 2
         assert "0.0001 GB are free; lower --segments or --length" in capsys.readouterr().err
         assert not (tmp_path / "q").exists()
+
+    @pytest.mark.parametrize(("method", "tokens", "warned"), [
+        ("starquant+", 1151, True), ("starquant+", 1152, False), ("rtn", 1, False)])
+    def test_too_few_tokens_are_named(self, method, tokens, warned, capsys):
+        preflight.warn_of_few_tokens(Checkpoint(resolve("tiny")).config, tokens, QuantConfig(method))
+        line = "1151 tokens are fewer than two for each of the 576 channels"
+        assert (line in capsys.readouterr().err) == warned
 
     def test_this_machine_has_memory(self):
         free = processes.free_memory(torch.device("cpu"))
