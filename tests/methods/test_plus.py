@@ -111,8 +111,9 @@ class TestBalance:
         """x · c and W / c are the same linear: the transformed activations and weights are the same too."""
         x, weight = layer(d=64, C=96)
         c = torch.rand(64, generator=generator(3), dtype=torch.float64).mul(4).exp()
-        # damping by a share of the mean diagonal is what sees the scales: take it away
+        # damping and the prior of few tokens, shares of the mean diagonal, are what sees the scales: take them away
         monkeypatch.setattr(plus, "aligned", lambda a, b: aligned(a, b, damping=0.0))
+        monkeypatch.setattr(plus, "lean", lambda moment, tokens: moment)
         H = rotation(64, generator()).dense()
         for apply, tensor, change in ((apply_basis, x, c), (fold_weight, weight, 1 / c)):
             moments = []
