@@ -161,8 +161,7 @@ def transform(x, P, gate):
 
 
 def fold_weight(weight, P, orthogonal: bool = False):
-    """Eqs. 12/23 before Q_w, in our row layout: (P_e Wᵀ)ᵀ = W P_eᵀ, (C, d). P_e = Pᵀ if orthogonal (known, or
-    looked up), else P⁻¹."""
+    """Eqs. 12/23 before Q_w, in our row layout: (P_e Wᵀ)ᵀ = W P_eᵀ, (C, d). P_e = Pᵀ if orthogonal, else P⁻¹."""
     # P_e Wᵀ = (W P_eᵀ)ᵀ:  W P for orthogonal P, W P^{-T} in general
     orthogonal = orthogonal or all(factor.is_orthogonal() for factor in factors(P))
     return apply_basis(weight, P if orthogonal else [factor.inverse_transpose() for factor in factors(P)])
@@ -308,11 +307,10 @@ class FakeQuantize(torch.autograd.Function):
         scale, zero_point = quant_params(x, bits, symmetric)
         rounded, top = (x / scale).round_(), 2**bits - 1 - zero_point
         # no code is below 0, since s and z are those of the row; one may be above 2ᵇ − 1, unless symmetric
-        inside = None if symmetric else torch.le(rounded, top, out=torch.empty_like(x))
+        ctx.bits, inside = bits, None if symmetric else torch.le(rounded, top, out=torch.empty_like(x))
         # X̂ = s (X_int − z),  X_int − z = min(⌊X/s⌉, 2ᵇ − 1 − z)
         x_hat = torch.minimum(rounded, top, out=rounded).mul_(scale).clamp_(-largest, largest)
         ctx.save_for_backward(x, x_hat, scale, inside)
-        ctx.bits, ctx.symmetric = bits, symmetric
         return x_hat
 
     @staticmethod
@@ -323,11 +321,11 @@ class FakeQuantize(torch.autograd.Function):
 
         x, x_hat, scale, inside = ctx.saved_tensors
         # through the rounding: ∂X̂/∂X = [inside]
-        out = grad if ctx.symmetric else grad * inside
+        out = grad if inside is None else grad * inside
         # ∂X̂/∂s = (X_int − z) − [inside] X/s, nothing where s is held at its least value
         d_scale = ((grad * x_hat).sum(-1, keepdim=True) - (out * x).sum(-1, keepdim=True)) / scale
         d_scale = d_scale * (scale > torch.finfo(torch.float32).tiny)
-        if ctx.symmetric:
+        if inside is None:  # symmetric
             # s = max|X| / (2^(b−1) − 1)
             at_max = share(x.abs(), x.abs().amax(-1, keepdim=True)).mul_(x.sign())
             return torch.addcmul(out, at_max, d_scale / (2 ** (ctx.bits - 1) - 1)), None, None, None

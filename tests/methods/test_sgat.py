@@ -72,6 +72,11 @@ class TestCayley:
         np.testing.assert_allclose((np.eye(n) + S) @ Q.numpy(), np.eye(n) - S, atol=1e-9 * max(1, scale * n))
         assert float(torch.linalg.det(Q)) == pytest.approx(1)
 
+    @pytest.mark.parametrize("n", [1, 2, 7])
+    def test_the_written_out_gradient(self, n):
+        A = torch.randn(n, n, generator=generator(), dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(sgat.cayley, A)
+
     def test_zero_gives_exactly_the_identity(self):
         assert torch.equal(sgat.cayley(torch.zeros(5, 5)), torch.eye(5))
 
