@@ -18,8 +18,10 @@ What it does not cover: the step from PTX to machine code, timing, and the order
 """
 
 import ctypes
+import hashlib
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +35,7 @@ import torch
 from runtime import cuda
 
 np.seterr(all="ignore")
+KEPT = Path(__file__).parents[2] / ".pytest_cache" / "ptx"
 ENDED, WAITING = 1 << 62, (1 << 62) - 1  # in place of a thread's next instruction
 LANES, SHARED = 1 << 13, 1 << 21  # at most so many threads and bytes of shared memory at a time, if a block fits
 
@@ -134,6 +137,7 @@ def operands(text):
     return [*out, now.strip()] if now.strip() else out
 
 
+@cache
 def kind_of(register):
     return {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "f": np.uint32, "rd": np.uint64, "fd": np.uint64}[
         re.match(r"%([a-z]+)\d", register)[1]]
@@ -774,9 +778,22 @@ class Machine:
 
 
 @cache
+def compiler() -> str:
+    """What tells one compiler's output from another's."""
+    return str(nvrtc()) if nvrtc() else subprocess.run(["nvcc", "--version"], capture_output=True, text=True,
+                                                       check=True).stdout
+
+
+@cache
 def compiled(source: str, architecture: str) -> dict:
-    """The kernels of a source by name; the compiler takes longer than most runs."""
-    return parse(compile_ptx(source, architecture))
+    """The kernels of a source by name. The compiler takes longer than most runs, so what it gives is kept."""
+    file = KEPT / hashlib.sha256(repr((source, architecture, compiler())).encode()).hexdigest()
+    if not file.is_file():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        begun = file.with_suffix(f".{os.getpid()}")
+        begun.write_text(compile_ptx(source, architecture))
+        begun.replace(file)
+    return parse(file.read_text())
 
 
 machine_of = cache(Machine)
