@@ -62,7 +62,7 @@ def test_memory_table_counts_the_bytes_of_a_calibrated_model(name):
     model = load_model(FIXTURES.get(name, name), device="cpu").requires_grad_(False)
     tokens = torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(0))
     for method in ("starquant", "starquant+"):
-        calibrated = quantize_model(model, tokens, quick(method))
+        calibrated = quantize_model(model, tokens, quick(method, epochs=0))
         sixteen_bit = twins.residents(model.embed) + (not model.config.tied) * twins.residents(model.head)
         want = memory_table(model.config, method=method)
         assert twins.residents(calibrated) == want["total"] + fp32_norms(calibrated) + sixteen_bit // 2  # fp32 here

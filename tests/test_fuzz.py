@@ -17,7 +17,7 @@ from model import load_model
 from runtime.processes import Refused
 
 SECONDS = 10  # far above a load of these folders (20 ms), far below a hang
-FUZZ = settings(max_examples=4 * settings().max_examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=2 * settings().max_examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHARD = "model-00001-of-00003.safetensors"
 
 

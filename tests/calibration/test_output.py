@@ -5,35 +5,50 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from arguments import fast
 
-from checkpoint.folder import resolve, sha256
+from checkpoint.families import read_config
+from checkpoint.folder import sha256
+from model import DiffusionLM
 
 
 class Runner:
     """Real runs of calibrate.py in processes of their own, see interrupted.py."""
 
-    def __init__(self):
+    def __init__(self, model):
+        self.model = model
         server = Path(__file__).parents[1] / "tools" / "interrupted.py"
         self.server = subprocess.Popen([sys.executable, server], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, out, *more, model="tiny", **end):
+    def __call__(self, out, *more, model=None, **end):
         size = ["--segments", "9", "--length", "24", *([] if "--method" in more else ["--set", "batch=8"])]
-        job = {"argv": ["--model", str(model), "--out", str(out), *size, *fast(*more)], "out": str(out), **end}
+        argv = ["--model", str(model or self.model), "--out", str(out), *size, *fast(*more)]
+        job = {"argv": argv, "out": str(out), **end}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
 
 @pytest.fixture(scope="module")
-def calibration():
-    runner = Runner()
+def five_blocks(small_folder, tmp_path_factory):
+    folder = shutil.copytree(small_folder, tmp_path_factory.mktemp("five") / "model")
+    raw = json.loads((folder / "config.json").read_text()) | {"n_layers": 5}
+    torch.manual_seed(0)
+    DiffusionLM(read_config(raw)).save(folder, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(five_blocks):
+    runner = Runner(five_blocks)
     yield runner
     runner.server.stdin.close()
     assert runner.server.wait(timeout=60) == 0
@@ -74,7 +89,7 @@ def endings(seconds: float):
         yield {"after": rng.uniform(0, 0.5 * seconds)}
         yield {"event": ("open", rng.randrange(6))}
         yield {"sight": True}
-        yield {"bytes": rng.choice((300, 2500, 200_000))}
+        yield {"bytes": rng.choice((300, 2500, 100_000))}
 
 
 def test_killed_twenty_times_ends_bit_identical(calibration, whole, tmp_path):
@@ -117,7 +132,7 @@ def test_ctrl_c_says_how_to_go_on(calibration, whole, tmp_path):
     assert checksums(out) == whole[0]
 
 
-@pytest.mark.parametrize("size", [100_000, 300_000])
+@pytest.mark.parametrize("size", [20_000, 100_000])
 def test_a_full_disk_loses_no_finished_block(size, calibration, whole, tmp_path):
     """No room for the next block, for the last shard."""
     out = tmp_path / "q"
@@ -127,7 +142,7 @@ def test_a_full_disk_loses_no_finished_block(size, calibration, whole, tmp_path)
     assert "File too large" in last
     assert f"Finished blocks are in {out}; continue with the same command and --resume." in last
     assert "Traceback" not in result["error"]
-    assert len(shards(visible(out))) == (5 if size == 300_000 else 1)
+    assert len(shards(visible(out))) == (5 if size == 100_000 else 1)
     assert calibration(out, "--resume")["code"] == 0
     assert checksums(out) == whole[0]
 
@@ -146,12 +161,10 @@ def test_a_folder_written_to_by_others_stays(calibration, whole, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stopped(calibration, tmp_path_factory):
+def stopped(calibration, five_blocks, tmp_path_factory):
     """A run of an own copy of the model, killed after two blocks: (model folder, output folder)."""
     base = tmp_path_factory.mktemp("stopped")
-    (base / "model").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "training.json"):
-        (base / "model" / name).write_bytes((resolve("tiny") / name).read_bytes())
+    shutil.copytree(five_blocks, base / "model")
     assert calibration(base / "q", model=base / "model", event=("os.rename", 3))["code"] == -9
     assert len(shards(visible(base / "q"))) == 2
     return base / "model", base / "q"

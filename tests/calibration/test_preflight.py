@@ -28,8 +28,8 @@ WIDTH = {"F32": 4, "BF16": 2, "U8": 1, "I8": 1, "I32": 4}
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-def arguments(model, out, *more):
-    return ["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", *fast(*more)]
+def arguments(model, out, *more, epochs=1):
+    return ["--model", str(model), "--out", str(out), "--segments", "9", "--length", "24", *fast(*more, epochs=epochs)]
 
 
 def tensor_bytes(path) -> int:
@@ -69,7 +69,7 @@ class TestDisk:
         self.compare(tmp_path / "m", tmp_path, *extra)
 
     def compare(self, model, tmp_path, *extra):
-        assert calibrate.main(arguments(model, tmp_path / "q", *extra)) == 0
+        assert calibrate.main(arguments(model, tmp_path / "q", *extra, epochs=0)) == 0
         config = QuantConfig(**json.loads((tmp_path / "q" / "starquant.json").read_text())["run"]["config"])
         blocks, outer = storage.output_bytes(Checkpoint(model), config)
         files = sorted((tmp_path / "q").glob("*.safetensors"))

@@ -1,11 +1,9 @@
 """The one description of what a quantized model stores, against the modules, the files and the counts of bytes."""
 
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from experiments import twins
 from methods import METHODS, QuantConfig
 from methods.storage import memory_table, stored_block
 from model import DiffusionLM, load_model
+from runtime import processes
 from runtime.processes import Refused
 from starquant import Across, Blocks, Dense, Diagonal, Kronecker
 
@@ -49,12 +48,12 @@ def described(tensors) -> dict:
 
 def run(folder, out, *more) -> int:
     return calibrate.main(["--model", str(folder), "--out", str(out), "--segments", "3", "--length", "12",
-                           *fast("--method", "rtn", *more)])
+                           *fast("--method", "rtn", *more, epochs=0)])
 
 
 @pytest.mark.parametrize(("method", "settings"), VARIANTS)
 def test_describes_the_modules_of_every_method(method, settings, full):
-    config = quick(method, **settings)
+    config = quick(method, epochs=0, **settings)
     block = quantize_model(full, tokens(), config).blocks[1]
     want = stored_block(full.config, config)
     for name in FUSED:
@@ -72,7 +71,7 @@ def test_describes_the_modules_of_every_method(method, settings, full):
 
 def test_memory_of_every_method_is_counted(full):
     for method in METHODS:
-        calibrated = quantize_model(full, tokens(), quick(method))
+        calibrated = quantize_model(full, tokens(), quick(method, epochs=0))
         left_in_fp32 = sum(2 * p.numel() for p in calibrated.parameters())  # 2 bytes more than the table counts
         assert twins.residents(calibrated) == memory_table(full.config, method=method)["total"] + left_in_fp32
 
@@ -212,11 +211,9 @@ def test_equal_bits_of_a_tied_pair_are_no_contradiction(small_folder, tmp_path, 
     assert load_model(tmp_path / "q", "cpu").embed.bits == 8
 
 
-def test_a_terminal_without_the_character_is_no_error():
+def test_a_terminal_without_the_character_is_no_error(monkeypatch):
     """░ stands for a masked token; a Windows terminal in cp1252 has none."""
-    program = ("from runtime import processes\n"
-               "raise SystemExit(processes.run('x', lambda args: print('a ░ b') or {}, None))")
-    env = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], env=env, capture_output=True,
-                          text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "a ? b"), done.stderr
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="cp1252", write_through=True))
+    assert processes.run("x", lambda args: print("a ░ b") or {}, None) == 0
+    assert terminal.getvalue().splitlines()[0] == b"a ? b"

@@ -23,8 +23,10 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch):
-    monkeypatch.setattr(figures, "PASSAGES", 4)
+def few(monkeypatch, request):
+    monkeypatch.setattr(figures, "PASSAGES", 2)
+    if "tiny" in request.fixturenames and not request.cls:  # TestDenoising is about a whole answer
+        monkeypatch.setattr(figures, "WRITTEN", 12)
     yield
     figures.plt.close("all")
 
@@ -32,7 +34,7 @@ def few(monkeypatch):
 def test_states_run_from_all_masked_to_one_masked(tiny):
     states = figures.denoising_states(tiny, figures.prompts_for(tiny))
     masked = [int((ids == tiny.mask_id).sum()) for ids in states]
-    assert masked == [4 * n for n in range(figures.WRITTEN, 0, -1)]
+    assert masked == [2 * n for n in range(figures.WRITTEN, 0, -1)]
 
 
 def test_figure_1_measures_the_linears_input(tiny):

@@ -386,8 +386,8 @@ class TestGain:
     def test_it_pays_behind_many_layers(self):
         """What a single output does not show: of the embedded model it halves the divergence at 2-bit weights."""
         model, divergence = load_model("tiny", "cpu"), {}
-        tokens, region = tasks.calibration_set(model.tokenizer, 16, 64, 0)
-        (ids, where), *_ = metrics.nelbo_set(model.tokenizer, 16, 0)
+        tokens, region = tasks.calibration_set(model.tokenizer, 4, 64, 0)
+        (ids, where), *_ = metrics.nelbo_set(model.tokenizer, 8, 0)
         for gain in ("unit", "none"):
             config = QuantConfig(method="starquant+", wbits=2, gain=gain, rounding="nearest")
             judged = quantize_model(model, tokens, config, region)

@@ -1,5 +1,6 @@
 """How a command ends; and two processes give what one gives: calibration shares blocks, evaluation shares requests."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,21 +20,42 @@ ROOT = Path(__file__).parents[2]
 FAST = ["--segments", "9", "--length", "40", *fast("--problems", "1")]
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+PROGRAM = """
+import importlib, json, sys
+for name, arguments in json.loads(sys.argv[1]):
+    assert importlib.import_module(name).main(arguments) == 0
+"""
 
 
-def torchrun(*arguments, cwd):
-    """Two processes of a command of this project; rounding depends on the number of threads, so it is one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+@pytest.fixture(scope="module")
+def commands(small_folder, tmp_path_factory):
+    """(folder for results, name -> arguments of what two processes run one after another)."""
+    folder = tmp_path_factory.mktemp("two")
+    commands = {"calibrate": ["--model", str(small_folder), *FAST, "--inputs", "fp"]}
+    if importlib.util.find_spec("lm_eval"):
+        from local_tasks import write_tasks
+
+        write_tasks(folder / "tasks")
+        commands["evaluate"] = ["--tasks", "winogrande,gsm8k", "--include", str(folder / "tasks"), "--device", "cpu",
+                                "--mc-num", "8", "--batch-size", "8", "--gen-length", "24", "--limit", "2"]
+    return folder, commands
+
+
+@pytest.fixture(scope="module")
+def two(commands):
+    """Standard output of two processes."""
+    folder, commands = commands
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT),
                    "PYTHONFAULTHANDLER": "1"}  # an abort says where
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=300)
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    places = {"calibrate": ["--out", str(folder / "two")], "evaluate": ["--cache", str(folder / "two answers")]}
+    both = json.dumps([(name, [*arguments, *places[name]]) for name, arguments in commands.items()])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(program), both], cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class TestRun:
@@ -81,20 +103,17 @@ class TestRun:
 
 
 class TestCalibrate:
-    def test_two_processes_write_the_bytes_of_one(self, small_folder, tmp_path, one_thread, capsys):
-        arguments = ["--model", str(small_folder), *FAST, "--inputs", "fp"]
-        assert calibrate.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    def test_two_processes_write_the_bytes_of_one(self, commands, two, capsys):
+        folder, arguments = commands[0], commands[1]["calibrate"]
+        assert calibrate.main([*arguments, "--out", str(folder / "one")]) == 0
         one = json.loads(capsys.readouterr().out.splitlines()[-1])
-        run = torchrun("calibrate.py", *arguments, "--out", tmp_path / "two", cwd=tmp_path)
-        assert run.returncode == 0, run.stderr
-        two = json.loads(run.stdout.splitlines()[-1])
-        assert run.stdout.count('{"out"') == 1  # one process speaks
-        assert two["table"] == one["table"]
-        index = json.loads((tmp_path / "one" / INDEX).read_text())
-        assert json.loads((tmp_path / "two" / INDEX).read_text()) == index
+        (line,) = (line for line in two.splitlines() if line.startswith('{"out"'))  # one process speaks
+        assert json.loads(line)["table"] == one["table"]
+        index = json.loads((folder / "one" / INDEX).read_text())
+        assert json.loads((folder / "two" / INDEX).read_text()) == index
         for name in {*index["weight_map"].values(), "config.json", "README.md"}:
-            assert sha256(tmp_path / "one" / name) == sha256(tmp_path / "two" / name), name
-        one, two = (json.loads((tmp_path / n / "starquant.json").read_text()) for n in ("one", "two"))
+            assert sha256(folder / "one" / name) == sha256(folder / "two" / name), name
+        one, two = (json.loads((folder / n / "starquant.json").read_text()) for n in ("one", "two"))
         assert two["complete"]
         assert [b.pop("seconds") and b for b in two["blocks"]] == [b.pop("seconds") and b for b in one["blocks"]]
 
@@ -106,24 +125,16 @@ class TestCalibrate:
 
 
 class TestEvaluate:
-    def test_two_processes_give_the_scores_of_one_and_share_them(self, tmp_path, one_thread, monkeypatch, capsys):
+    def test_two_processes_give_the_scores_of_one_and_share_them(self, commands, two, capsys):
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-        monkeypatch.syspath_prepend(ROOT / "tests" / "experiments")  # where it lies if this file runs alone
-        from test_harness import write_tasks
-
-        write_tasks(tmp_path / "tasks")
-        arguments = ["--tasks", "winogrande,gsm8k", "--include", str(tmp_path / "tasks"), "--device", "cpu", "--mc-num",
-                     "8", "--batch-size", "8", "--gen-length", "24", "--limit", "4"]
-        assert evaluate.main([*arguments, "--cache", str(tmp_path / "one")]) == 0
-        one = json.loads(capsys.readouterr().out.splitlines()[-1])
-        run = torchrun("evaluate.py", *arguments, "--cache", tmp_path / "two", cwd=tmp_path)
-        assert run.returncode == 0, run.stderr
-        two = json.loads(run.stdout.splitlines()[-1])
+        folder, arguments = commands[0], commands[1]["evaluate"]
+        assert evaluate.main([*arguments, "--cache", str(folder / "one answers")]) == 0
+        one, two = (json.loads(text.splitlines()[-1]) for text in (capsys.readouterr().out, two))
         assert (two["processes"], one["processes"]) == (2, 1)
         scores = [{t: {k: v for k, v in r.items() if "," in k} for t, r in x["tasks"].items()} for x in (one, two)]
         assert scores[0] == scores[1]
         assert all(scores[0][t] for t in ("winogrande", "gsm8k"))
-        assert stored(tmp_path / "one", 1) == stored(tmp_path / "two", 2)
+        assert stored(folder / "one answers", 1) == stored(folder / "two answers", 2)
 
 
 def stored(folder, processes: int) -> dict:
