@@ -87,7 +87,7 @@ def in_turn(calls):
 
 def ceilings(device, dtype, repeats: int) -> dict:
     """Measured here and now: bytes/s of a copy, operations/s of a 16-bit (or fp32) and of an integer product."""
-    n, size = (8192, 2**32) if device.type == "cuda" else (1024, 2**26)
+    n, size = (8192, 2**32) if device.type == "cuda" else (2048, 2**26)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=device).to(dtype)
@@ -95,7 +95,7 @@ def ceilings(device, dtype, repeats: int) -> dict:
     plain = kernels.backend(device.type) == "int_mm"  # the product alone, without the copy that pads it
     products = {"float": lambda: a @ a,
                 "integer": lambda: torch._int_mm(codes, codes.t()) if plain else kernels.int_matmul(codes, codes, 64)}
-    seconds = measure({"copy": lambda: target.copy_(source), **products}, repeats, device)
+    seconds = measure({"copy": lambda: target.copy_(source), **products}, 3 * repeats, device)
     for name, s in seconds.items():
         if "failed" in s:
             raise Refused(f"the machine's limits cannot be measured: {name}: {s['failed']}.")

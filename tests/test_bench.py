@@ -231,6 +231,15 @@ def test_engines_that_are_not_installed_are_left_out_and_said(monkeypatch):
     assert all("ModuleNotFoundError" in line for line in said)
 
 
+def test_the_usual_points_fit_the_models():
+    tiny, wide = bench.parse([]), bench.parse(["--model", "llada-8b", "--random-weights"])
+    positions = load_model("tiny", device="cpu").config.positions
+    assert all(length <= positions for _, length, _ in bench.usual_points("cpu", tiny))
+    assert (1, 512, 4) in bench.usual_points("cpu", wide)
+    assert bench.usual_points("cuda", wide) == bench.usual_points("cuda", tiny)
+    assert bench.usual_points("cpu", bench.parse(["--points", "2x16x2"])) == [(2, 16, 2)]
+
+
 def test_published_shapes_run_in_bf16():
     assert bench.usual_dtype("cpu", random_weights=True) == "bfloat16"
     assert bench.usual_dtype("cpu", random_weights=False) == "float32"
