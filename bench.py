@@ -96,11 +96,18 @@ def peak_bytes(model, prompt, tokens: int) -> int:
     return torch.cuda.max_memory_allocated() - before + residents(model)
 
 
-def step_roofline(c, top, batch: int, length: int, weight_bytes: float, head_bits: int, element: int) -> float:
+def head_rows(point) -> int:
+    """Rows of the head in a step, which runs where a token may be committed: the mean over the steps of `denoising`."""
+    batch, _, tokens = point
+    return batch * tokens * (STEPS + 1) // 2
+
+
+def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: int) -> float:
     """Least seconds of one denoising step: linears, attention and head, each at its own roofline.
 
     weight_bytes: of a weight of a linear; at most 1 means a quantized model. element: bytes of an activation.
     """
+    batch, length, _ = point
     tokens, quantized = batch * length, weight_bytes <= 1
     seconds = 0
     for C, d in linear_shapes(c).values():
@@ -110,8 +117,9 @@ def step_roofline(c, top, batch: int, length: int, weight_bytes: float, head_bit
     heads = c.n_heads * c.head_dim
     seconds += c.n_layers * roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
     eight = quantized and head_bits < 16
-    size = c.vocab_size * c.d_model * (1 if eight else element) + tokens * (c.vocab_size + c.d_model) * element
-    return seconds + roofline(top, size, 2 * tokens * c.vocab_size * c.d_model, "integer" if eight else "float")
+    rows = head_rows(point)
+    size = c.vocab_size * c.d_model * (1 if eight else element) + rows * (c.vocab_size + c.d_model) * element
+    return seconds + roofline(top, size, 2 * rows * c.vocab_size * c.d_model, "integer" if eight else "float")
 
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
@@ -141,9 +149,10 @@ def first_half(linear: QuantLinear, x, state):
 
 
 @torch.no_grad()
-def shares(model, batch: int, length: int, repeats: int) -> dict:
+def shares(model, point, repeats: int) -> dict:
     """Where a denoising step goes: seconds per step of each part, measured alone, over several blocks in turn."""
-    c, device, dtype = model.config, model.device, model.norm.weight.dtype
+    (batch, length, _), c = point, model.config
+    device, dtype = model.device, model.norm.weight.dtype
     blocks, shapes = list(model.blocks[:4]), linear_shapes(c)
     ids = torch.full((batch, length), c.mask_id, device=device)
     ids[:, ::2] = 0
@@ -151,11 +160,11 @@ def shares(model, batch: int, length: int, repeats: int) -> dict:
     inputs = {f: torch.randn(batch, length, d, device=device).to(dtype) for f, (_, d) in shapes.items()}
     qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
     gate_up = torch.randn(batch, length, 2 * c.d_ffn, device=device).to(dtype)
-    asked = model.norm(x)[ids == c.mask_id]  # the head runs where a token may be committed
+    open_rows = model.norm(x).flatten(0, 1)[:head_rows(point)]
     calls = {"linears": [partial(in_turn, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
-             "head": [partial(model.logits, asked)]}
+             "head": [partial(model.logits, open_rows)]}
     before = "transforms, gates, codes" if device.type == "cuda" else "transforms, gates"  # of the product
     if isinstance(blocks[0].qkv, QuantLinear):
         calls[before] = [partial(in_turn, [partial(first_half, getattr(b, f), inputs[f], state) for f in FUSED])
@@ -293,7 +302,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
                  "models": denoising(all_models, (batch, length, tokens), repeats)}
         for name in models:
             entry["models"][name]["roofline"] = step_roofline(
-                c, top, batch, length, weight_bytes.get(name, dtype.itemsize), args.head_bits, dtype.itemsize)
+                c, top, (batch, length, tokens), weight_bytes.get(name, dtype.itemsize), args.head_bits, dtype.itemsize)
         if device.type == "cpu":
             entry["blocks"] = blocks_alone(models, engines, (batch, length), repeats)
         points.append(entry)
@@ -301,11 +310,10 @@ def measure_all(args, keep=lambda result: None) -> dict:
         keep(result)
     result |= {"linear_models": list(models), "linears": linears(models, top, repeats)}
     keep(result)
-    batch, length, _ = asked[-1]
     where = result["shares"] = {}
     for name, m in models.items():
         if "failed" not in points[-1]["models"][name]:
-            where[name] = shares(m, batch, length, repeats)
+            where[name] = shares(m, asked[-1], repeats)
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     result["products"] = products.chosen()
