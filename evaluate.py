@@ -24,7 +24,9 @@ from pathlib import Path
 from checkpoint.families import ALIASES
 from checkpoint.folder import write_json
 from experiments import protocol, tables, watch
+from experiments.cells import Run
 from experiments.judge import checkpoints, judge
+from experiments.rows import TABLES
 from model import load_model
 from runtime import processes
 from runtime.processes import Parser, Refused, pick_device, writable
@@ -73,7 +75,7 @@ def table(args) -> dict:
     sequences = args.sequences or args.problems or sequences
     problems = sequences if nelbo else args.problems or problems
     device = processes.start(pick_device(args.device))
-    run = tables.Run(args.model, args.stress, problems, nelbo, str(device), 20 if args.quick else 128, sequences)
+    run = Run(args.model, args.stress, problems, nelbo, str(device), 20 if args.quick else 128, sequences)
     return tables.make(args.table, run, args.seeds or seeds, args.quick, args.fresh, args.out)
 
 
@@ -129,7 +131,7 @@ def parse(argv=None):
     use.add_argument("--data", help="judge on this text: a .txt, .jsonl or .parquet file, best one that was not "
                      "calibrated on")
     use.add_argument("--prompt", help="write the denoising of an answer to this text")
-    use.add_argument("--table", choices=tables.TABLES, help="measure a table of the paper on the embedded model")
+    use.add_argument("--table", choices=TABLES, help="measure a table of the paper on the embedded model")
     use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
     use.add_argument("--tasks", help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))
     parser.add_argument("--model", help=f"tiny (the default), {', '.join(ALIASES)}, a hub id or a folder, 16-bit or "

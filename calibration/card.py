@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tiny import metrics
+from calibration.closing import table
 
 WHOSE = {"starquant": "the paper's method", "starquant+": "a method of this implementation, not of the paper"}
 CARD = """---
@@ -54,7 +54,7 @@ def model_card(run: dict, source: Path, size: int, rows=()) -> str:
     if rows:
         where = f"{rows[0]['segments']} segments of the same text, not calibrated on" if "segments" in rows[0] else (
             "the embedded tasks and texts")
-        measured = f"On {where} (± half a 95 % interval):\n\n{metrics.table(rows)}"
+        measured = f"On {where} (± half a 95 % interval):\n\n{table(rows)}"
     return CARD.format(**c | run["text"], head=head.to_yaml().strip(), name=name, bits=bits, megabytes=size / 1e6,
                        whose=WHOSE.get(c["method"], "a method that the paper compares with"), kept=kept,
                        version=run["version"], measured=measured,

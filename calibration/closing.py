@@ -14,17 +14,20 @@ from torch import nn
 from calibration.segments import held_out_segments
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint
+from checkpoint.loading import stored_bytes
 from methods import QuantConfig
 from methods.rtn import fit_rtn
 from methods.settings import Settings
 from methods.storage import output_bytes
 from model import load_block, load_model, load_outer
 from runtime.layers import rebuilt
-from runtime.measures import bootstrap, likelihoods, masked_copies, predictions, progress_bar
+from runtime.measures import bootstrap, interval, likelihoods, masked_copies, predictions, progress_bar
 from tiny import metrics
 
 PROBLEMS, SEGMENTS = 24, 16  # unless --problems is given
 SEED = 1  # of problems, segments and masks
+COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token",
+           **{task: f"{task} %" for task in metrics.TASKS}}
 QUESTION = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?"
 
 
@@ -44,7 +47,12 @@ def table_of_tasks(args, source: Checkpoint, config: Settings, device, dtype) ->
     full, rtn = load_model(source.folder, device, dtype), QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
     rounded = rebuilt(full, blocks=nn.ModuleList(rtn_block(block, rtn) for block in full.blocks))
     models = {"16-bit": full, named(rtn): rounded, named(config): load_model(args.out, device, dtype)}
-    return metrics.judge(models, args.problems or PROBLEMS, SEED)
+    rows = []
+    for name, model in models.items():
+        values, _ = metrics.scores(model, args.problems or PROBLEMS, SEED, label=f"evaluate {name}",
+                                   reference=None if model is full else full)
+        rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
+    return rows
 
 
 def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], device, dtype) -> list[dict]:
@@ -78,6 +86,16 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
     return rows
 
 
+def table(rows: list[dict]) -> str:
+    """What was measured of every model as Markdown, with 95 % intervals, and its size."""
+    shown = [k for k in COLUMNS if any(k in row for row in rows)]
+    lines = [f"| model | {' | '.join(COLUMNS[k] for k in shown)} | MB |", "|---|---|" + "---|" * len(shown)]
+    for row in rows:
+        cells = [interval(row[k], *((100, 1) if k in metrics.TASKS else ())) if k in row else "" for k in shown]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.2f} |")
+    return "\n".join(lines)
+
+
 def described(args, rows: list[dict]) -> str:
     """The table as it is printed, or a sentence in its place."""
     judge = f"python evaluate.py --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
@@ -85,9 +103,9 @@ def described(args, rows: list[dict]) -> str:
         return (f"There is no closing table: the text has fewer than two segments of {args.length} tokens beside those "
                 f"that it was calibrated on. Judge the model on another text: {judge}")
     if "segments" not in rows[0]:
-        return metrics.table(rows)
+        return table(rows)
     return (f"On {rows[0]['segments']} segments of {args.length} tokens from the same text, not calibrated on "
-            f"(± half a 95 % interval; more: {judge}):\n\n{metrics.table(rows)}")
+            f"(± half a 95 % interval; more: {judge}):\n\n{table(rows)}")
 
 
 def farewell(args, source: Checkpoint, config: Settings, ours: bool) -> str:

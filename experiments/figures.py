@@ -29,7 +29,8 @@ from calibration.streams import run_block
 from checkpoint.families import FUSED
 from experiments import watch
 from experiments.animation import Panel, picture
-from experiments.tables import RESULTS, SETTINGS
+from experiments.cells import RESULTS
+from experiments.rows import SETTINGS
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model

@@ -164,3 +164,9 @@ def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
     # a draw whose ratio is 0/0 says nothing
     low, high = torch.nanquantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(of(*values.mean((-1, -2)))), float(low), float(high)
+
+
+def interval(triple, scale: float = 1, digits: int = 4, sign: str = "") -> str:
+    """A mean and half its interval (mean, low, high) as text."""
+    mean, low, high = triple
+    return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"

@@ -7,9 +7,8 @@ over examples. The masks of a Monte-Carlo estimate depend only on the seed: two 
 import torch
 import torch.nn.functional as F
 
-from checkpoint.loading import stored_bytes
 from runtime import measures
-from runtime.measures import Trajectory, bootstrap, fidelity, likelihoods, masked_copies, predictions, progress_bar
+from runtime.measures import Trajectory, fidelity, likelihoods, masked_copies, predictions, progress_bar
 from runtime.processes import batches
 from runtime.sampling import pad_left
 from tiny import tasks
@@ -141,32 +140,3 @@ def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
     """Trajectory fidelity over both generation tasks, one value per prompt."""
     parts = [fidelity(paths[task], reference[task]) for task in GENERATION]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-# ---- one table ------------------------------------------------------------------------------------------------------
-
-
-def judge(models: dict, problems: int, seed: int) -> list[dict]:
-    """NELBO, KL from the first model, accuracies and size of each on the held-out split, with 95 % intervals."""
-    rows, first = [], next(iter(models.values()))
-    for name, model in models.items():
-        values, _ = scores(model, problems, seed, label=f"evaluate {name}", reference=None if model is first else first)
-        rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
-    return rows
-
-
-COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token", **{task: f"{task} %" for task in TASKS}}
-
-
-def table(rows: list[dict]) -> str:
-    """What was measured of every model as Markdown, with 95 % intervals, and its size."""
-    shown = [k for k in COLUMNS if any(k in row for row in rows)]
-    lines = [f"| model | {' | '.join(COLUMNS[k] for k in shown)} | MB |", "|---|---|" + "---|" * len(shown)]
-    for row in rows:
-        cells = [interval(row[k], *((100, 1) if k in TASKS else ())) if k in row else "" for k in shown]
-        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.2f} |")
-    return "\n".join(lines)
-
-
-def interval(triple, scale: float = 1, digits: int = 4) -> str:
-    mean, low, high = triple
-    return f"{scale * mean:.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"

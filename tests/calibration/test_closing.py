@@ -12,6 +12,7 @@ from calibrate import QuantConfig, quantize_model
 from calibration.closing import SEED
 from calibration.segments import calibration_texts, held_out_segments, text_segments
 from model import load_model
+from runtime.measures import bootstrap
 from tiny import metrics, tasks
 
 
@@ -46,7 +47,7 @@ def test_it_is_what_the_whole_models_give(folder, tmp_path, capsys):
     for name, model in models.items():
         want = metrics.losses(model, segments, whole, 2, SEED, reference=full)
         for measure in ("kl", "nelbo"):
-            assert rows[name][measure] == pytest.approx(metrics.bootstrap(want[measure]), rel=1e-5), (name, measure)
+            assert rows[name][measure] == pytest.approx(bootstrap(want[measure]), rel=1e-5), (name, measure)
     assert rows["16-bit"].keys() == {"model", "segments", "nelbo", "bytes"}
     sizes = [json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())["metadata"]["total_size"],
              (folder / "m" / "model.safetensors").stat().st_size]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import evaluate
-from experiments import animation, figures, tables
+from experiments import animation, figures
+from experiments.rows import SETTINGS
 from model import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,7 @@ def test_the_published_picture_shows_every_row_of_table_1(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--figure", "hero"]) == 0
     numbers = json.loads((tmp_path / "out" / "figures" / "hero.json").read_text())
-    assert list(numbers["plain"]) == list(numbers["stressed"]) == list(tables.SETTINGS)
+    assert list(numbers["plain"]) == list(numbers["stressed"]) == list(SETTINGS)
     assert (tmp_path / "out" / "figures" / "hero.png").stat().st_size > 5000
 
 
@@ -171,7 +172,7 @@ def test_a_figure_carries_its_model_and_stress(small_folder, tmp_path):
 
 
 def test_every_method_looks_the_same_everywhere_and_like_no_other():
-    assert set(tables.SETTINGS) <= figures.LOOKS.keys()
+    assert set(SETTINGS) <= figures.LOOKS.keys()
     assert set(figures.VARIANTS) <= figures.LOOKS.keys()
     assert len({(look.color, look.linestyle) for look in figures.LOOKS.values()}) == len(figures.LOOKS)
 

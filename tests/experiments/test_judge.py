@@ -57,7 +57,7 @@ def test_the_measures_are_those_of_their_definitions(here, capsys):
                                    for row in ids])
     got = record[str(here / "m")]
     for name, values in want.items():
-        assert got[name] == pytest.approx(metrics.bootstrap(values), rel=1e-4), name
+        assert got[name] == pytest.approx(measures.bootstrap(values), rel=1e-4), name
     assert record["tiny"].keys() == {"nelbo", "passes"}
     assert got["nelbo_difference"][0] == pytest.approx(got["nelbo"][0] - record["tiny"]["nelbo"][0], rel=1e-4)
 

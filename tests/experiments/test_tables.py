@@ -1,4 +1,4 @@
-"""Tables: what a cell is, that it is measured once, and how rows are pooled and compared."""
+"""Tables: how rows are pooled and compared, and that a table measures each of its cells once."""
 
 import json
 import shutil
@@ -7,13 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import evaluate
-from checkpoint.folder import write_json
-from experiments import tables
+from experiments import cells, tables
+from experiments.cells import RESULTS, Run, digest, stored_cells
+from experiments.rows import DECODING, NO_TAC, RTN, TABLES, THRESHOLDS, UNTRAINED, Row
 from model import load_model
-from runtime.layers import Grid, QuantLinear, Weight
 from runtime.processes import Refused
 from tiny import metrics
 
@@ -21,12 +20,12 @@ from tiny import metrics
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A place for results, and one without published ones."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "published")
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "published")
     return tmp_path
 
 
 def cell(nelbo, kl=None, **tasks):
-    return {"values": {"nelbo": nelbo, **({} if kl is None else {"kl": kl}), **tasks}}
+    return {"nelbo": nelbo, **({} if kl is None else {"kl": kl}), **tasks}
 
 
 class TestRows:
@@ -100,13 +99,6 @@ class TestRows:
         lines = tables.markdown(record).splitlines()
         assert "(-2000.0 to -2000.0) * a |" in lines[3]
 
-    def test_every_counterpart_comes_before_its_row(self):
-        for rows in tables.TABLES.values():
-            labels = [row.label for row in rows]
-            assert len(set(labels)) == len(labels)
-            for i, row in enumerate(rows):
-                assert row.against in (tables.ABOVE, None, *labels[:i])
-
     def test_markdown_has_a_cell_for_every_heading(self):
         ones = [1.0, 0.0]
         rows = tables.summarize({"16-bit": [cell([1.0, 2.0], math=ones)],
@@ -133,57 +125,28 @@ class TestParallel:
         assert tables.in_parallel(base, base)["per pass at 0.9"] == (1, 1, 1)
 
     def test_passes_are_cells_of_their_own_and_a_curve(self, results, monkeypatch):
-        monkeypatch.setitem(tables.TABLES, "passes", [tables.Row("RTN", tables.RTN, None)])
-        monkeypatch.setitem(tables.THRESHOLDS, "passes", (0.5, 1.1))
-        run = tables.Run("tiny", 1.0, 2, False, "cpu", segments=8)
+        monkeypatch.setitem(TABLES, "passes", [Row("RTN", RTN, None)])
+        monkeypatch.setitem(THRESHOLDS, "passes", (0.5, 1.1))
+        run = Run("tiny", 1.0, 2, False, "cpu", segments=8)
         record = tables.make("passes", run, 1, out=results)
         assert [r["passes at 1.1"] for r in record["rows"]] == [(24, 24, 24)] * 2
         assert record["rows"][1]["passes at 0.5"][0] < 24
         curves = json.loads((results / "passes.json").read_text())
         assert curves["threshold"] == [0.5]
         assert curves["methods"]["RTN"]["passes"] == [record["rows"][1]["passes at 0.5"][0]]
-        cells = [json.loads(line) for line in (results / "cells.jsonl").read_text().splitlines()]
-        assert [c["threshold"] for c in cells] == [0.5, 1.1] * 2
-        assert all("nelbo" not in c for c in cells)
+        stored = [json.loads(line) for line in (results / "cells.jsonl").read_text().splitlines()]
+        assert [c["threshold"] for c in stored] == [0.5, 1.1] * 2
+        assert all("nelbo" not in c for c in stored)
         text = (results / "table-passes-1x2.md").read_text()
         assert text.splitlines()[2].endswith("| 100.0 ± 0.0 |")
         with pytest.raises(Refused, match="no likelihoods"):
             tables.make("passes", replace(run, nelbo=True), 1, out=results)
 
-    def test_calibration_text_is_what_the_row_says(self):
-        run = tables.Run("tiny", 1.0, 2, True, "cpu", segments=8)
-        ids, region = run.calibration_set({"text": "random", "segments": 5}, 1)
-        assert ids.shape == region.shape == (5, 64)
-        assert region.all()
-        assert int(ids.max()) < run.model().mask_id
-        english, _ = run.calibration_set({"text": "english"}, 1)
-        own, region = run.calibration_set({}, 1)
-        assert english.shape == own.shape == (8, 64)
-        assert not region.all()  # prompts are not masked
 
-
-class TestSettings:
-    @pytest.mark.parametrize("number", tables.TABLES)
-    def test_every_setting_is_valid_and_differs_from_the_others(self, number):
-        settings = [row.setting for row in tables.TABLES[number]]
-        configs = [str(tables.config_of(s, 10)) + str([s.get(k) for k in tables.EXTRA]) for s in settings]
-        assert len(set(configs)) == len(configs) >= 2
-
-    def test_gates_off_is_all_of_the_same_basis(self):
-        codes = torch.ones(4, 8, dtype=torch.int8)
-        layer = QuantLinear(weight=Weight(codes, torch.ones(4)), grid=Grid(), P=[torch.eye(8)], d_m=2, d_u=2)
-        model = torch.nn.Sequential(layer)
-        x, state = torch.ones(3, 8), torch.tensor([True, False, True])
-        assert float(layer(x, state).amax()) == pytest.approx(6)
-        tables.switch_gates_off(model)
-        assert float(layer(x, state).amin()) == pytest.approx(8)
-
-
-class TestCells:
+class TestMake:
     def test_a_cell_is_measured_once_and_a_cut_line_again(self, results, monkeypatch):
-        monkeypatch.setitem(tables.TABLES, "3", [tables.Row("RTN", tables.RTN),
-                                                 tables.Row("start", tables.UNTRAINED | tables.NO_TAC)])
-        run = tables.Run("tiny", 1.0, 2, True, "cpu", segments=8)
+        monkeypatch.setitem(TABLES, "3", [Row("RTN", RTN), Row("start", UNTRAINED | NO_TAC)])
+        run = Run("tiny", 1.0, 2, True, "cpu", segments=8)
         make = partial(tables.make, "3", run, 1, out=results)
         first = make()
         assert [r["setting"] for r in first["rows"]] == ["16-bit", "RTN", "start"]
@@ -195,88 +158,56 @@ class TestCells:
         want = metrics.scores(load_model("tiny", "cpu"), 2, tables.FIRST_SEED, quick=True)[0]["nelbo"]
         assert json.loads(lines[0])["values"]["nelbo"] == [round(v, 5) for v in want.tolist()]
 
-        monkeypatch.setattr(tables.Run, "measure", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(Run, "measure", lambda *_: pytest.fail("measured again"))
         assert make()["rows"] == first["rows"]
-        monkeypatch.setattr(tables.Run, "measure", lambda *_: {"nelbo": [1.0, 2.0], "kl": [0.25, 0.75]})
+        monkeypatch.setattr(Run, "measure", lambda *_: {"nelbo": [1.0, 2.0], "kl": [0.25, 0.75]})
         again = make(fresh=True)
         assert again["rows"][1]["kl"][0] == 0.5
         assert make()["rows"] == again["rows"]  # of two lines of one key the later counts
         (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
-        assert len(tables.stored_cells(results / "nowhere", results / "cells.jsonl")) == 2
+        assert len(stored_cells(results / "nowhere", results / "cells.jsonl")) == 2
 
     def test_published_tables_come_from_published_cells(self):
         """Every cell of every published table is stored under the key that its command asks for."""
-        cells = tables.stored_cells(tables.RESULTS / "cells.jsonl")
-        files = list(tables.RESULTS.glob("table-*.json"))
+        stored = stored_cells(RESULTS / "cells.jsonl")
+        files = list(RESULTS.glob("table-*.json"))
         assert len(files) == 12
         for file in files:
             record = json.loads(file.read_text())
             nelbo = "-nelbo" in file.name
-            run = tables.Run("tiny", record["stress"], record["problems"], nelbo, "cpu",
-                             sequences=record.get("sequences", record["problems"]))
-            (number,) = [n for n in tables.TABLES if tables.file_name(n, run, record["seeds"], False) == file.stem]
-            assert [r["setting"] for r in record["rows"]] == ["16-bit", *(row.label for row in tables.TABLES[number])]
-            kinds = [None] * (number not in tables.DECODING) + record.get("thresholds", [])
-            for setting in (None, *(row.setting for row in tables.TABLES[number])):
+            run = Run("tiny", record["stress"], record["problems"], nelbo, "cpu",
+                      sequences=record.get("sequences", record["problems"]))
+            (number,) = [n for n in TABLES if tables.file_name(n, run, record["seeds"], False) == file.stem]
+            assert [r["setting"] for r in record["rows"]] == ["16-bit", *(row.label for row in TABLES[number])]
+            kinds = [None] * (number not in DECODING) + record.get("thresholds", [])
+            for setting in (None, *(row.setting for row in TABLES[number])):
                 for key in (run.key(setting, 10 + i, kind) for i in range(record["seeds"]) for kind in kinds):
-                    assert {tables.digest(key), tables.digest(key | {"nelbo": False})} & cells.keys(), (file, key)
+                    assert {digest(key), digest(key | {"nelbo": False})} & stored.keys(), (file, key)
 
     def test_a_published_table_is_made_again_without_a_measurement_and_is_not_touched(self, monkeypatch, tmp_path):
-        before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in tables.RESULTS.iterdir()}
-        monkeypatch.setattr(tables.Run, "measure", lambda *_: pytest.fail("measured again"))
+        before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in RESULTS.iterdir()}
+        monkeypatch.setattr(Run, "measure", lambda *_: pytest.fail("measured again"))
         monkeypatch.chdir(tmp_path)
-        published = json.loads((tables.RESULTS / "table-5-nelbo.json").read_text())
+        published = json.loads((RESULTS / "table-5-nelbo.json").read_text())
         assert evaluate.main([*published["command"].split()[2:], "--device", "cpu"]) == 0
         again = json.loads((tmp_path / "out" / "tables" / "table-5-nelbo.json").read_text())
         assert {k: again[k] for k in published} == published
         assert [f.name for f in sorted((tmp_path / "out" / "tables").iterdir())] == ["table-5-nelbo.json",
                                                                                      "table-5-nelbo.md"]
-        assert before == {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in tables.RESULTS.iterdir()}
+        assert before == {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in RESULTS.iterdir()}
 
     def test_file_names_tell_model_and_size(self):
         name = tables.file_name
-        run = tables.Run("tiny", 1.0, tables.PROBLEMS, False, "cpu", sequences=tables.SEQUENCES)
+        run = Run("tiny", 1.0, tables.PROBLEMS, False, "cpu", sequences=tables.SEQUENCES)
         assert name("1", run, tables.SEEDS, False) == "table-1"
         assert name("1", replace(run, name="some/folder", c=4.0), 3, False) == "table-1-folder-stress4"
         assert name("1", replace(run, problems=100, nelbo=True), 3, False) == "table-1-nelbo"
         assert name("1", replace(run, problems=16, sequences=16, nelbo=True), 1, True) == "table-1-quick-1x16"
         assert name("1", run, 2, False) == "table-1-2x250x100"
 
-    @pytest.mark.parametrize("spoil", ["tokenizer.json", "sharded"])
-    def test_models_that_a_table_refuses_or_takes(self, spoil, small_folder, tmp_path):
+    def test_a_model_without_a_tokenizer_is_refused_before_anything_is_written(self, small_folder, tmp_path):
         folder = shutil.copytree(small_folder, tmp_path / "model")
-        run = tables.Run(str(folder), 1.0, 2, True, "cpu")
-        if spoil == "tokenizer.json":
-            (folder / "tokenizer.json").unlink()
-            with pytest.raises(Refused, match=r"has no tokenizer\.json"):
-                tables.make("3", run, 1, out=tmp_path / "out")
-            assert not (tmp_path / "out").exists()
-            return
-        tensors, key = load_file(folder / "model.safetensors"), run.key({}, 1)
-        tables.weights_digest.cache_clear()
-        for i, name in enumerate(tensors):
-            save_file({name: tensors[name]}, folder / f"model-{i:05d}-of-{len(tensors) - 1:05d}.safetensors")
-        write_json(folder / "model.safetensors.index.json", {"weight_map": {
-            name: f"model-{i:05d}-of-{len(tensors) - 1:05d}.safetensors" for i, name in enumerate(tensors)}})
-        (folder / "model.safetensors").unlink()
-        run.check()
-        assert run.key({}, 1)["weights"] != key["weights"]
-
-    def test_sequences_and_problems_are_counted_apart(self):
-        run = tables.Run("tiny", 1.0, 1, False, "cpu", segments=8, sequences=2)
-        values = run.measure(tables.RTN, tables.FIRST_SEED)
-        assert [len(values[k]) for k in ("nelbo", "kl", "math", "code", "cloze")] == [6, 6, 1, 1, 1]
-        # the same sequences as with two problems
-        more = metrics.scores(run.model(), 2, tables.FIRST_SEED, quick=True)[0]["nelbo"]
-        torch.testing.assert_close(run.reference(tables.FIRST_SEED)[0]["nelbo"], more, rtol=1e-4, atol=1e-5)
-        assert run.key({}, 1) != tables.Run("tiny", 1.0, 1, False, "cpu", segments=8).key({}, 1)
-
-    def test_what_determines_a_cell_is_in_its_key(self):
-        run = tables.Run("tiny", 1.0, 2, True, "cpu")
-        keys = {tables.digest(run.key(s, seed)) for s in ({}, tables.NO_TAC, {"gates": "off"}, None) for seed in (1, 2)}
-        others = (tables.Run("tiny", 8.0, 2, True, "cpu"), tables.Run("tiny", 1.0, 3, True, "cpu"),
-                  tables.Run("tiny", 1.0, 2, False, "cpu"), tables.Run("tiny", 1.0, 2, True, "cpu", segments=32),
-                  tables.Run("tiny", 1.0, 2, True, "cpu", sequences=3), tables.Run("tiny", 1.0, 2, True, "cuda:1"))
-        assert len(keys | {tables.digest(r.key({}, 1)) for r in others}) == 14
-        assert others[-1].key({}, 1) == tables.Run("tiny", 1.0, 2, True, "cuda").key({}, 1)
-        assert run.key({"tac_block": 16}, 1) == run.key({}, 1)  # a default, written out
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(Refused, match=r"has no tokenizer\.json"):
+            tables.make("3", Run(str(folder), 1.0, 2, True, "cpu"), 1, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
