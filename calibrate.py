@@ -20,7 +20,6 @@ Standard output ends with one line of JSON; progress goes to standard error.
 
 import argparse
 import copy
-import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -53,8 +52,6 @@ from starquant import fold_weight, linear, tac_fit
 from tiny.stress import write_stressed
 from tiny.tasks import knows_our_tasks
 
-NARROW = 512  # channels of a model that one thread calibrates
-
 # ---- the loop over blocks --------------------------------------------------------------------------------------------
 
 
@@ -76,31 +73,16 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) ->
     quantized = rebuilt(model)
     if config.head_bits < 16:
         quantize_outer(quantized, config.head_bits, config.embed_bits or None)
-    blocks = [block for _, block, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+    with processes.threads_for(model.config.d_model):
+        blocks = [block for _, block, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config)]
     about = quantization_config(asdict(config), model.config, gates(blocks[0]))
     quantized.config = replace(model.config, raw=model.config.raw | {"quantization_config": about})
     return rebuilt(quantized, blocks=nn.ModuleList(blocks)).eval()
 
 
-def calibrate_blocks(outer: DiffusionLM, *args, **options):
-    """`each_block`, by one thread where the model is too narrow to gain from more, unless OMP_NUM_THREADS is set.
-
-    Threads wait for one another after every operation. Beside other work that made a narrow model 20 times as slow.
-    """
-    threads = torch.get_num_threads()
-    if outer.config.d_model <= NARROW and outer.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    blocks = each_block(outer, *args, **options)
-    del outer  # `each_block` lets go of it
-    try:
-        yield from blocks
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.no_grad()
-def each_block(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
-               share=(0, 1), spill: Path | None = None):
+def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
+                     share=(0, 1), spill: Path | None = None):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
 
     noisy (S, L): the calibration segments with [MASK] in place. blocks(): iterates over the 16-bit blocks in order.
@@ -310,7 +292,8 @@ def calibrate(args) -> dict:
     out, start, n = open_output(args, source, key), time.time(), source.config.n_layers
     noisy = token_states(lambda: load_model(source.folder, device, dtype), tokens, region, outer.mask_id, config)
     noisy = noisy.to(device)
-    with processes.Bar(total=n * progress_steps(config), unit="step") as bar:
+    steps = n * progress_steps(config)
+    with processes.threads_for(source.config.d_model), processes.Bar(total=steps, unit="step") as bar:
         stream = calibrate_blocks(outer, lambda: (load_block(source, i, device, dtype) for i in range(n)), noisy,
                                   config, lambda i: out.finished(i, device, dtype), partial(advance, bar),
                                   (processes.rank(), processes.world()), args.spill)

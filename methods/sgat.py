@@ -197,7 +197,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
 
     def loss_of(rows, P):
         batch = (t.index_select(0, rows.to(t.device)) for t in (x, y, state))  # a CPU copies faster than by x[rows]
-        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, True) / norm
+        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric,
+                         orthogonal=True) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 

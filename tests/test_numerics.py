@@ -182,9 +182,9 @@ class TestDivergence:
     def test_a_loss_that_is_nan_is_said_and_leaves_valid_json(self, small_folder, tmp_path, capsys, monkeypatch):
         trained, original = [False], sgat.sgat_loss
 
-        def burst(*args):
+        def burst(*args, **options):
             """Finite at the start, NaN when it is judged again after training."""
-            loss = original(*args)
+            loss = original(*args, **options)
             trained[0] = loss.requires_grad or trained[0]
             return loss if loss.requires_grad or not trained[0] else loss * math.nan
 

@@ -173,12 +173,12 @@ class TestFit:
         x, y, state, weight = states_apart()
         start, trained, judged = cast(sgat.initial_basis(32, "dense", generator())), [], []
 
-        def spy(x_rows, y_rows, state_rows, *rest):
+        def spy(x_rows, y_rows, state_rows, *rest, **options):
             numbers = [next(i for i in range(16) if torch.equal(x[i], row)) for row in x_rows]
             assert torch.equal(y_rows, y[numbers])
             assert torch.equal(state_rows, state[numbers])
             (trained if torch.is_grad_enabled() else judged).append(numbers)
-            return sgat_loss(x_rows, y_rows, state_rows, *rest)
+            return sgat_loss(x_rows, y_rows, state_rows, *rest, **options)
 
         monkeypatch.setattr(sgat, "sgat_loss", spy)
         sgat.fit_sgat(x, y, state, weight, start, 1, 1, epochs=2, generator=generator())

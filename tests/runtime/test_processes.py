@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,21 @@ class TestAlone:
         assert processes.first(lambda: 7) == 7
         with pytest.raises(KeyError):
             processes.first(lambda: {}["x"])
+
+
+def test_one_thread_for_a_narrow_model(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with suppress(KeyboardInterrupt), processes.threads_for(processes.NARROW):
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 2
+        with processes.threads_for(processes.NARROW + 1):
+            assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with processes.threads_for(processes.NARROW):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
