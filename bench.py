@@ -28,7 +28,7 @@ from experiments.timing import busy, ceilings, in_turn, measure, measure_each, r
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import linear_shapes, memory_table
 from model import generate, load_model, swiglu
-from runtime import cuda, processes, products
+from runtime import checks, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.processes import Parser, Refused, pick_device, writable
@@ -280,7 +280,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
               "head_bits": args.head_bits, "embed_bits": args.embed_bits or args.head_bits,
               "integer_product": kernels.backend(device.type),
               "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
-                               and cuda.ready(torch.cuda.current_device(), dtype, part)],
+                               and checks.ready(torch.cuda.current_device(), dtype, part)],
               "busy": busy(), "ceilings": (top := ceilings(device, dtype, repeats))}
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; measured", {k: f"{v:.3g}" for k, v in top.items()})
     keep(result)

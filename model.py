@@ -25,7 +25,7 @@ from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
 from checkpoint.tokenizer import chat_prompt, load_tokenizer
-from runtime import cuda
+from runtime import checks, cuda
 from runtime.processes import Refused, pick_device, pick_dtype
 from runtime.sampling import END_OF_TURN, denoise, generate, pad_left
 
@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        if cuda.glues(x, self.weight):
+        if checks.glues(x, self.weight):
             return cuda.rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -81,7 +81,7 @@ def rotate(x, cos, sin):
 
 def swiglu(gate_up):
     """silu(gate) · up: (..., 2 F) -> (..., F)."""
-    if cuda.glues(gate_up):
+    if checks.glues(gate_up):
         return cuda.silu_up(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
@@ -108,7 +108,7 @@ class Block(nn.Module):
         """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
-        if not c.qk_norm and c.head_dim % 16 == 0 and cuda.glues(qkv):
+        if not c.qk_norm and c.head_dim % 16 == 0 and checks.glues(qkv):
             return *cuda.rope(qkv, *rope, c.n_heads + c.n_kv_heads, c.head_dim).split((c.n_heads, c.n_kv_heads), 1), v
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -31,7 +31,7 @@ from checkpoint.published import published
 from experiments.twins import eager, plus_twin, quantized_twin
 from methods.storage import memory_table
 from model import DiffusionLM, denoise
-from runtime import cuda, products
+from runtime import checks, cuda, products
 
 SMALLEST_S = 4e-6  # as measured on an H200 (results/gpu-h200.md)
 STEPS = 4  # of a generation, of which the first is counted
@@ -125,8 +125,8 @@ def pretended(count: Count):
     def serves(*_):
         return True
 
-    with (mock.patch.multiple(cuda, _launch=count.launch, ready=serves, usable=serves,
-                              _multiprocessors=lambda _: gpu.multiprocessors,
+    with (mock.patch.multiple(checks, ready=serves, usable=serves),
+          mock.patch.multiple(cuda, _launch=count.launch, _multiprocessors=lambda _: gpu.multiprocessors,
                               _counters=lambda device: torch.empty(0, device=device)),
           mock.patch.multiple(products, fastest=fastest, fp8_product=count.fp8_product,
                               fp8_is_exact=lambda _: "fp8" in gpu.rates),

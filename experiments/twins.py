@@ -16,7 +16,7 @@ from methods.hadamard import spread
 from methods.rtn import quantize_outer
 from methods.sgat import initial_basis
 from model import DiffusionLM, Linear, RMSNorm
-from runtime import cuda
+from runtime import checks
 from runtime.layers import TAC, Centre, Grid, QuantLinear, Weight, rebuilt
 from starquant import Across, Blocks, Dense, tac_block_size
 
@@ -118,7 +118,7 @@ def eager(model) -> DiffusionLM:
     twin, hidden = copy.copy(model), model.hidden
 
     def plain(*args, **kwargs):
-        with cuda.eager_glue():
+        with checks.eager_glue():
             return hidden(*args, **kwargs)
 
     twin.hidden = plain

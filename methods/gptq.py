@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.settings import Settings
-from runtime import cuda
+from runtime import checks, cuda
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import apply_basis, fold_weight, quant_params
 
@@ -104,7 +104,7 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 1
     scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
     W[:, H.diagonal() == 0] = 0
     U = inverse_factor(H, damping)
-    one_kernel = W.is_cuda and cuda.ready(W.device.index, torch.float32, "gptq")
+    one_kernel = W.is_cuda and checks.ready(W.device.index, torch.float32, "gptq")
     block = cuda.GPTQ_BLOCK if one_kernel else block
     codes = torch.empty_like(W, dtype=torch.int8)
     for start in range(0, W.shape[1], block):

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import kernels
-from runtime import cpu, cuda, products
+from runtime import checks, cpu, cuda, products
 from starquant import (
     Across,
     Blocks,
@@ -288,7 +288,7 @@ class TAC(Quantized):
         self.register_buffer("bias", bias.float().contiguous())
 
     def forward(self, z):
-        if self.M.shape[-1] == cuda.TAC_BLOCK and cuda.usable(z, "tac"):
+        if self.M.shape[-1] == cuda.TAC_BLOCK and checks.usable(z, "tac"):
             return cuda.tac(z, self.M, self.bias)
         return tac_apply(z.float(), self.M, self.bias).to(z.dtype)
 

@@ -7,7 +7,8 @@ multiplies them by the weight (`ways`). Four products do the same:
     fp8               codes of 4 bits as fp8 numbers, which is exact, on `torch._scaled_mm`
     slices            `torch._int_mm` and `epilogue`: the readable one, which always serves
 
-`fastest` times those that serve a shape when it is first met, and keeps the fastest. The kernels are in `cuda.py`.
+`fastest` times those that serve a shape when it is first met, and keeps the fastest. The kernels are in `cuda.py`,
+and `checks.py` says whether they may be used.
 """
 
 import math
@@ -18,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from runtime import cuda
-from starquant import Blocks, apply_basis
+from runtime import checks, cuda
+from starquant import Across, Blocks, Kronecker, apply_basis
 
 
 def slice_width(M: int, N: int, K: int, packed: bool, device) -> int:
@@ -40,10 +41,10 @@ class Way(NamedTuple):
 
 
 def serves(layer, x) -> bool:
-    """Whether the kernels serve a QuantLinear and x (..., d): `cuda.usable`, C a multiple of 16, feedback of 64."""
+    """Whether the kernels serve a QuantLinear and x (..., d): `checks.usable`, C a multiple of 16, feedback of 64."""
     V = layer.feedback
     return len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK) and (
-        cuda.usable(x, "linear", *["feedback"] * (V is not None)))
+        checks.usable(x, "linear", *["feedback"] * (V is not None)))
 
 
 def linear(layer, x, state):
@@ -61,11 +62,11 @@ def codes(layer, x, state, order: str = "plain"):
     """What a product takes of x (M, d) with states (M,), in as few passes as possible: codes, scales and zero points of
     (x - μ_s) P, gated, as `cuda.quantize_rows` returns them, rounded by feedback where the layer has it."""
     P, mean, V = layer.basis(x), layer.mean, layer.feedback
-    if P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64 and cuda.ready(x.device.index, x.dtype, "blocks"):
+    if P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64 and checks.ready(x.device.index, x.dtype, "blocks"):
         x, mean, P = cuda.centred_blocks(x, mean, state, P[0].B), None, P[1:]
     x = x if mean is None else (x - mean[state.long()]).to(x.dtype)
     given = state, layer.d_m, layer.d_u, layer.abits, layer.clip, V is not None, order
-    if rotation := cuda.rotation_of(x, P):
+    if rotation := rotation_of(x, P):
         x, integers, scale, zero = cuda.rotated_codes(rotation, x, P[0], *given)
     else:
         x = apply_basis(x, P)
@@ -73,6 +74,17 @@ def codes(layer, x, state, order: str = "plain"):
     if V is not None:
         cuda.feedback(x, V, scale, zero, integers, layer.abits, order)
     return integers, scale, zero
+
+
+def rotation_of(x, P: list) -> cuda.Rotation | None:
+    """The sizes of `cuda.rotated_codes` for rows x (M, K) and the factors P, or None where it does not serve."""
+    if x.dtype != torch.bfloat16 or len(P) != 1 or (x.shape[1] > 8192 and len(x) > 1024):
+        return None  # the last: two passes are faster then (results/gpu-h200.md)
+    factor, kronecker = P[0], isinstance(P[0], Kronecker)
+    n1, n2 = len(factor[0]), len(factor.P2) if kronecker else 64
+    fits = n2 in (64, 128) if kronecker else isinstance(factor, Across) and x.shape[1] == 64 * n1
+    sizes = cuda.Rotation(n1, n2, int(kronecker))  # wider ones than 128 are slower than two passes
+    return sizes if fits and n1 <= 128 and n1 % 8 == 0 and checks.ready(x.device.index, x.dtype, sizes) else None
 
 
 def _with_ends(layer, x, scale, zero, state):
@@ -90,7 +102,7 @@ def ways(layer, x) -> list[Way]:
     if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in cuda.TILES.items()
                   if K % tile.TK == 0 and suits(tile, M, torch.cuda.get_device_capability(index))
-                  and cuda.ready(index, x.dtype, tile)]
+                  and checks.ready(index, x.dtype, tile)]
     if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
             and x.is_cuda and fp8_is_exact(index)):
         if not layer.packed:
@@ -142,7 +154,7 @@ def fp8_product(codes, weight, scale, w_scale, y):
 @cache
 def fp8_is_exact(index: int) -> bool:
     """Whether this GPU has fp8 tensor cores whose sums equal integers, also the largest: tried once."""
-    if not cuda.ready(index, torch.bfloat16, "fp8"):
+    if not checks.ready(index, torch.bfloat16, "fp8"):
         return False
     device, g = torch.device("cuda", index), torch.Generator().manual_seed(0)
     a, w = torch.randint(-15, 16, (33, 12288), generator=g), torch.randint(-8, 8, (528, 12288), generator=g)

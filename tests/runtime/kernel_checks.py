@@ -15,6 +15,14 @@ from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def plant(monkeypatch, tmp_path, file: str, old: str, new: str) -> None:
+    """A fault in a source of the kernels: `file` is SOURCE or PRODUCTS_SOURCE of `runtime.cuda`."""
+    text, changed = getattr(cuda, file).read_text(), tmp_path / "changed.cu"
+    assert old in text
+    changed.write_text(text.replace(old, new))
+    monkeypatch.setattr(cuda, file, changed)
+
+
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,
                clip=None, V=None, shift=None):
     """`products.linear` of transformed activations x (M, K) by tensors."""

@@ -23,16 +23,20 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
-from runtime import cuda
+from runtime import checks, cuda, products
 
 np.seterr(all="ignore")
 KEPT = Path(__file__).parents[2] / ".pytest_cache" / "ptx"
@@ -824,3 +828,16 @@ def launcher(architecture="compute_90a"):
 
     launch.conflicts = {}
     return launch
+
+
+@contextmanager
+def interpreted(multiprocessors: int = 1):
+    """Inside, the CPU is a GPU to `runtime`: its launches go to the interpreter. Skips where no compiler is."""
+    if not shutil.which("nvcc") and not nvrtc():
+        pytest.skip("needs nvcc or NVRTC (pip install nvidia-cuda-nvrtc)")
+    launch = launcher()
+    cuda._counters.cache_clear()
+    with (mock.patch.multiple(cuda, _launch=launch, _multiprocessors=lambda _: multiprocessors),
+          mock.patch.multiple(products, slice_width=lambda *_: 256),
+          mock.patch.multiple(checks, ready=lambda _, to, part: part not in checks.ONLY_BF16 or to == torch.bfloat16)):
+        yield launch

@@ -1,5 +1,4 @@
-"""Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere;
-on a GPU, for few tokens, the faster of two."""
+"""Which product serves: `torch._int_mm` where it is exact and, on a CPU, faster; the exact fallback elsewhere."""
 
 import warnings
 from functools import partial
@@ -10,7 +9,6 @@ from conftest import checked_int_mm
 from test_kernels import integers
 
 import kernels
-from runtime import cuda
 
 pytestmark = pytest.mark.usefixtures("strict_int_mm")
 
@@ -138,23 +136,3 @@ class TestBackend:
         for chosen in ("int_mm", "float"):
             monkeypatch.setattr(kernels, "backend", lambda device, chosen=chosen: chosen)
             assert kernels.int_matmul(a, w) == {"int_mm": "int_mm", "float": "float_mm"}[chosen]
-
-
-# ---- on a GPU -------------------------------------------------------------------------------------------------------
-
-
-def test_kernels_are_for_gpus_only():
-    assert not cuda.usable(torch.randn(4, 64), "linear")
-
-
-def test_kernels_that_do_not_compile_are_said_with_the_compilers_words(monkeypatch):
-    def launch(*_):
-        raise RuntimeError('Compilation failed:\nkernels.cu(3): error: identifier "rintg" is undefined\n\n1 error')
-
-    monkeypatch.setattr(cuda, "_launch", launch)
-    monkeypatch.setattr(kernels, "backend", lambda device: "int_mm")
-    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # no earlier kernel has failed
-    said = r'epilogue are not used, .* start here \(kernels.cu\(3\): error: identifier "rintg" is undefined\)'
-    with pytest.warns(UserWarning, match=said):
-        assert not cuda.ready.__wrapped__(0, torch.float32)

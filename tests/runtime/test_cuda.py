@@ -23,15 +23,13 @@ from kernel_checks import (
 import kernels
 import model
 from methods.gptq import gptq, hessian
-from runtime import cuda, products
+from runtime import checks, cuda, products
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = [name for names in cuda.PARTS.values() for name in names]
 # of LLaDA-8B (4096 and 12288 channels), of Dream-7B (3584), and what is not whole tiles
 ROTATIONS = [cuda.Rotation(64, 64, 1), cuda.Rotation(96, 128, 1), cuda.Rotation(64, 64, 0), cuda.Rotation(192, 64, 0),
              cuda.Rotation(56, 64, 1), cuda.Rotation(56, 64, 0)]
-READY = cuda.ready.__wrapped__
-SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0)]
 
 
 # ---- the sources compile -------------------------------------------------------------------------------------------
@@ -90,57 +88,12 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
 @pytest.fixture(scope="module")
 def on_cpu(strict_int_mm):
     """Launches of `runtime.cuda` go to the interpreter of PTX; `_int_mm` is as strict as Hopper's."""
-    if not shutil.which("nvcc") and not ptx.nvrtc():
-        pytest.skip("needs nvcc or NVRTC (pip install nvidia-cuda-nvrtc)")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_launch", ptx.launcher())
-        patch.setattr(cuda, "_multiprocessors", lambda device: 1)
-        patch.setattr(products, "slice_width", lambda *_: 256)
-        patch.setattr(cuda, "ready", lambda _, dtype, part: part not in cuda.ONLY_BF16 or dtype == torch.bfloat16)
+    with ptx.interpreted():
         yield
-
-
-def planted(monkeypatch, tmp_path, old, new):
-    """A fault in the sources."""
-    text, changed = cuda.SOURCE.read_text(), tmp_path / "kernels.cu"
-    assert old in text
-    changed.write_text(text.replace(old, new))
-    monkeypatch.setattr(cuda, "SOURCE", changed)
 
 
 @pytest.mark.usefixtures("on_cpu")
 class TestOnCpu:
-    @pytest.mark.parametrize(("part", "dtype"), [(part, torch.bfloat16) for part in (*cuda.PARTS, *SMALL)] + [
-        (part, torch.float32) for part in ("linear", "feedback", "glue")])
-    def test_self_check_accepts_the_kernels(self, part, dtype):
-        assert cuda.self_check(torch.device("cpu"), dtype, part) is None
-
-    @pytest.mark.parametrize(("part", "name", "broken", "wrong"), [
-        ("linear", "quantize_rows", "clip[1]", "clip[0]"), ("blocks", "centred_blocks", "(state[row] ? K : 0)", "0"),
-        ("linear", "epilogue", "(state[m] ? N : 0)", "0"), ("glue", "rms_norm", "__fmul_rn(v[j], r)", "v[j]"),
-        ("glue", "rope", "-second[a]", "second[a]"), ("glue", "silu_up", "expf(-v[j])", "expf(v[j])"),
-        ("tac", "tac", "4 * (g / 2) + 2 * j", "2 * (g / 2) + 4 * j"),
-        ("gptq", "gptq_columns", "int j = i + 1; j < GPTQ_BLOCK", "int j = i + 2; j < GPTQ_BLOCK"),
-        (SMALL[0], "rotated_codes", "gates && k + 2 * j >= from", "false && k + 2 * j >= from")])
-    def test_self_check_names_a_broken_kernel(self, part, name, broken, wrong, tmp_path, monkeypatch):
-        planted(monkeypatch, tmp_path, broken, wrong)
-        assert cuda.self_check(torch.device("cpu"), torch.bfloat16, part) == name
-
-    @pytest.mark.parametrize(("part", "old", "new"), [
-        # races, out of bounds, what is never written: their values may be right by chance
-        ("linear", "__syncthreads();\n        for (int w = 0; w < WARPS_OF", "for (int w = 0; w < WARPS_OF"),
-        ("linear", "if (n >= width) return;", ""), ("tac", "r + 8 < rows ? ", "true ? "),
-        ("blocks", "row < M ? ", "true ? "),
-        ("blocks", "THREADS);\n            __syncthreads();", "THREADS);"),
-        ("gptq", "    __syncthreads();\n    int c", "    int c"), ("glue", "__syncthreads();\n    sum = 0", "sum = 0"),
-        (SMALL[1], "column / 64 * 64", "0"),
-        (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
-        (SMALL[0], "#endif\n        __syncthreads();", "#endif"), (SMALL[0], "if (row >= N1) continue;", "")])
-    def test_the_interpreter_finds_planted_faults(self, part, old, new, tmp_path, monkeypatch):
-        planted(monkeypatch, tmp_path, old, new)
-        with pytest.raises(ptx.Fault):
-            cuda.self_check(torch.device("cpu"), torch.bfloat16, part)
-
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_ragged_linears(self, dtype):
         check_linear("cpu", 0, 33, 1056, 96, dtype, 4, True, None, True, True, width=32, clipped=True, shifted=True)
@@ -249,7 +202,7 @@ class TestOnCpu:
         keep[1, :3] = 0
         ropes = [m.context(torch.zeros(2, 7, dtype=torch.long), mask)[0] for mask in (None, keep)]
         eager = [block.attn_norm(x), model.swiglu(gate_up), *(t for rope in ropes for t in block.heads(qkv, rope))]
-        monkeypatch.setattr(cuda, "glues", lambda *_: True)
+        monkeypatch.setattr(checks, "glues", lambda *_: True)
         norm, silu = block.attn_norm(x), model.swiglu(gate_up)
         turned = [t for rope in ropes for t in block.heads(qkv, rope)]
         assert torch.allclose(norm, eager[0], rtol=2 * torch.finfo(dtype).eps)
@@ -267,34 +220,6 @@ class TestOnCpu:
         got = [t.as_subclass(torch.Tensor) for t in gptq(weight.as_subclass(SaysCuda), H, 4)]
         assert torch.equal(got[0], codes)
         assert torch.equal(got[1], scale)
-
-
-@pytest.mark.parametrize("why", ["off", "cpu", "gradient", "dtype"])
-def test_glue_is_eager_where_a_kernel_cannot_serve(why, monkeypatch):
-    monkeypatch.setattr(cuda, "ready", lambda *_: True)
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cpu" if why == "cpu" else "cuda:0"))
-    x, gain = torch.randn(3, 32), torch.ones(32)
-    assert cuda.glues(x, gain) == (why != "cpu")
-    if why == "off":
-        with cuda.eager_glue():
-            assert not cuda.glues(x, gain)
-        assert cuda.glues(x, gain)
-    assert not cuda.glues(x, gain.requires_grad_() if why == "gradient" else gain.bfloat16())
-
-
-def test_an_error_that_ends_the_context_ends_the_run(monkeypatch):
-    """A kernel that does not start is replaced; after an illegal access every later call fails, under other names."""
-    def dead(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(kernels, "backend", lambda _: "int_mm")
-    monkeypatch.setattr(cuda, "self_check", dead)
-    monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        READY(0, torch.float32, "linear")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    with pytest.warns(UserWarning, match="do not compile or start here"):
-        assert not READY(0, torch.float32, "linear")
 
 
 # ---- the layers ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import model
 from checkpoint.families import read_config
 from checkpoint.published import published
 from methods.gptq import gptq, hessian
-from runtime import cuda, products
+from runtime import checks, cuda, products
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -37,12 +37,12 @@ def nothing_is_refused(monkeypatch):
 @pytest.mark.parametrize("part", cuda.PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_are_in_use(dtype, part):
-    assert cuda.ready(torch.cuda.current_device(), torch.bfloat16 if part in cuda.ONLY_BF16 else dtype, part)
+    assert checks.ready(torch.cuda.current_device(), torch.bfloat16 if part in checks.ONLY_BF16 else dtype, part)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0)])
 def test_rotations_are_in_use(sizes):
-    assert cuda.ready(torch.cuda.current_device(), torch.bfloat16, cuda.Rotation(*sizes))
+    assert checks.ready(torch.cuda.current_device(), torch.bfloat16, cuda.Rotation(*sizes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +57,7 @@ def test_norm_rope_and_silu_of_llada(dtype, B, L):
     x, qkv, gate_up = (torch.randn(B, L, n, generator=g, device="cuda").to(dtype) for n in (4096, 12288, 24576))
     rope = model.rope_table(torch.arange(L, device="cuda"), c, dtype)
     got = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)
-    with cuda.eager_glue():
+    with checks.eager_glue():
         want = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)
     for ours, theirs in zip(got[:2], want[:2], strict=True):
         assert torch.allclose(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

@@ -1,13 +1,12 @@
 """The products of INT4 weights without a GPU: their kernels run one instruction at a time, and which of them serves."""
 
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
 import ptx
 import pytest
 import torch
-from kernel_checks import check_tile, paired, plus_layer
+from kernel_checks import check_tile, paired, plant, plus_layer
 
 from runtime import cuda, products
 
@@ -17,17 +16,10 @@ TILES = {"tiled": cuda.Tile(32, 64, WM=16), "tiled, long": cuda.Tile(32, 64, 256
 
 
 @pytest.fixture
-def launch(monkeypatch):
+def launch():
     """Kernels run on the CPU, from the compiler's PTX."""
-    if not shutil.which("nvcc") and not ptx.nvrtc():
-        pytest.skip("needs nvcc or NVRTC (pip install nvidia-cuda-nvrtc)")
-    launch = ptx.launcher()
-    monkeypatch.setattr(cuda, "_launch", launch)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda, "ready", lambda _, dtype, part: part not in cuda.ONLY_BF16 or dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "slice_width", lambda *_: 256)
-    cuda._counters.cache_clear()
-    return launch
+    with ptx.interpreted(4) as launch:
+        yield launch
 
 
 class TestTiles:
@@ -65,16 +57,9 @@ class TestTiles:
         ("grouped", "unpack(step + 1, next)", "unpack(step + 1, now)"),
         ("grouped", 'asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");\n    };', "};")])
     def test_planted_faults_are_found(self, launch, monkeypatch, tmp_path, name, old, new):
-        text, changed = cuda.PRODUCTS_SOURCE.read_text(), tmp_path / "products.cu"
-        assert old in text
-        changed.write_text(text.replace(old, new))
-        monkeypatch.setattr(cuda, "PRODUCTS_SOURCE", changed)
+        plant(monkeypatch, tmp_path, "PRODUCTS_SOURCE", old, new)
         with pytest.raises((ptx.Fault, AssertionError)):
             check_tile("cpu", TILES[name], 33, 1024, 32, torch.bfloat16, 2)
-
-
-def test_fp8_codes_and_weights(launch):
-    assert cuda.self_check(torch.device("cpu"), torch.bfloat16, "fp8") is None
 
 
 @pytest.mark.parametrize("order", cuda.ORDERS)

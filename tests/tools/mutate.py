@@ -27,7 +27,7 @@ TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq
     "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "tiny/metrics": "evaluate",
     "methods/storage": "preflight bench", "checkpoint/loading": "folder families model",
     "checkpoint/published": "twins", "experiments/tables": "tables evaluate", "experiments/peers": "bench",
-    "experiments/animation": "figures", "calibration/streams": "calibrate",
+    "experiments/animation": "figures", "runtime/cuda": "cuda checks products", "calibration/streams": "calibrate",
     "calibration/segments": "segments calibrate"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}

@@ -1,0 +1,149 @@
+"""Whether a CUDA kernel may be used: once per device it must compile, start and give what its readable twin gives."""
+
+import warnings
+from functools import cache
+from unittest import mock
+
+import torch
+
+import kernels
+from runtime import cpu, cuda
+from runtime.cuda import Rotation, Sizes
+from starquant import Across, Blocks, Kronecker, subspace_gates, tac_apply
+
+FUSED_GLUE = True  # norms, rope and SiLU of both models by one kernel each; `eager_glue` turns it off
+ONLY_BF16 = ("tac", "blocks", "fp8")
+
+
+def usable(x, *parts: str) -> bool:
+    """Whether the kernels of these parts serve activations x (..., K): on a GPU, fp32 or bf16, K a multiple of 16."""
+    return (x.device.type == "cuda" and x.dtype in cuda.TYPES and x.numel() > 0 and x.shape[-1] % 16 == 0
+            and all(ready(x.device.index, x.dtype, part) for part in parts))
+
+
+def glues(x, *others) -> bool:
+    """Whether the glue kernels serve x and others, contiguous and of one dtype: where no gradient is wanted and nothing
+    is being compiled."""
+    tensors = (x, *others)
+    return (FUSED_GLUE and not torch.compiler.is_compiling()
+            and all(t.dtype == x.dtype and t.is_contiguous() for t in tensors)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and usable(x, "glue"))
+
+
+def eager_glue():
+    """A context in which norms, rope and SiLU are the lines of model.py."""
+    return mock.patch(f"{__name__}.FUSED_GLUE", False)
+
+
+@cache
+def ready(index: int, dtype, part: str | Sizes = "linear") -> bool:
+    """Whether a part compiles on this device and its kernels equal their eager twins: tried once, and said if not. Run
+    it before a CUDA graph is captured (any warm-up forward does)."""
+    if (part in ONLY_BF16 and dtype != torch.bfloat16) or (
+            part == "fp8" and torch.cuda.get_device_capability(index) < (8, 9)):
+        return False
+    if part not in ("glue", "gptq") and kernels.backend("cuda") != "int_mm":
+        return False  # said already
+    try:
+        wrong = self_check(torch.device("cuda", index), dtype, part)
+        reason = wrong and f"{wrong} differs from its eager twin"
+    except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as error:
+        torch.cuda.synchronize(index)  # an error that ended the CUDA context is raised again, and ends the run
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        telling = next((line for line in lines if "error" in line.lower() and not line.endswith(":")), lines[-1])
+        reason = f"they do not compile or start here ({telling.strip()})"
+    if reason:
+        warnings.warn(f"Of the CUDA kernels {', '.join(cuda.kernels_of(part))} are not used, because {reason}; others, "
+                      f"or plain PyTorch, serve instead (slower).", stacklevel=2)
+    return not reason
+
+
+def self_check(device, dtype, part: str | Sizes) -> str | None:
+    """The first kernel of a part that differs from its eager twin, on a ragged number of tokens."""
+    return next((name for name, right in _checks(device, dtype, part) if not right), None)
+
+
+def _checks(device, dtype, part):
+    """Names of kernels, and whether each gives what its eager twin does."""
+    g, M, fp32, equal = torch.Generator().manual_seed(0), 19, torch.float32, torch.equal
+    d_m, d_u, clip, state = 24, 40, torch.tensor([0.9, 0.8], device=device), (torch.arange(M) % 3 == 0).to(device)
+
+    def normal(*shape, to=dtype):
+        return torch.randn(*shape, generator=g).to(device, to)
+
+    def integers(*shape, most=1, to=dtype):  # small ones, also times powers of two, have exact sums in any order
+        return torch.randint(-most, most + 1, shape, generator=g).to(device, to)
+
+    def gated(rows):
+        return rows * torch.where(state[:, None], *subspace_gates(rows.shape[1], d_m, d_u, device, rows.dtype))
+
+    def same(got, rows):  # codes, scales and zero points, and zeros behind them
+        want = zip(got, kernels.quantize_rows(gated(rows), 4, clip), strict=True)
+        return not got[0][M:].any() and all(equal(a[:M].reshape(b.shape).to(b.dtype), b) for a, b in want)
+
+    if part == "glue":
+        x, gain, close = normal(2, 19, 288), normal(288), {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+        norm = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+        yield "rms_norm", torch.allclose(cuda.rms_norm(x, gain, 1e-5), gain * norm.to(dtype), **close)
+        silu = torch.nn.functional.silu(x[..., :144]) * x[..., 144:]
+        yield "silu_up", torch.allclose(cuda.silu_up(x), silu, **close)
+        for table in (fp32, dtype):
+            (cos, sin), heads = normal(2, 19, 16, to=table), x.unflatten(-1, (9, 32))[:, :, :6].transpose(1, 2)
+            first, second = heads.to(table).chunk(2, -1)  # (B, 6, L, 16)
+            want = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(dtype)
+            yield "rope", equal(cuda.rope(x, cos.repeat(1, 2), sin.repeat(1, 2), 6, 32), want)
+    elif part == "tac":
+        z, T, bias = integers(M, 96, most=8), normal(6, 16, 16, to=fp32), normal(6, 16, to=fp32)
+        want = tac_apply(z.double(), T.double(), bias.double())
+        yield part, ((cuda.tac(z, T, bias) - want).abs() <= 2**-8 * want.abs() + 0.01).all()
+    elif part == "gptq":
+        columns, scale = normal(21, 70, to=torch.float64), normal(70, to=torch.float64).abs() + 0.2
+        U = (torch.eye(40, device=device) + normal(40, 40, to=fp32).triu(1) / 16).double()[3:24, 3:24]
+        codes = cuda.gptq_columns(errors := columns.clone(), U, scale, 4)
+        columns -= U.triu(1).mT @ errors  # as each was when its turn came
+        want = (columns / scale).round().clamp(-8, 7)
+        yield "gptq_columns", equal(codes.double(), want) and torch.allclose(
+            errors, (columns - scale * want) / U.diagonal()[:, None], rtol=1e-9, atol=1e-12)
+    elif part == "blocks":
+        x, B, mean = integers(M, 192, most=8), integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
+        for rows, mu in ((x - mean[state.long()], mean), (x, None)):
+            want = Blocks(B.float()).apply(rows.float()).to(dtype)
+            yield "centred_blocks", equal(cuda.centred_blocks(x, mu, state, B), want)
+    elif isinstance(part, Rotation):
+        x, P = integers(M, part.N1 * part.N2), [integers(n, n) / 8 for n in part[:2]]
+        factor = Kronecker(*P) if part.FIRST else Across(P[0])
+        want = factor.to(torch.empty(0, device=device)).apply(x.float()).to(dtype)
+        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip, True)
+        yield part.kernel, equal(y, gated(want))
+        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip)
+        yield part.kernel, same(got, want)
+    elif part == "feedback":
+        x, V = normal(M, 128), 0.1 * normal(2, 64, 64, to=torch.bfloat16)
+        codes, scale, zero = cuda.quantize_rows(x, None, 0, 0, 4, clip, True)
+        cuda.feedback(x, V, scale, zero, codes, 4)
+        yield part, equal(codes[:M], cpu.token_codes(x, 4, clip, V)[0])
+    else:  # products
+        x, w = normal(M, 1280), integers(272, 1280, most=8, to=torch.int8).clamp(max=7)
+        x[3] = 0
+        w_sum, w_zero, packed = w.sum(-1, dtype=torch.int32), w[:, 0].int(), kernels.pack_int4(w)
+        (w_scale, bias), shift, y = normal(2, 272, to=fp32), normal(2, 272, to=fp32), normal(M, 272)
+        codes, scale, zero = cuda.quantize_rows(x, state, d_m, d_u, 4, clip)
+        x_sum = codes[:M].sum(-1, dtype=torch.int32) - 1280 * zero
+        ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
+        want = (kernels.int_linear(gated(x), w, w_scale, 4, w_zero, bias, clip) + shift[state.long()]).to(dtype)
+        if part == "linear":
+            yield "quantize_rows", same((codes, scale, zero), x)
+            yield "unpack_int4", equal(cuda.unpack(packed, torch.empty_like(w), dtype), w)
+            cuda.epilogue(kernels.product(lambda a, w: torch._int_mm(a, w.t()), codes, w, 2**6), ends, y)
+            yield "epilogue", equal(y, want)
+        elif part == "fp8":
+            e4m3, *_ = cuda.quantize_rows(x, state, d_m, d_u, 4, clip, order="e4m3")
+            sums = y + bias + shift[state.long()]
+            yield "unpack_e4m3", equal(cuda.unpack(packed, e4m3.new_empty(w.shape), dtype).float(), w.float())
+            yield "quantize_rows", equal(e4m3[:M].float(), (codes[:M] - zero[:, None]).float())
+            yield "add_ends", equal(cuda.add_ends(y, bias, shift, state), sums.to(dtype))
+        else:
+            paired, *_ = cuda.quantize_rows(x, state, d_m, d_u, 4, clip, order="paired")
+            for splits in (1, 2):
+                cuda.tiled_product(part, paired, packed, ends, y, splits)
+                yield part.kernel, equal(y, want)
