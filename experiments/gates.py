@@ -23,6 +23,7 @@ from calibrate import quantize_model
 from calibration.segments import masked_copies
 from calibration.streams import run_block
 from checkpoint.families import FUSED
+from experiments.cells import current_commit
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
@@ -122,7 +123,8 @@ def run(args) -> dict:
     text = summarize(measured)
     stem = args.out / ("gates" if args.stress == 1 else f"gates-stress{args.stress:g}")
     note = (f"`python -m experiments.gates --model {args.model} --stress {args.stress:g}`: one seed, 4,096 held-out "
-            f"tokens, medians over 20 linears and 2 states; torch {torch.__version__} on {args.device}.")
+            f"tokens, medians over 20 linears and 2 states; torch {torch.__version__} on {args.device}, commit "
+            f"{current_commit()}.")
     stem.with_suffix(".md").write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     stem.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(text)
