@@ -18,127 +18,31 @@ What it does not cover: the step from PTX to machine code, timing, and the order
 """
 
 import ctypes
-import hashlib
 import itertools
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from ptx_reader import Kernel, compiled, nvrtc, operands
 
 from runtime import checks, cuda, products
 
 np.seterr(all="ignore")
-KEPT = Path(__file__).parents[2] / ".pytest_cache" / "ptx"
 ENDED, WAITING = 1 << 62, (1 << 62) - 1  # in place of a thread's next instruction
 LANES, SHARED = 1 << 13, 1 << 21  # at most so many threads and bytes of shared memory at a time, if a block fits
-
-
-def nvrtc() -> list:
-    """The NVRTC libraries that PyTorch's CUDA builds bring."""
-    found = (path for folder in map(Path, sys.path) for path in folder.glob("nvidia/*/lib/libnvrtc.so.*"))
-    return [path for path in found if "alt" not in path.name]
-
-
-def compile_ptx(source: str, architecture="compute_90a") -> str:
-    """PTX by NVRTC, or by nvcc."""
-    found = nvrtc()
-    if not found:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "kernels.cu"
-            file.write_text(source)
-            subprocess.run(["nvcc", f"-arch={architecture}", "-ptx", "-o", f"{folder}/out.ptx", str(file)], check=True)
-            return Path(f"{folder}/out.ptx").read_text()
-    lib, program = ctypes.CDLL(str(found[0])), ctypes.c_void_p()
-    assert lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None) == 0
-    options = (ctypes.c_char_p * 1)(f"--gpu-architecture={architecture}".encode())
-    status, size = lib.nvrtcCompileProgram(program, 1, options), ctypes.c_size_t()
-    if status:
-        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        lib.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(log.value.decode())
-    lib.nvrtcGetPTXSize(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    lib.nvrtcGetPTX(program, text)
-    lib.nvrtcDestroyProgram(ctypes.byref(program))
-    return text.value.decode()
 
 
 class Fault(Exception):  # noqa: N818 - a fault of the kernel that runs
     """What compute-sanitizer would have reported."""
 
 
-# ---- parsing -------------------------------------------------------------------------------------------------------
-
-
-class Kernel:
-    """One kernel: its parameters, its code by line, its labels, and where its shared variables lie.
-
-    `extern __shared__` memory begins behind the others and is as large as the launch asks for.
-    """
-
-    def __init__(self, name, params, body):
-        self.name, self.params, self.shared, self.shared_bytes = name, params, {}, 0
-        self.code, self.labels = [], {}
-        for line in body:
-            line = line.split("//")[0].strip()
-            if not line or line in "{}":
-                continue
-            if m := re.match(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\S+?)\[(\d+)\];", line):
-                align = int(m[1])
-                self.shared_bytes = -(-self.shared_bytes // align) * align
-                self.shared[m[2]] = self.shared_bytes
-                self.shared_bytes += int(m[3])
-            elif m := re.match(r"\.shared\s+\.align\s+(\d+)\s+\.[bus](\d+)\s+(\w+);", line):
-                align = int(m[1])
-                self.shared_bytes = -(-self.shared_bytes // align) * align
-                self.shared[m[3]] = self.shared_bytes
-                self.shared_bytes += int(m[2]) // 8
-            elif line.startswith("."):
-                continue
-            elif line.endswith(":"):
-                self.labels[line[:-1]] = len(self.code)
-            else:
-                self.code.append(line.rstrip(";"))
-        self.dynamic = self.shared["tiles"] = -(-self.shared_bytes // 128) * 128
-
-
-def parse(ptx: str) -> dict:
-    """Kernels of a module by name."""
-    kernels = {}
-    ptx = re.sub(r"\{([^{}\n]*)\}", lambda m: "<" + m[1] + ">", ptx)  # vectors are not blocks
-    for m in re.finditer(r"\.entry\s+(\w+)\(\s*(.*?)\)\s*(?:\.\w+[^{\n]*\n)*\s*\{\n(.*?)\n\}\n", ptx, re.S):
-        params = [p.split()[-1] for p in m[2].split(",") if p.strip()]
-        body = re.sub(r"\n\s*(mma[^;]*);", lambda x: "\n" + " ".join(x[1].split()) + ";", m[3])
-        kernels[m[1]] = Kernel(m[1], params, body.split("\n"))
-    return kernels
-
-
 # ---- running -------------------------------------------------------------------------------------------------------
-
-
-def operands(text):
-    out, depth, now = [], 0, ""
-    for ch in text:
-        depth += ch in "<[" or 0
-        depth -= ch in ">]" or 0
-        if ch == "," and not depth:
-            out.append(now.strip())
-            now = ""
-        else:
-            now += ch
-    return [*out, now.strip()] if now.strip() else out
 
 
 @cache
@@ -779,25 +683,6 @@ class Machine:
 
 
 # ---- launching -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def compiler() -> str:
-    """What tells one compiler's output from another's."""
-    return str(nvrtc()) if nvrtc() else subprocess.run(["nvcc", "--version"], capture_output=True, text=True,
-                                                       check=True).stdout
-
-
-@cache
-def compiled(source: str, architecture: str) -> dict:
-    """The kernels of a source by name. The compiler takes longer than most runs, so what it gives is kept."""
-    file = KEPT / hashlib.sha256(repr((source, architecture, compiler())).encode()).hexdigest()
-    if not file.is_file():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        begun = file.with_suffix(f".{os.getpid()}")
-        begun.write_text(compile_ptx(source, architecture))
-        begun.replace(file)
-    return parse(file.read_text())
 
 
 machine_of = cache(Machine)

@@ -1,7 +1,6 @@
 """The CUDA kernels without a GPU: nvcc and NVRTC compile them, and `ptx.py` runs them one instruction at a time, with
 the block sizes of a GPU. On a GPU: `test_cuda_on_gpu.py`."""
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from kernel_checks import (
     check_tac,
     layer,
 )
+from ptx_reader import by_nvrtc, nvrtc
 
 import kernels
 import model
@@ -63,23 +63,13 @@ def test_rotations_compile_without_warnings_or_spills(tmp_path, rotation):
     assert rotation.threads <= 1024
 
 
-@pytest.mark.skipif(not ptx.nvrtc(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.skipif(not nvrtc(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize("part", cuda.PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
-    library, program = ctypes.CDLL(str(ptx.nvrtc())), ctypes.c_void_p()
-    code = cuda.source(dtype, part).encode()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None) == 0
-    options = (ctypes.c_char_p * 2)(b"--gpu-architecture=sm_90", b"--ptxas-options=-v")
-    result, size = library.nvrtcCompileProgram(program, 2, options), ctypes.c_size_t()
-    assert library.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
-    text = ctypes.create_string_buffer(size.value)
-    assert library.nvrtcGetProgramLog(program, text) == 0
-    log = text.value.decode()
-    assert result == 0, log
+    _, log = by_nvrtc(cuda.source(dtype, part), "--gpu-architecture=sm_90", "--ptxas-options=-v")
     assert "warning" not in log
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(cuda.PARTS[part])
-    library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 # ---- the kernels run -----------------------------------------------------------------------------------------------
