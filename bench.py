@@ -219,7 +219,7 @@ def tables(result: dict) -> str:
     """Table 4, then times beside their rooflines, then where a step goes; Markdown."""
     out, points = table_4(result), result["denoising"]
     out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
-            f"GB: weights without activations, computed, 16-bit ones as bf16. The 16-bit model ran in {result['dtype']}."]
+            f"GB: weights, computed, 16-bit ones as bf16; no activations. The 16-bit model ran in {result['dtype']}."]
     out[-1] += f" {result['busy']}" if result["busy"] else ""
     names = list(points[0]["models"])
     out += markdown(("ms per step (least possible)", *names),
