@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from model import load_model
@@ -14,6 +15,20 @@ PARITY = {f: json.loads((FIXTURES / f / "parity.json").read_text()) for f in MOD
 STORED = {f: load_file(FIXTURES / f / "parity.safetensors") for f in MODELS}
 PROMPT = STORED["dream"]["gen.entropy_24.prompt"]
 EOS, EOT = 248, 249
+
+
+def biased(model, token, amount):
+    """The model with `token` made likelier everywhere."""
+    class Biased:
+        config, mask_id, device, tokenizer = model.config, model.mask_id, model.device, None
+
+        @torch.no_grad()
+        def __call__(self, *args):
+            logits = model(*args).clone()
+            logits[..., token] += amount
+            return logits
+
+    return Biased()
 
 
 def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int = 16, cfg_scale: float = 0.0,

@@ -1,6 +1,5 @@
-"""The model and the sampler against what the reference implementations of LLaDA and Dream compute (tests/fixtures)."""
+"""The model against what the reference implementations of LLaDA and Dream compute (tests/fixtures)."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import model as model_module
 from checkpoint import loading
 from checkpoint.families import FUSED, ModelConfig
-from model import DiffusionLM, Linear, RMSNorm, load_model, rope_table, rotate, stream, write
-from runtime import sampling
+from model import DiffusionLM, Linear, RMSNorm, load_model, rope_table, rotate
 from runtime.processes import Refused
-from runtime.sampling import denoise, generate
+from runtime.sampling import denoise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = {f: load_file(FIXTURES / f / "parity.safetensors") for f in ("llada", "dream")}
-GENERATIONS = json.loads((FIXTURES / "llada" / "parity.json").read_text())["generate"]
 LOGITS = {"rtol": 0, "atol": 1e-4}
 
 
@@ -237,155 +233,6 @@ class TestState:
             seen.clear()
 
 
-# ---- sampler -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", GENERATIONS)
-def test_generations_equal_the_reference(llada, case):
-    reference, spec = REFERENCE["llada"], GENERATIONS[case]
-    if spec["seed"] is not None:
-        torch.manual_seed(spec["seed"])
-    out = generate(llada, reference[f"gen.{case}.prompt"], spec["steps"], spec["gen_length"], spec["block_length"],
-                   cfg_scale=spec.get("cfg_scale", 0.0), algorithm=spec.get("remasking", "low_confidence"),
-                   attention_mask=reference.get(f"gen.{case}.attention_mask"))
-    assert torch.equal(out, reference[f"gen.{case}.out"])
-
-
-def test_suffix_greedy_prediction_equals_the_reference(llada):
-    """Six masks after a prefix, one per step, the most confident first."""
-    prefix, continuation = (REFERENCE["llada"][f"greedy.{k}"] for k in ("prefix", "continuation"))
-    assert torch.equal(generate(llada, prefix[None], 6, 6)[0, len(prefix):], continuation)
-
-
-class TestDenoise:
-    PROMPT = torch.arange(1, 6).repeat(2, 1)
-
-    @pytest.mark.parametrize(("steps", "length", "block", "counts"), [
-        (5, 12, None, [3, 3, 2, 2, 2]), (12, 12, 12, [1] * 12), (1, 7, 7, [7]), (9, 12, 4, [2, 1, 1] * 3),
-        (4, 8, 4, [2, 2, 2, 2]), (8, 4, 4, [1, 1, 1, 1, 0, 0, 0, 0])])
-    @pytest.mark.parametrize("algorithm", ["low_confidence", "random"])
-    def test_commits_so_many_tokens_block_by_block(self, llada, steps, length, block, counts, algorithm):
-        before = torch.cat((self.PROMPT, torch.full((2, length), llada.mask_id)), 1)
-        seen, g = list(denoise(llada, self.PROMPT, steps, length, block, algorithm=algorithm,
-                               generator=torch.Generator().manual_seed(0))), block or length
-        assert [s.index for s in seen] == list(range(steps))
-        for i, step in enumerate(seen):
-            assert step.committed.sum(1).tolist() == [counts[i]] * 2
-            # only masks are committed, only what is committed changes, and it is no mask afterwards
-            assert torch.equal(step.ids[~step.committed], before[~step.committed])
-            assert bool((before[step.committed] == llada.mask_id).all())
-            assert bool((step.ids[step.committed] != llada.mask_id).all())
-            # only inside the current block; every block before it is finished
-            start = 5 + i // (steps * g // length) * g
-            columns = step.committed.any(0).nonzero()[:, 0]
-            assert bool(((columns >= start) & (columns < start + g)).all())
-            assert not bool((before[:, :start] == llada.mask_id).any())
-            before = step.ids
-        assert not bool((before == llada.mask_id).any())
-        assert torch.equal(before[:, :5], self.PROMPT)
-
-    def test_commits_the_most_confident_prediction(self, llada):
-        first = next(denoise(llada, self.PROMPT[:1], 6, 6))
-        ids = torch.cat((self.PROMPT[:1], torch.full((1, 6), llada.mask_id)), 1)
-        with torch.no_grad():
-            probabilities = np.exp(llada(ids)[0].double().numpy())
-        best = (probabilities / probabilities.sum(1, keepdims=True)).max(1)[5:]
-        assert first.committed[0].nonzero().item() == 5 + best.argmax()
-        assert first.ids[0, 5 + best.argmax()] == probabilities[5 + best.argmax()].argmax()
-
-    @given(blocks=st.integers(1, 4), steps=st.integers(1, 25), length=st.integers(1, 20))
-    def test_block_schedule(self, blocks, steps, length):
-        """Blocks left to right; in each, every token is committed, the remainder in the first steps."""
-        schedule = list(sampling.block_schedule(5, steps * blocks, length * blocks, length))
-        assert [end for end, _ in schedule] == [5 + length * (b + 1) for b in range(blocks) for _ in range(steps)]
-        for b in range(blocks):
-            row = [count for _, count in schedule[b * steps : (b + 1) * steps]]
-            assert sum(row) == length
-            assert max(row) - min(row) <= 1
-            assert row == sorted(row, reverse=True)
-
-    @pytest.mark.parametrize(("arguments", "message"), [
-        ({"steps": 0, "gen_length": 8}, "at least 1"), ({"steps": 4, "gen_length": 0}, "at least 1"),
-        ({"steps": 4, "gen_length": 8, "block_length": -1}, "at least 1"),
-        ({"steps": 4, "gen_length": 8, "block_length": 3}, "gen_length 8 is not a multiple of block_length 3"),
-        ({"steps": 5, "gen_length": 8, "block_length": 4}, "steps 5 is not a multiple of the 2 blocks"),
-        ({"steps": 4, "gen_length": 8, "algorithm": "greedy"}, "algorithm 'greedy' is not one of")])
-    def test_wrong_arguments_are_named(self, llada, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            generate(llada, self.PROMPT, **arguments)
-
-    def test_a_predicted_mask_commits_nothing(self):
-        biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
-        ids = torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1)
-        with torch.no_grad():  # a head that answers [MASK] whenever it is asked
-            biased.head.weight[biased.mask_id] = biased.hidden(ids)[:, 5:].mean((0, 1)) * 10
-            assert bool((biased(ids)[:, 5:].argmax(-1) == biased.mask_id).all())
-        for step in denoise(biased, self.PROMPT, 4, 4):
-            assert torch.equal(step.ids, ids)
-            assert not step.committed.any()
-
-    def test_end_of_text_can_be_suppressed(self):
-        biased = load_model(str(FIXTURES / "llada"), "cpu", torch.float32)
-        eos = biased.config.eos_id
-        with torch.no_grad():  # a head that answers end-of-text whenever it may
-            hidden = biased.hidden(torch.cat((self.PROMPT, torch.full((2, 4), biased.mask_id)), 1))
-            biased.head.weight[eos] = hidden[:, 5:].mean((0, 1)) * 10
-        assert bool((generate(biased, self.PROMPT, 4, 4) == eos).any())
-        assert not bool((generate(biased, self.PROMPT, 4, 4, logits_eos_inf=True) == eos).any())
-
-    def test_temperature_is_seeded(self, llada):
-        def sample(seed, temperature):
-            return generate(llada, self.PROMPT, 8, 8, temperature=temperature,
-                            generator=torch.Generator().manual_seed(seed))
-
-        assert torch.equal(sample(0, 1.0), sample(0, 1.0))
-        assert not torch.equal(sample(0, 1.0), sample(1, 1.0))
-        assert torch.equal(sample(0, 0.0), sample(1, 0.0))
-
-    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-    def test_gumbel_max_samples_the_softmax_at_a_temperature(self, temperature):
-        logits, n = torch.tensor([1.0, 0.0, -1.0, 2.0]), 40_000
-        g = torch.Generator().manual_seed(0)
-        noise = torch.rand(n, 4, dtype=torch.float64, generator=g)
-        picks = sampling.gumbel_max(logits.expand(n, 4), temperature, noise).argmax(-1)
-        frequency = np.bincount(picks.numpy(), minlength=4) / n
-        p = np.exp(logits.double().numpy() / temperature)
-        p /= p.sum()
-        assert np.abs(frequency - p).max() < 4 * (0.25 / n) ** 0.5
-
-
-class TestGuidance:
-    def test_formula(self, llada):
-        ids = torch.cat((torch.arange(1, 6).repeat(2, 1), torch.full((2, 4), llada.mask_id)), 1)
-        empty = ids.clone()
-        empty[:, :5] = llada.mask_id
-        with torch.no_grad():
-            conditional, unconditional = llada(ids).double(), llada(empty).double()
-            for scale in (0.5, 2.0):
-                got = sampling.guided_logits(llada, ids, ids != llada.mask_id, scale)
-                want = unconditional + (scale + 1) * (conditional - unconditional)
-                torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)
-            assert torch.equal(sampling.guided_logits(llada, ids, ids != llada.mask_id, 0.0), llada(ids))
-
-    def test_padding_stays_hidden_in_both_halves(self, llada):
-        ids = torch.cat((torch.arange(1, 6).repeat(2, 1), torch.full((2, 4), llada.mask_id)), 1)
-        mask = torch.ones(2, 9, dtype=torch.long)
-        mask[1, :2] = 0
-        other = ids.clone()
-        other[1, :2] = 77
-        with torch.no_grad():
-            outputs = [sampling.guided_logits(llada, i, ids != llada.mask_id, 1.0, mask)[1, 2:] for i in (ids, other)]
-        torch.testing.assert_close(*outputs)
-
-    def test_the_model_runs_once_per_step_on_twice_the_batch(self, llada):
-        sizes = []
-        handle = llada.embed.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-        generate(llada, TestDenoise.PROMPT, 4, 4)
-        generate(llada, TestDenoise.PROMPT, 4, 4, cfg_scale=1.0)
-        handle.remove()
-        assert sizes == [2] * 4 + [4] * 4
-
-
 # ---- saving --------------------------------------------------------------------------------------------------------
 
 
@@ -421,47 +268,6 @@ def test_tied_head_is_the_embedding():
         scaled = DiffusionLM(tiny_config(tied=True, logit_scale=0.25))
         scaled.load_state_dict(model.state_dict())
         torch.testing.assert_close(scaled(ids), model(ids) / 4)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", "cpu")
-
-
-class TestWrite:
-    TEXTS = ("Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?\n", "Ben has 3 pens.\n")
-
-    def test_a_batch_is_what_each_text_gets_alone(self, tiny):
-        alone = [write(tiny, text, gen_length=24) for text in self.TEXTS]
-        assert alone[0] == "4*6=24\n24-5=19\n#### 19"
-        assert write(tiny, list(self.TEXTS), gen_length=24) == alone
-        ids = torch.tensor([tiny.tokenizer.encode(self.TEXTS[1]).ids])
-        out = generate(tiny, ids, None, 24, threshold=0.9)[0, ids.shape[1] :].tolist()
-        end = out.index(tiny.config.eos_id)
-        assert write(tiny, self.TEXTS[1], 24, threshold=0.9) == tiny.tokenizer.decode(out[:end])
-
-    def test_a_stream_fills_in_what_is_masked(self, tiny):
-        parts = list(stream(tiny, self.TEXTS[0], gen_length=24))
-        assert len(parts) == 24
-        assert parts[0].count("░") >= 20
-        assert parts[-1] == write(tiny, self.TEXTS[0], gen_length=24)
-
-    def test_a_question_goes_through_the_chat_template(self, tiny, monkeypatch):
-        seen = []
-        monkeypatch.setattr(model_module, "denoise", lambda m, ids, *a, **k: seen.append(ids) or iter(()))
-        list(stream(tiny, "How many?", chat=True))
-        want = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|><|start_header_id|>" \
-               "assistant<|end_header_id|>\n\n"
-        assert tiny.tokenizer.decode(seen[0][0].tolist(), skip_special_tokens=False) == want
-
-    @pytest.mark.parametrize("texts", [None, 3, [], [3], "", ["a", ""], {"a": 1}])
-    def test_what_are_no_texts_is_refused(self, tiny, texts):
-        with pytest.raises(Refused, match="texts must be a text or a list of texts"):
-            write(tiny, texts)
-
-    def test_a_model_without_a_tokenizer_is_named(self, models):
-        with pytest.raises(Refused, match=r"has no tokenizer\.json"):
-            write(models["llada"], "x")
 
 
 def test_a_type_is_given_by_name_or_as_torch_has_it(tmp_path):

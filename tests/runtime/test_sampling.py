@@ -2,14 +2,14 @@
 
 import inspect
 import math
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import EOS, EOT, MODELS, PARITY, PROMPT, STORED
+from official import EOS, EOT, MODELS, PARITY, PROMPT, STORED, biased
 
 from model import denoise, generate
 from runtime.processes import Refused
@@ -19,8 +19,12 @@ from runtime.sampling import (
     draw_positions,
     dream_prediction,
     filtered_probs,
+    guided_logits,
+    gumbel_max,
     time_schedule,
 )
+
+LLADA, TWO = MODELS["llada"], torch.arange(1, 6).repeat(2, 1)
 
 
 def arguments(family, case):
@@ -34,20 +38,6 @@ def arguments(family, case):
         own = {"gen_length": c["max_new_tokens"], "algorithm": c["alg"], "top_p": c["top_p"], "top_k": c["top_k"]}
     return {"prompt_ids": STORED[family][f"gen.{case}.prompt"], "steps": c["steps"], **own,
             "attention_mask": STORED[family].get(f"gen.{case}.attention_mask")}
-
-
-def biased(model, token, amount):
-    """The model with `token` made likelier everywhere."""
-    class Biased:
-        config, mask_id, device, tokenizer = model.config, model.mask_id, model.device, None
-
-        @torch.no_grad()
-        def __call__(self, *args):
-            logits = model(*args).clone()
-            logits[..., token] += amount
-            return logits
-
-    return Biased()
 
 
 # ---- parity --------------------------------------------------------------------------------------------------------
@@ -74,6 +64,37 @@ def test_steps_tell_what_happened(family, case):
     assert i + 1 == args["steps"]
     assert not bool((before == 250).any())
     assert counts == PARITY[family]["generate"][case].get("tokens_per_step", counts)
+
+
+@pytest.mark.parametrize(("steps", "length", "block", "counts"), [
+    (5, 12, None, [3, 3, 2, 2, 2]), (12, 12, 12, [1] * 12), (1, 7, 7, [7]), (9, 12, 4, [2, 1, 1] * 3),
+    (4, 8, 4, [2, 2, 2, 2]), (8, 4, 4, [1, 1, 1, 1, 0, 0, 0, 0])])
+@pytest.mark.parametrize("algorithm", ["low_confidence", "random"])
+def test_commits_so_many_tokens_block_by_block(steps, length, block, counts, algorithm):
+    before = F.pad(TWO, (0, length), value=250)
+    seen, g = list(denoise(LLADA, TWO, steps, length, block, algorithm=algorithm,
+                           generator=torch.Generator().manual_seed(0))), block or length
+    assert [s.index for s in seen] == list(range(steps))
+    for i, step in enumerate(seen):
+        assert step.committed.sum(1).tolist() == [counts[i]] * 2
+        # only masks are committed, only what is committed changes, and it is no mask afterwards
+        assert torch.equal(step.ids[~step.committed], before[~step.committed])
+        assert bool((before[step.committed] == 250).all())
+        assert bool((step.ids[step.committed] != 250).all())
+        # only inside the current block; every block before it is finished
+        start = 5 + i // (steps * g // length) * g
+        columns = step.committed.any(0).nonzero()[:, 0]
+        assert bool(((columns >= start) & (columns < start + g)).all())
+        assert not bool((before[:, :start] == 250).any())
+        before = step.ids
+    assert not bool((before == 250).any())
+    assert torch.equal(before[:, :5], TWO)
+
+
+def test_a_predicted_mask_commits_nothing():
+    for step in denoise(biased(LLADA, 250, 100.0), TWO, 4, 4):
+        assert torch.equal(step.ids, F.pad(TWO, (0, 4), value=250))
+        assert not step.committed.any()
 
 
 def test_default_algorithm_is_the_familys():
@@ -252,7 +273,7 @@ def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
 
 def test_a_prompt_of_one_dimension_is_named():
     with pytest.raises(Refused, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
-        generate(MODELS["llada"], PROMPT[0, :1].expand(19), steps=1, gen_length=1)
+        generate(LLADA, PROMPT[0, :1].expand(19), steps=1, gen_length=1)
 
 
 def test_temperature_samples_the_models_distribution():
@@ -268,90 +289,6 @@ def test_temperature_samples_the_models_distribution():
         chi2 = ((counts - p * n) ** 2 / (p * n))[likely].sum() + (
             (counts - p * n)[~likely].sum() ** 2 / (p * n)[~likely].sum())
         assert float(chi2) < int(likely.sum()) + 5 * (2 * int(likely.sum())) ** 0.5  # five standard deviations
-
-
-# ---- decoding in parallel by a threshold ---------------------------------------------------------------------------
-
-
-class Scripted:
-    """A model of six tokens, of which 5 is [MASK], whose probabilities a table gives by position and tokens before."""
-
-    def __init__(self, probabilities, family="llada"):
-        self.config = SimpleNamespace(family=family, eos_id=None, positions=None)
-        self.mask_id, self.tokenizer, self.probabilities, self.asked = 5, None, probabilities, []
-
-    def __call__(self, ids, attention_mask=None, where=None):
-        self.asked.append(where.clone())
-        rows = [self.probabilities(b, i, ids[b].tolist()) for b, i in where.nonzero().tolist()]
-        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 6).log()
-
-
-def sure(token, p):
-    """Probability p of one token; [MASK] has a share of the rest, which is smaller than p."""
-    rest = torch.full((6,), (1 - p) / 5).tolist()
-    return [*rest[:token], p, *rest[token + 1:]]
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_threshold_on_a_case_worked_out_by_hand(family):
-    """Blocks of two behind a prompt of one: (.95, .9) both reach .9; (.6, .5) none does, so the surest goes alone and
-    the other, now .8, follows as the surest of the next pass. In the last block .7 and then .91 need two passes."""
-    def probabilities(_, i, ids):
-        p = {1: .95, 2: .9, 3: .6, 4: .5 if ids[3] == 5 else .8, 5: .7, 6: .69 if ids[5] == 5 else .91}[i]
-        return sure(i % 4, p)
-
-    model = Scripted(probabilities, family)
-    steps = list(denoise(model, torch.tensor([[0]]), None, 6, 2, threshold=0.9 - 1e-9))
-    assert [s.committed[0].nonzero()[:, 0].tolist() for s in steps] == [[1, 2], [3], [4], [5], [6]]
-    assert [s.index for s in steps] == [0, 1, 2, 3, 4]
-    assert steps[-1].ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
-    # the head is asked for the masked positions of the current block alone
-    assert [w[0].nonzero()[:, 0].tolist() for w in model.asked] == [[1, 2], [3, 4], [4], [5, 6], [6]]
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_threshold_above_one_is_one_token_a_pass(family):
-    """The surest token of the current block, pass by pass, written out; for LLaDA also its own one-token schedule."""
-    model, ids, start = biased(MODELS[family], 250, -100.0), F.pad(PROMPT, (0, 12), value=250), PROMPT.shape[1]
-    steps = list(denoise(model, PROMPT, None, 12, 4, threshold=1.01))
-    assert len(steps) == 12
-    for i, step in enumerate(steps):
-        p, x0 = model(ids).softmax(-1).max(-1)
-        end = start + 4 * (i // 4 + 1)
-        best = int(p[0, :end].masked_fill(ids[0, :end] != 250, 0).argmax())
-        ids[0, best] = x0[0, best]
-        assert torch.equal(step.ids, ids)
-    if family == "llada":
-        assert torch.equal(ids, generate(model, PROMPT, 12, 12, 4))
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("block_length", [None, 4])
-def test_threshold_in_a_batch_equals_single_rows(family, block_length):
-    """Tokens and passes: a row that needs fewer passes waits, and padding changes nothing."""
-    model = MODELS[family]
-    prompts = torch.randint(0, 240, (4, 6), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(prompts)
-    prompts[3, :2], mask[3, :2] = EOS, 0
-    steps = list(denoise(model, prompts, None, 12, block_length, threshold=0.2, attention_mask=mask))
-    passes = torch.stack([s.committed.any(-1) for s in steps]).sum(0).tolist()
-    assert len(steps) == max(passes) > min(passes)
-    for row, skip, n in zip(range(4), (0, 0, 0, 2), passes, strict=True):
-        alone = list(denoise(model, prompts[row : row + 1, skip:], None, 12, block_length, threshold=0.2))
-        assert len(alone) == n
-        assert torch.equal(alone[-1].ids[0], steps[-1].ids[row, skip:])
-
-
-def test_threshold_gives_the_model_only_rows_that_are_not_finished():
-    model = Scripted(lambda _, i, ids: sure(0, 0.95 if ids[0] == 1 else 0.5))
-    assert [step.committed.any(-1).tolist() for step in denoise(model, torch.tensor([[1], [0]]), None, 3, threshold=0.9)
-            ] == [[True, True], [False, True], [False, True]]
-    assert [len(where) for where in model.asked] == [2, 1, 1]
-
-
-def test_threshold_ends_where_the_model_predicts_a_mask():
-    model = biased(MODELS["llada"], 250, 100.0)
-    assert not bool((generate(model, PROMPT, None, 8, threshold=0.5) == 250).any())
 
 
 @pytest.mark.parametrize(("family", "algorithm"), [("llada", "low_confidence"), ("llada", "random"),
@@ -376,11 +313,55 @@ def test_the_head_runs_only_where_a_token_may_be_committed(family, algorithm, te
         assert algorithm == "origin" or torch.equal(where, masked)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_gumbel_max_samples_the_softmax_at_a_temperature(temperature):
+    logits, n = torch.tensor([1.0, 0.0, -1.0, 2.0]), 40_000
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(n, 4, dtype=torch.float64, generator=g)
+    picks = gumbel_max(logits.expand(n, 4), temperature, noise).argmax(-1)
+    frequency = np.bincount(picks.numpy(), minlength=4) / n
+    p = np.exp(logits.double().numpy() / temperature)
+    p /= p.sum()
+    assert np.abs(frequency - p).max() < 4 * (0.25 / n) ** 0.5
+
+
+class TestGuidance:
+    def test_formula(self):
+        ids = F.pad(TWO, (0, 4), value=250)
+        empty = ids.clone()
+        empty[:, :5] = 250
+        with torch.no_grad():
+            conditional, unconditional = LLADA(ids).double(), LLADA(empty).double()
+            for scale in (0.5, 2.0):
+                got = guided_logits(LLADA, ids, ids != 250, scale)
+                want = unconditional + (scale + 1) * (conditional - unconditional)
+                torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)
+            assert torch.equal(guided_logits(LLADA, ids, ids != 250, 0.0), LLADA(ids))
+
+    def test_padding_stays_hidden_in_both_halves(self):
+        ids = F.pad(TWO, (0, 4), value=250)
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[1, :2] = 0
+        other = ids.clone()
+        other[1, :2] = 77
+        with torch.no_grad():
+            outputs = [guided_logits(LLADA, i, ids != 250, 1.0, mask)[1, 2:] for i in (ids, other)]
+        torch.testing.assert_close(*outputs)
+
+    def test_the_model_runs_once_per_step_on_twice_the_batch(self):
+        sizes = []
+        handle = LLADA.embed.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        generate(LLADA, TWO, 4, 4)
+        generate(LLADA, TWO, 4, 4, cfg_scale=1.0)
+        handle.remove()
+        assert sizes == [2] * 4 + [4] * 4
+
+
 # ---- LLaDA's end-of-text options -----------------------------------------------------------------------------------
 
 
 def test_logits_eos_inf_never_predicts_end_of_text():
-    model = biased(MODELS["llada"], EOS, 30.0)
+    model = biased(LLADA, EOS, 30.0)
     assert bool((generate(model, PROMPT, 4, 8)[:, -8:] == EOS).all())
     assert not bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True) == EOS).any())
     assert bool((generate(model, PROMPT, 4, 8, logits_eos_inf=True, eos_id=7)[:, -8:] == EOS).all())
@@ -390,7 +371,7 @@ def test_logits_eos_inf_never_predicts_end_of_text():
 @pytest.mark.parametrize("token", [EOS, EOT])
 def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
     """The rule written out as the official code has it, in place and in its order; it makes a difference."""
-    model, ids = biased(MODELS["llada"], token, 4.0 if token == EOS else 9.0), F.pad(PROMPT, (0, 8), value=250)
+    model, ids = biased(LLADA, token, 4.0 if token == EOS else 9.0), F.pad(PROMPT, (0, 8), value=250)
     torch.manual_seed(0)
     for _ in range(8):
         logits = noisy = model(ids)
@@ -445,11 +426,11 @@ def test_options_are_refused_in_a_sentence(family, options, sentence):
 @pytest.mark.parametrize("prompt", ["a text", [[1, 2]], torch.ones(1, 3), None])
 def test_what_are_no_token_ids_is_refused_in_a_sentence(prompt):
     with pytest.raises(Refused, match="must be an integer tensor of token ids"):
-        generate(MODELS["llada"], prompt, 8, 8)
+        generate(LLADA, prompt, 8, 8)
 
 
 def test_a_forgotten_argument_is_one_of_the_function_that_was_called():
     with pytest.raises(TypeError, match=r"generate\(\): missing a required argument: 'gen_length'"):
-        generate(MODELS["llada"], PROMPT, 8)
+        generate(LLADA, PROMPT, 8)
     with pytest.raises(TypeError, match=r"generate\(\): got an unexpected keyword argument 'stepz'"):
-        generate(MODELS["llada"], PROMPT, 8, 8, stepz=3)
+        generate(LLADA, PROMPT, 8, 8, stepz=3)
