@@ -72,7 +72,7 @@ def denoising(models: dict, point, repeats: int) -> dict:
 
 
 def blocks_alone(models: dict, engines: dict, point, repeats: int) -> dict:
-    """Seconds of one pass through the blocks alone: of few blocks, embedding, head and sampling would hide the rest."""
+    """Seconds of one pass through the blocks alone. In a model of few blocks the head and sampling would hide them."""
     ids, calls = torch.zeros(point[:2], dtype=torch.long), {}
     for name, model in models.items():
         inputs = model.prepare(ids)
@@ -97,7 +97,7 @@ def peak_bytes(model, prompt, tokens: int) -> int:
 
 
 def head_rows(point) -> int:
-    """Rows of the head in a step, which runs where a token may be committed: the mean over the steps of `denoising`."""
+    """Rows that the head computes, those where a token may be committed: the mean over the steps of `denoising`."""
     batch, _, tokens = point
     return batch * tokens * (STEPS + 1) // 2
 
@@ -142,7 +142,7 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
 
 
 def first_half(linear: QuantLinear, x, state):
-    """What happens to x (B, L, d) before the product, up to codes on a GPU, where the CPU's C path makes them later."""
+    """What a linear does to x (B, L, d) before its product. On a GPU that includes the codes, not on a CPU."""
     if products.serves(linear, x):
         return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
     return linear.phi(x, state)
@@ -165,7 +165,7 @@ def shares(model, point, repeats: int) -> dict:
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, open_rows)]}
-    before = "transforms, gates, codes" if device.type == "cuda" else "transforms, gates"  # of the product
+    before = "transforms, gates, codes" if device.type == "cuda" else "transforms, gates"  # before the product
     if isinstance(blocks[0].qkv, QuantLinear):
         calls[before] = [partial(in_turn, [partial(first_half, getattr(b, f), inputs[f], state) for f in FUSED])
                          for b in blocks]
@@ -250,7 +250,7 @@ def usual_dtype(device_type: str, random_weights: bool) -> str:
 
 
 def usual_points(device_type: str, args) -> list[tuple]:
-    """The points asked for, or those of the device: of published shapes a CPU takes longer sequences."""
+    """The points asked for, or those of the device. On a CPU, published shapes get longer sequences."""
     shapes = ", published shapes" if args.random_weights and device_type == "cpu" else ""
     return args.points or POINTS[device_type + shapes]
 
@@ -348,7 +348,7 @@ def parse(argv=None):
                         help="also torch.compile and torchao, where they install; takes minutes more")
     parser.add_argument("--predict", action="store_true", help="count launches, bytes and operations of a step without "
                         "a GPU, and measure nothing")
-    parser.add_argument("--gpu", choices=predict.GPUS, help="whose datasheet --predict goes by (h200)")
+    parser.add_argument("--gpu", choices=predict.GPUS, help="the GPU whose datasheet --predict takes (h200)")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))

@@ -240,13 +240,13 @@ def parse(argv):
     what.add_argument("--stress", type=float, default=1.0, metavar="C",
                       help="scale the most state-disparate channels by C first, same 16-bit function (1: off)")
     text = parser.add_argument_group("calibration text")
-    text.add_argument("--data", help="a .txt, .jsonl or .parquet file (winogrande, downloaded, as the paper; the "
-                      "embedded model has its own)")
+    text.add_argument("--data", help="a .txt, .jsonl or .parquet file (winogrande, as in the paper, downloaded; "
+                      "the embedded model has its own text)")
     text.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
     text.add_argument("--length", type=int, help="tokens per segment (256; 64 for the embedded model)")
     text.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
                       "states of the model's own denoising (masked)")
-    text.add_argument("--seed", type=int, default=0, help="of segments, masks and everything drawn at random (0)")
+    text.add_argument("--seed", type=int, default=0, help="seed of segments, masks and all else that is drawn (0)")
     where.add_argument("--out", type=Path, help="output folder (out/MODEL-METHOD-wWaA; + is written -plus)")
     again = where.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")

@@ -10,9 +10,9 @@
 Without --prompt, --table, --figure and --tasks a model is judged (`experiments/judge.py`), with 95 % bootstrap
 intervals. It gets its NELBO per token and the passes that an answer takes when it is decoded in parallel. With
 --against it also gets the KL divergence from the second model, the paired differences to it, and how far the two
-denoising trajectories agree. On --data FILE that works for every model. Without, a model of the embedded tasks also
-gets its accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood). Tables go to
-standard output, whose last line is JSON; progress goes to standard error.
+denoising trajectories agree. With --data FILE that works for every model. Without it the model must know the embedded
+tasks. Then it also gets its accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood).
+Tables go to standard output, whose last line is JSON; progress goes to standard error.
 """
 
 import argparse
@@ -138,8 +138,8 @@ def parse(argv=None):
                         "quantized")
     parser.add_argument("--device", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
-    parser.add_argument("--weights", choices=("packed", "int8"), help="4-bit weights in memory two a byte (smallest) "
-                        "or one (fastest)")
+    parser.add_argument("--weights", choices=("packed", "int8"), help="4-bit weights in memory: two in a byte "
+                        "(smallest) or one (fastest)")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file; of a table or figure: its folder "
                         "(out/tables, out/figures)")
     parser.add_argument("--against", help="a second model to compare with, or to watch beside the first")
@@ -148,16 +148,16 @@ def parse(argv=None):
     parser.add_argument("--gen-length", type=natural, help="tokens to write with --prompt (24), --data (32, at most "
                         "half a segment) or --tasks (protocol)")
     parser.add_argument("--steps", type=natural, help="denoising steps with --prompt or --tasks (--gen-length)")
-    parser.add_argument("--threshold", type=probability, help="decoding in parallel commits in each pass all that is "
-                        "so probable (0.9 where a model is judged; with --prompt one token a pass unless given)")
+    parser.add_argument("--threshold", type=probability, help="decode in parallel: a pass commits every token of this "
+                        "probability or more (0.9; with --prompt one token a pass unless given)")
     group = parser.add_argument_group("with --data")
     group.add_argument("--segments", type=at_least_two, help="segments of the text (64)")
     group.add_argument("--length", type=at_least_two, help="tokens of a segment (256; 64 for the embedded model)")
     group = parser.add_argument_group("with --prompt")
     group.add_argument("--block-length", type=natural, help="finish blocks of so many tokens left to right (one block)")
     group.add_argument("--temperature", type=float, help="0 takes the most probable token, above 0 draws (0)")
-    group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="ask in the model's chat template (as the "
-                       "name of the model says: instruct, chat)")
+    group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="ask in the model's chat template (if the "
+                       "model's name says instruct or chat)")
     group = parser.add_argument_group("with --table and --figure")
     group.add_argument("--stress", type=float, metavar="C", help="give the model outlier channels of scale C (1: off)")
     group = parser.add_argument_group("with --table")

@@ -243,11 +243,11 @@ def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -
 
 
 def write(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = None, chat: bool = False, **options):
-    """What a model writes after a text (str), or after each of several (list of str, as one batch): the same of text.
+    """What a model writes after a text: a str for a str, and a list of str for a list, which is one batch.
 
-    chat: the texts are questions to an instruct model, in whose chat template they are put. steps: gen_length unless
-    given or decoded by a `threshold`. options: the others of `generate`. An answer ends where the model ends it.
-    Raises Refused for what are no texts, for a model without a tokenizer, and where `generate` does.
+    chat: the texts are questions to an instruct model and are put in its chat template. steps: gen_length, unless they
+    or a `threshold` are given. options: the other ones of `generate`. An answer ends where the model ends it.
+    Raises Refused for anything but texts, for a model without a tokenizer, and where `generate` does.
     """
     *_, answers = stream(model, texts, gen_length, steps, chat, **options)
     return answers

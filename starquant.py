@@ -315,7 +315,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        def share(x, end):  # of each entry of a row in what is due to the entries that equal its end
+        def share(x, end):  # of each entry in the gradient of its row's end: those that equal the end divide it
             where = torch.eq(x, end, out=torch.empty_like(x))
             return where.div_(where.sum(-1, keepdim=True).clamp_min_(1))
 

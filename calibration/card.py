@@ -1,4 +1,4 @@
-"""The model card of a quantized folder: README.md with the metadata that the hub reads in front."""
+"""The model card of a quantized folder: its README.md, which begins with the metadata that the hub reads."""
 
 from pathlib import Path
 
@@ -39,8 +39,10 @@ model = load_model("FOLDER")  # this folder, or its id on the hub
 
 
 def model_card(run: dict, source: Path, size: int, rows=()) -> str:
-    """README.md. run: `output.run_key`. source: the 16-bit model's folder. size: bytes of tensors. rows: what was
-    measured, the closing table."""
+    """The text of README.md.
+
+    run: `output.run_key`. source: the 16-bit model's folder. size: bytes of the tensors. rows: the closing table.
+    """
     from huggingface_hub import ModelCardData
 
     c, name, bits = run["config"], run["model"], f"W{run['config']['wbits']}A{run['config']['abits']}"
@@ -62,7 +64,7 @@ def model_card(run: dict, source: Path, size: int, rows=()) -> str:
 
 
 def inherited(folder: Path) -> dict:
-    """License and language of a model, as its card says, or its license by the LICENSE beside it."""
+    """License and language that a model's card names. If it names no license, the file LICENSE decides."""
     from huggingface_hub import ModelCard
 
     try:

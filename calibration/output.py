@@ -10,7 +10,7 @@ What survives
 -------------
 A shard is written atomically. It carries the hash of its run and a checksum of its tensors. So the shards that exist
 are the finished blocks, and `--resume` computes only the others. The index, config.json and `"complete": true` in
-starquant.json come last. While a run writes, it holds a lock on the folder, which ends with its process.
+starquant.json come last. While a run writes, it locks the folder. The lock ends with its process.
 """
 
 import copy
@@ -54,7 +54,7 @@ def default_folder(args) -> Path:
 
 
 def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
-    """The state of the run that `resume` continues in `folder`, {} to begin anew; changes nothing.
+    """The state of the run in `folder` that `resume` continues, {} for a new run. It changes nothing.
 
     Raises Refused for a folder that holds anything else, or a run that differs in a file, an argument or a version,
     naming the differences. A state that is "complete" leaves nothing to do.
@@ -163,7 +163,7 @@ class Output:
         self._write_state(complete=True)
 
     def write_card(self, rows=()) -> None:
-        """README.md; rows: the closing table."""
+        """Write README.md; rows: the closing table."""
         disk.write_text(self.folder / "README.md", model_card(self.run, self.source.folder, self.size, rows))
 
     def _as_in_source(self, tensors: dict) -> dict:
@@ -210,7 +210,7 @@ def checksum(tensors: dict, about) -> str:
 def run_key(args, source: Checkpoint, tokens, config) -> dict:
     """What must be equal for a run to be continued: versions, settings, model files and calibration text.
 
-    `model` is what the card calls the model; how it was spelled decides nothing.
+    `model` is what the card calls the model. How it was spelled does not count.
     """
     names = sorted({*source.files.values(), "config.json"})
     files = {f: disk.sha256(source.folder / f) for f in processes.watched(names, "hashing files")}
@@ -224,7 +224,7 @@ def run_key(args, source: Checkpoint, tokens, config) -> dict:
 
 
 def _differences(before, run: dict) -> list[str]:
-    """In what the state of an earlier run, any JSON value, differs from a `run_key`, in words."""
+    """The differences, in words, between the state of an earlier run (any JSON value) and a `run_key`."""
     def part(key):
         value = before.get(key) if isinstance(before, dict) else None
         return value if isinstance(value, dict) == isinstance(run[key], dict) else {}

@@ -110,9 +110,9 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
 
 
 def warn_of_few_tokens(c: ModelConfig, tokens: int, config: Settings) -> None:
-    """One line on standard error below two tokens a channel of the widest linear; `docs/results.md` has what they cost.
+    """Warn on standard error below two tokens a channel of the widest linear; `docs/results.md` says what that costs.
 
-    RTN needs none.
+    RTN takes nothing from the tokens.
     """
     channels = max(d for _, d in linear_shapes(c).values())
     if tokens < 2 * channels and config.method != "rtn" and rank() == 0:

@@ -193,7 +193,7 @@ def read_llada(raw: dict) -> ModelConfig:
 def read_qwen(raw: dict) -> ModelConfig:
     """Dream-v0, Dream-Coder, DiffuCoder (`model_type: Dream`), and Qwen2 and Qwen3 made bidirectional by dLLM."""
     dream, qwen3 = raw["model_type"] == "Dream", raw["model_type"] == "a2d-qwen3"
-    # Qwen2's q, k and v have biases, whatever attention_bias says; Qwen3's have none, and true is refused
+    # Qwen2's q, k and v have biases, whatever attention_bias says; Qwen3's have none, and true is refused there
     c = _read(raw, _QWEN | ({"head_dim": (int, 128)} if qwen3 else {"attention_bias": (bool, True)}))
     d, heads, kv_heads, told = (c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
     return ModelConfig(

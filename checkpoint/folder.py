@@ -95,7 +95,7 @@ def offline() -> bool:
 
 
 def read_json(path: Path, absent: dict | None = None) -> dict:
-    """A JSON object from a file; `absent`, if it is given, where there is no file; Refused for anything else."""
+    """The JSON object in a file. `absent`, if given, stands for a missing file. Anything else is Refused."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -111,6 +111,15 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
     if not isinstance(value, dict):
         raise Refused(f"{path} holds no JSON object.")
     return value
+
+
+def json_lines(*files: Path):
+    """The values in files of one JSON value a line; a line that an interruption cut short is left out."""
+    for line in (line for file in files if file.exists() for line in file.read_text(encoding="utf-8").split("\n")):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def added_tokens(folder: Path) -> dict[int, dict]:
@@ -251,13 +260,13 @@ class Checkpoint:
                           f"shard does not hold it.")
         names, self.stored = NAMES[self.config.family], {}
         embed, head = f"{names.embed}.weight", f"{names.head}.weight"
-        if self.config.tied and embed not in self.shapes and head in self.shapes:  # the one tensor has the other's name
+        if self.config.tied and embed not in self.shapes and head in self.shapes:  # the head's tensor stands for both
             self.stored[embed] = head
             for values in (self.files, self.shapes, self.dtypes):
                 values[embed] = values.pop(head)
 
     def _files(self) -> dict[str, str]:
-        """From tensor to file, by the index if there is one; a path out of the folder is refused."""
+        """{tensor: file}, from the index if there is one. A path out of the folder is refused."""
         folder, index, single = self.folder, self.folder / INDEX, (self.folder / SINGLE).is_file()
         if index.exists() and single:
             raise Refused(f"{folder} holds both {SINGLE} and {INDEX}, which may be two models; move one of them away.")

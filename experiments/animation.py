@@ -1,14 +1,14 @@
 """A picture that moves: models write the same answer side by side, one panel each, as an SVG without scripts.
 
 Every token has its place from the beginning. It is a grey box while it is masked, lights up in the pass that commits
-it, and is then text; red is a token that the panel marks. Styles alone move it, so that a page may show it as an image.
-Where nothing moves, in print or because the reader asked for less motion, it is the finished answer.
+it, and is then text. A token that the panel marks is red. Styles alone move the picture, so a page may show it as an
+image. In print, or where the reader asked for less motion, nothing moves and the finished answers show.
 """
 
 from html import escape
 from typing import NamedTuple
 
-WIDTH, LINE, COLUMN, SIZE = 838, 36, 15.6, 26  # of the picture, a line, a character, its font; pixels
+WIDTH, LINE, COLUMN, SIZE = 838, 36, 15.6, 26  # pixels: of the picture, a line, a character, the font
 PASS, PAUSE = 0.3, 4.0  # seconds of a pass, and between the last pass and the next beginning
 STYLE = """text{{font:{size}px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#e6edf3}}
 .s{{font:15px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}}.d{{fill:#8b949e}}.w{{fill:#ff7b72}}
@@ -27,7 +27,7 @@ class Panel(NamedTuple):
 
 
 def at(number: int, passes: int) -> str:
-    """The moment of a pass, in percent of a round; before the first all is masked for as long as a pass takes."""
+    """The moment of a pass, in percent of a round. Before the first pass all is masked, for as long as a pass takes."""
     return f"{100 * (number + 1) * PASS / round_of(passes):.2f}%"
 
 
@@ -48,7 +48,7 @@ def placed(panel: Panel, columns: int):
 
 
 def picture(heading: str, panels: list[Panel], passes: int) -> str:
-    """The SVG of all panels, whose answers take so many passes."""
+    """The SVG of all panels. Every answer takes that many passes."""
     apart = 16
     wide = (WIDTH - apart * (len(panels) + 1)) / len(panels)
     laid = [list(placed(panel, int((wide - 24) // COLUMN))) for panel in panels]

@@ -25,7 +25,7 @@ from matplotlib import ticker
 
 from calibrate import quantize_model
 from calibration.segments import masked_copies
-from calibration.streams import run_block
+from calibration.streams import inputs_of
 from checkpoint.families import FUSED
 from experiments import watch
 from experiments.animation import Panel, picture
@@ -88,17 +88,6 @@ def denoising_states(model, prompts):
     start = torch.full((len(prompts), WRITTEN), model.mask_id, device=prompts.device)
     steps = [step.ids for step in denoise(model, prompts, WRITTEN, WRITTEN)]
     return [torch.cat((prompts, start), 1), *steps[:-1]]
-
-
-@torch.no_grad()
-def inputs_of(model, ids, names=FUSED):
-    """Inputs of the linears `names` of every block for token ids (n, L): a list of {name: (n, L, d)}."""
-    x, state, rope, _ = model.prepare(ids)
-    out = []
-    for block in model.blocks:
-        x, seen = run_block(block, x, state, rope, watch=names)
-        out.append(seen)
-    return out
 
 
 def prompts_for(model):
@@ -166,7 +155,7 @@ def draw_3(numbers):
     for axis, kind, title in zip(axes, ("same", "own"), ("on the 16-bit model's states", "on its own states"),
                                  strict=True):
         for label, values in numbers.items():
-            size = 7 if label == "STaR-Quant without TAC" else 3.5  # a ring around the marks that it would lie under
+            size = 7 if label == "STaR-Quant without TAC" else 3.5  # a ring, since STaR-Quant's marks cover it
             axis.plot(range(1, WRITTEN + 1), values[kind], **style(label), markersize=size)
         axis.set(title=title, xlabel="denoising step", yscale="log")
     axes[0].set_ylabel("relative MSE of the hidden state")

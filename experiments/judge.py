@@ -45,7 +45,7 @@ def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] |
 
 
 def checkpoints(args) -> dict[str, Checkpoint]:
-    """The folder of the model, behind that of the one it is compared with, by name; refused if they do not compare."""
+    """{name: folder} of the model to compare with, if any, and of the judged one. Refused if they do not compare."""
     names = [args.against, args.model] if args.against else [args.model]
     found = {name: Checkpoint(resolve(name)) for name in names}
     tokenizers = {name: load_tokenizer(checkpoint.folder) for name, checkpoint in found.items()}

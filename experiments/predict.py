@@ -1,7 +1,7 @@
 """What a denoising step of a published model costs on a GPU, counted without one: predicted, not measured.
 
 A whole step of `generate` runs at true shapes on PyTorch's meta device, whose tensors have shapes but no numbers. It
-takes the ways of a GPU, and what it would start there is counted:
+takes the code paths of a GPU, and what it would start there is counted:
 
     launches   one for each operation that is no view and no allocation, and for each kernel of `runtime/cuda.py`
     bytes      of every tensor that an operation reads or writes, once; a look-up counts the rows that it takes
@@ -10,7 +10,7 @@ takes the ways of a GPU, and what it would start there is counted:
     peak       bytes of weights and of the tensors that are alive at a time
 
 The floor of an operation is the largest of bytes / bandwidth, FLOP / rate and the time of the smallest kernel in a CUDA
-graph, by the datasheet and without an L2 cache. A step takes the sum of its floors, or longer.
+graph, by the datasheet and without an L2 cache. A step takes at least the sum of its floors.
 """
 
 import json
@@ -59,7 +59,7 @@ def touched(*tensors) -> int:
 
 
 class Count(TorchDispatchMode):
-    """Counts what runs inside, `open_positions` of which are still to be written."""
+    """Counts what runs inside. The head runs at `open_positions` positions, where a token is still masked."""
 
     def __init__(self, gpu: Gpu, open_positions: int = 0):
         super().__init__()
@@ -70,7 +70,7 @@ class Count(TorchDispatchMode):
         self.sums.update({"launches": 1, "bytes": size, f"{kind}_flop": flop, "floor_s": floor})
 
     def hold(self, storage):
-        """From now on alive, until nothing uses it."""
+        """Count a tensor's memory as alive until nothing uses it."""
         if storage._cdata not in self.alive:
             self.alive[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, self.alive.pop, storage._cdata)
@@ -111,13 +111,13 @@ class Count(TorchDispatchMode):
 
 @contextmanager
 def pretended(count: Count):
-    """Inside, tensors on the meta device take the ways of a GPU, and are counted."""
+    """Inside, tensors on the meta device take the code paths of a GPU, and are counted."""
     gpu = count.gpu
     machine = SimpleNamespace(L2_cache_size=gpu.L2_MiB << 20, multi_processor_count=gpu.multiprocessors)
     known = json.loads(MEASURED.read_text())["products"] if gpu.capability == (9, 0) else {}
 
     def fastest(calls, key):
-        """What was the fastest on an H200, or else the first: a tile, which reads the weights once."""
+        """The product that was fastest on an H200, or the first if that is unknown: it reads the weights once."""
         *_, M, N, K, packed = key
         name = known.get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
         return name if name in calls else next(iter(calls))
@@ -139,7 +139,7 @@ def pretended(count: Count):
 
 @cache
 def models(name: str, blocks: int) -> dict:
-    """What is compared, of so many blocks, on the meta device."""
+    """{name: model of that many blocks, on the meta device} of all that are compared."""
     with torch.device("meta"):
         model = DiffusionLM(read_config(published(name, blocks))).to(torch.bfloat16).requires_grad_(False)
     packed = quantized_twin(model)
@@ -157,7 +157,7 @@ def step(model, gpu: Gpu, batch: int, length: int, tokens: int) -> Counter:
 
 def predict(name: str, gpu: str, points) -> dict:
     """Counts and floors of a step of the published model, for points of batch, length and tokens per step. All blocks
-    are alike: those beyond the first count as the difference between models of two and of one."""
+    are alike, so each counts as the difference between a model of two blocks and a model of one."""
     c, rows, results = read_config(published(name)), [], json.loads(MEASURED.read_text())
     known = results["denoising"] if (name, gpu) == (results["model"], "h200") else []
     with pretended(Count(GPUS[gpu])):

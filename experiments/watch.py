@@ -104,7 +104,7 @@ def painted(row: list[tuple[str, str]]) -> str:
 
 
 def screen_rows(head: str, line: list[tuple[str, str]], columns: int, room: int | None = None) -> list[str]:
-    """The rows of one model. Of more than `room` rows those from the first masked token on are kept, between …"""
+    """The rows of one model. If they are more than `room`, those from the first masked token on stay; … marks a cut."""
     rows = wrapped(line, max(columns - width(head) - 1, 4))
     room = room or len(rows)
     first = next((i for i, row in enumerate(rows) if any(c == MASK for c, _ in row)), len(rows))

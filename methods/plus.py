@@ -62,10 +62,10 @@ class StarQuantPlus(Compensated):
 
 
 def lean(moment, tokens: int, prior: float = 0.14, damping: float = 1e-2):
-    """Second moments H (..., d, d) of `tokens` tokens, in place leant on a prior: equal variances, no correlation.
+    """Mix second moments H (..., d, d) of `tokens` tokens, in place, with a prior: equal variances, no correlation.
 
-    Few tokens tell little of d channels, and what is fitted to them alone does not hold for others. The moments of
-    14 d tokens and more stay as they are, because what follows damps them as much.
+    Few tokens tell little of d channels, and what is fitted to them alone does not hold for others. From 14 d tokens
+    on the moments stay as they are, because the steps that follow damp them by as much.
     """
     # H + max(0, prior · d / tokens − damping) · mean(diag H) · I
     diagonal = moment.diagonal(dim1=-2, dim2=-1)

@@ -46,8 +46,8 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 class Tile(NamedTuple):
     """Sizes of `tiled_product`: a CUDA block multiplies TM tokens by TN outputs, TK channels at a time, with STAGES
-    such tiles on their way; a warp has WM x WN of it; RESIDENT of them share a multiprocessor. With GROUPS, for Hopper,
-    so many warp groups share TN outputs instead; TM is a multiple of 128 and TK 128 then."""
+    such tiles on their way. A warp has WM x WN of the tile, and RESIDENT blocks share a multiprocessor. With GROUPS,
+    for Hopper, that many warp groups share TN outputs instead; then TM is a multiple of 128, and TK is 128."""
 
     TM: int
     TN: int
@@ -173,11 +173,11 @@ def _multiprocessors(device) -> int:
 
 def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only: bool = False, order: str = "plain"):
     """Gate, clip, quantize: x (M, K) fp32 or bf16, state (M,) bool, or None without gates, clip (2,) fp32 -> codes
-    (⌈M⌉32, K) int8, scale (M,), zero (M,) int32; a token with NaN has scale NaN.
+    (M rounded up to 32, K) int8, scale (M,), zero (M,) int32; a token with NaN has scale NaN.
 
     The rows of codes from M on are zero, as `torch._int_mm` wants them. With grid_only the rows before are left for
     `feedback`. The order of codes is what a product takes: "plain", channel by channel; "paired", in every 32 channels
-    the even ones before the odd ones, K a multiple of 32; "e4m3", X_c - z_c as fp8 numbers.
+    the even ones before the odd ones (K is a multiple of 32); "e4m3", the fp8 numbers X_c - z_c.
     """
     x, (codes, scale, zero) = x.contiguous(), _empty_codes(x, order)
     _launch("quantize_rows", x.dtype, (len(codes),), [x, state.contiguous() if d_m or d_u else None, codes, scale, zero,
@@ -205,8 +205,8 @@ def centred_blocks(x, mean, state, B):
 
 def rotated_codes(rotation: Rotation, x, factor, state, d_m: int, d_u: int, bits: int, clip=None, to_y: bool = False,
                   order: str = "plain"):
-    """`quantize_rows` of x (M, K) bf16 times a Kronecker or an Across factor, and what it is of: with to_y the product
-    y (M, K) bf16 is returned, and of the codes only the rows of zeros behind the M-th are there."""
+    """y, the product of x (M, K) bf16 and a Kronecker or an Across factor, and the `quantize_rows` of y. With to_y, y
+    (M, K) bf16 is returned and only the zeros behind the M-th row of codes are written. Without it, y is None."""
     x, (codes, scale, zero) = x.contiguous(), _empty_codes(x, order)
     P, y = [matrix.contiguous() for matrix in factor], torch.empty_like(x) if to_y else None
     blocks = min(len(codes), rotation.RESIDENT * _multiprocessors(x.device))
@@ -232,8 +232,8 @@ def tac(z, M, bias):
 
 
 def gptq_columns(columns, U, scale, bits: int):
-    """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64 of a weight, n ≤ GPTQ_BLOCK, and in their place the
-    errors; U (n, n), scale (C,), fp64 both."""
+    """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64 of a weight, n ≤ GPTQ_BLOCK. The errors take the
+    columns' place. U (n, n) and scale (C,) are fp64."""
     (n, C), codes, U = columns.shape, torch.empty_like(columns, dtype=torch.int8), U.contiguous()
     _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, U, scale.contiguous(), codes, n, C, bits], 64)
     return codes
@@ -290,7 +290,7 @@ def _counters(device):
 def tiled_product(tile: Tile, codes, packed, ends: Ends, y, splits: int | None = None):
     """Paired codes (rows, K) int8 times packed weights (N, K/2) uint8, and `epilogue`: into y (M, N) fp32 or bf16; N a
     multiple of 16, K of tile.TK, rows K below 2³¹. Where the tiles would leave multiprocessors idle, `splits` blocks
-    share out a tile's channels: as many as fit beside each other, with 4 steps each or more."""
+    share a tile's channels: as many as fit beside each other with at least 4 steps each."""
     (M, N), (rows, K) = y.shape, codes.shape
     across, down = -(-M // tile.TM), -(-N // tile.TN)
     slots = tile.RESIDENT * _multiprocessors(y.device)

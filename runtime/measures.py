@@ -152,8 +152,8 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
 def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
               level: float = 0.95) -> tuple[float, float, float]:
     """Mean and percentile interval of the mean: (mean, low, high). values (n,) over examples, or (S, n) over S
-    calibration seeds and, within each that is drawn, its examples; a paired difference alike. Several values are drawn
-    together, and `of` computes what is wanted from their means."""
+    calibration seeds: then seeds are drawn and, within each, its examples. Paired differences are such values, too.
+    Several values are drawn together, and `of` computes what is wanted from their means."""
     g = torch.Generator().manual_seed(seed)
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])  # (k, n) or (k, S, n)
     values = values[:, None] if values.ndim == 2 else values

@@ -198,7 +198,7 @@ def cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 
 def writable(path: Path, flag: str) -> Path:
-    """The nearest folder there is on the way to `path`, a folder to be made; Refused if it takes no file."""
+    """`path` itself, or the deepest folder above it that exists. Refused if nothing can be written there."""
     home = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
         tempfile.TemporaryFile(dir=home).close()

@@ -24,8 +24,8 @@ from starquant import Across, Blocks, Kronecker, apply_basis
 
 
 def slice_width(M: int, N: int, K: int, packed: bool, device) -> int:
-    """Columns per slice: int32 sums, and unpacked weights, within a quarter of the L2 cache each, but enough to keep
-    every multiprocessor busy with a tile of 128 x 128."""
+    """Columns per slice. Their int32 sums fit a quarter of the L2 cache, and so do their unpacked weights, but they
+    are enough to keep every multiprocessor busy with a tile of 128 x 128."""
     machine = torch.cuda.get_device_properties(device)
     cached, wave = machine.L2_cache_size // 4, machine.multi_processor_count * 128 * 128
     width = max(min(cached // (4 * M), cached // K if packed else N), wave // M)
@@ -59,8 +59,8 @@ def linear(layer, x, state):
 
 
 def codes(layer, x, state, order: str = "plain"):
-    """What a product takes of x (M, d) with states (M,), in as few passes as possible: codes, scales and zero points of
-    (x - μ_s) P, gated, as `cuda.quantize_rows` returns them, rounded by feedback where the layer has it."""
+    """What a product takes: codes, scales and zero points of (x - μ_s) P, gated, as `cuda.quantize_rows` returns them.
+    x (M, d), state (M,). They are rounded by feedback where the layer has it, in as few passes as possible."""
     P, mean, V = layer.basis(x), layer.mean, layer.feedback
     if P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64 and checks.ready(x.device.index, x.dtype, "blocks"):
         x, mean, P = cuda.centred_blocks(x, mean, state, P[0].B), None, P[1:]
@@ -96,8 +96,8 @@ def _with_ends(layer, x, scale, zero, state):
 
 
 def ways(layer, x) -> list[Way]:
-    """The products that serve a layer and rows x (M, d); the last one always does. Unpacked weights become fp8 numbers,
-    a byte each as before, once for all, where fp8 products serve them."""
+    """The products that serve a layer and rows x (M, d); the last one always does. Where fp8 products serve unpacked
+    weights, these become fp8 numbers, once for all; they take a byte each, as before."""
     (M, K), index, found = x.shape, x.device.index, []
     if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in cuda.TILES.items()
@@ -177,8 +177,8 @@ def chosen() -> dict:
 
 
 def fastest(calls: dict, key: tuple) -> str:
-    """The name of the fastest, when key was first met, of `calls`: functions that do the same on the device key[0]. One
-    that fails for want of memory is not taken, unless it is the last one."""
+    """The name of the fastest of `calls`, functions that do the same on the device key[0], as timed when the key was
+    first met. One that runs out of memory is not taken, unless it is the last one."""
     *others, last = calls
     key = (*key, tuple(calls))  # another layer of the same shape may have other products
     if key in _FASTEST or not others:

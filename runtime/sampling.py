@@ -62,7 +62,7 @@ def pad_left(rows: list[list[int]], pad: int):
 
 
 def check_length(config, length: int) -> None:
-    """Refused if a sequence is longer than what config.json says that the model was trained on."""
+    """Refused if a sequence is longer than config.json says the model was trained on."""
     if config.positions and length > config.positions:
         raise Refused(f"a sequence of {length} tokens is longer than the model's {config.positions} positions.")
 
