@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.families import FUSED
 from runtime.processes import batches
 
 SEGMENTS = 64  # that pass through a block at once
@@ -75,6 +76,17 @@ def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...
         with watching(block, watch, partial(kept.put, now)):
             kept.put(now, "output", block(x[now].to(state.device), state[now], rope))
     return kept.pop("output"), kept
+
+
+@torch.no_grad()
+def inputs_of(model, ids, names=FUSED) -> list[dict]:
+    """Inputs of the linears `names` of every block for token ids (n, L): [{name: (n, L, d)}, ...] by block."""
+    x, state, rope, _ = model.prepare(ids.to(model.device))
+    out = []
+    for block in model.blocks:
+        x, seen = run_block(block, x, state, rope, watch=names)
+        out.append(seen)
+    return out
 
 
 @torch.no_grad()

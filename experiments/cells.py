@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from calibrate import quantize_model
-from checkpoint.folder import SINGLE, Checkpoint, resolve, sha256
+from checkpoint.folder import SINGLE, Checkpoint, json_lines, resolve, sha256
 from checkpoint.tokenizer import load_tokenizer
 from experiments.rows import config_of
 from model import load_model
@@ -134,15 +134,8 @@ def digest(key: dict) -> str:
 
 
 def stored_cells(*files: Path) -> dict[str, dict]:
-    """Finished cells by digest, the later of two; a line that an interruption cut short is left out."""
-    cells = {}
-    for line in (line for file in files if file.exists() for line in file.read_text(encoding="utf-8").splitlines()):
-        try:
-            cell = json.loads(line)
-            cells[cell["digest"]] = cell
-        except ValueError:
-            continue
-    return cells
+    """Finished cells by digest, the later of two."""
+    return {cell["digest"]: cell for cell in json_lines(*files)}
 
 
 def store(cell: dict, file: Path) -> None:

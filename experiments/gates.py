@@ -21,8 +21,7 @@ import torch
 
 from calibrate import quantize_model
 from calibration.segments import masked_copies
-from calibration.streams import run_block
-from checkpoint.families import FUSED
+from calibration.streams import inputs_of
 from experiments.cells import current_commit
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
@@ -52,20 +51,9 @@ def gate_balance(x, P, gate, weight, bits: int = 4) -> dict[str, float]:
             "with_gate": share(fake_quantize(z * gate, bits) - z)}
 
 
-@torch.no_grad()
-def inputs_of(model, ids):
-    """Inputs of every fused linear, [{name: (N, d)}, ...] by block, and the token states (N,)."""
-    x, state, rope, _ = model.prepare(ids.to(model.device))
-    out = []
-    for block in model.blocks:
-        x, seen = run_block(block, x, state, rope, watch=FUSED)
-        out.append({name: t.flatten(0, 1).float() for name, t in seen.items()})
-    return out, state.flatten()
-
-
 def bases(model, tokens, region, noisy):
     """{kind: basis of a linear by (block, name)}: drawn, trained and allocated, as a Kronecker product and dense."""
-    seen, state = inputs_of(model, noisy)
+    seen, state = inputs_of(model, noisy), (noisy == model.mask_id).flatten().to(model.device)
     out, generator = {}, torch.Generator().manual_seed(SEED)
     for transform in ("kronecker", "dense"):
         config = QuantConfig(seed=SEED, tac="none", transform=transform)
@@ -73,6 +61,7 @@ def bases(model, tokens, region, noisy):
         kinds = {kind: {} for kind in ("random", "trained", "closed form")}
         for i, names in enumerate(seen):
             for name, x in names.items():
+                x = x.flatten(0, 1).float()  # (N, d)
                 d_s = x.shape[1] // config.state_fraction
                 kinds["random"][i, name] = initial_basis(x.shape[1], transform, generator).to(x)
                 kinds["trained"][i, name] = getattr(trained.blocks[i], name).P[0]
@@ -88,12 +77,12 @@ def measure(model) -> dict[str, list[dict]]:
     noisy = masked_copies(tokens[:64], region[:64], model.mask_id, QuantConfig(seed=SEED))
     held_out, its_region = tasks.calibration_set(model.tokenizer, 64, 64, SEED + 1, "eval")
     unseen = masked_copies(held_out, its_region, model.mask_id, QuantConfig(seed=SEED + 1))
-    seen, state = inputs_of(model, unseen)
+    seen, state = inputs_of(model, unseen), (unseen == model.mask_id).flatten().to(model.device)
     out = {}
     for kind, chosen in bases(model, tokens, region, noisy).items():
         rows = out[kind] = []
         for (i, name), P in chosen.items():
-            weight, x = getattr(model.blocks[i], name).weight.float(), seen[i][name]
+            weight, x = getattr(model.blocks[i], name).weight.float(), seen[i][name].flatten(0, 1).float()
             gates = subspace_gates(x.shape[1], x.shape[1] // 32, x.shape[1] // 32, x.device)
             for label, where, gate in zip(("masked", "unmasked"), (state, ~state), gates, strict=True):
                 rows.append({"block": i, "linear": name, "state": label, **gate_balance(x[where], P, gate, weight)})

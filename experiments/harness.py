@@ -22,7 +22,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from checkpoint.folder import Checkpoint, resolve
+from checkpoint.folder import Checkpoint, json_lines, resolve
 from checkpoint.tokenizer import chat_prompt
 from experiments import protocol
 from model import DiffusionLM, load_model
@@ -198,14 +198,8 @@ class HarnessLM(LM):
         return [known[k] for k in keys]
 
     def _stored(self) -> dict:
-        answers = {}
-        for file in sorted(self.cache.glob("answers-*.jsonl")) if self.cache else []:
-            for line in file.read_text(encoding="utf-8").split("\n"):
-                try:
-                    answers |= json.loads(line)
-                except ValueError:  # the line at which a run was killed
-                    continue
-        return answers
+        files = sorted(self.cache.glob("answers-*.jsonl")) if self.cache else []
+        return {key: answer for part in json_lines(*files) for key, answer in part.items()}
 
     def _store(self, answers: dict) -> None:
         if self.cache:

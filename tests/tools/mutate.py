@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "runtime/attention": "baselines",
-    "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "tiny/metrics": "evaluate",
-    "methods/storage": "preflight bench", "checkpoint/loading": "loading folder model bad_input",
-    "checkpoint/published": "twins", "experiments/tables": "tables evaluate", "experiments/peers": "bench",
-    "experiments/animation": "figures", "runtime/cuda": "cuda checks products", "calibration/streams": "calibrate",
-    "calibration/segments": "segments calibrate", "model": "model write", "runtime/sampling": "sampling threshold"}
+    "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "model": "model write",
+    "tiny/metrics": "metrics cells", "methods/storage": "preflight bench", "experiments/tables": "tables evaluate",
+    "checkpoint/loading": "loading folder model bad_input", "checkpoint/published": "twins", "runtime/cuda":
+    "cuda checks products", "experiments/peers": "bench", "experiments/animation": "figures", "calibration/segments":
+    "segments calibrate", "calibration/streams": "calibrate", "runtime/sampling": "sampling threshold"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
