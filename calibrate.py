@@ -253,7 +253,7 @@ def parse(argv):
     again.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     where.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
                        "write nothing (a model of the hub is downloaded)")
-    where.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (24); for "
+    where.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (16); for "
                        "a model that does not know these, segments of the text that it was not calibrated on (16); "
                        "0: no table")
     machine = parser.add_argument_group("machine")

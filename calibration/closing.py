@@ -24,7 +24,7 @@ from runtime.layers import rebuilt
 from runtime.measures import bootstrap, interval, likelihoods, masked_copies, predictions, progress_bar
 from tiny import metrics
 
-PROBLEMS, SEGMENTS = 24, 16  # unless --problems is given
+PROBLEMS, SEQUENCES, SEGMENTS = 16, 24, 16  # unless --problems is given: per task, of each domain, of a text
 SEED = 1  # of problems, segments and masks
 COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token",
            **{task: f"{task} %" for task in metrics.TASKS}}
@@ -50,7 +50,7 @@ def table_of_tasks(args, source: Checkpoint, config: Settings, device, dtype) ->
     rows = []
     for name, model in models.items():
         values, _ = metrics.scores(model, args.problems or PROBLEMS, SEED, label=f"evaluate {name}",
-                                   reference=None if model is full else full)
+                                   reference=None if model is full else full, sequences=args.problems or SEQUENCES)
         rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
     return rows
 
