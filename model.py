@@ -245,8 +245,9 @@ def load_model(name_or_path: str, device="auto", dtype=None, weights="packed") -
 def write(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = None, chat: bool = False, **options):
     """What a model writes after a text: a str for a str, and a list of str for a list, which is one batch.
 
-    chat: the texts are questions to an instruct model and are put in its chat template. steps: gen_length, unless they
-    or a `threshold` are given. options: the other ones of `generate`. An answer ends where the model ends it.
+    chat: the texts are questions to an instruct model and are put in its chat template. steps: gen_length, unless
+    they, a `threshold` or a `factor` are given. options: the other ones of `generate`. An answer ends where the model
+    ends it.
     Raises Refused for anything but texts, for a model without a tokenizer, and where `generate` does.
     """
     *_, answers = stream(model, texts, gen_length, steps, chat, **options)
@@ -264,7 +265,7 @@ def stream(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None =
         given = [chat_prompt(model.config.family, [{"role": "user", "content": text}]) for text in given]
     encoded = tokenizer.encode_batch(list(given), add_special_tokens=not chat)
     ids, attention_mask = (t.to(model.device) for t in pad_left([e.ids for e in encoded], model.config.eos_id or 0))
-    if steps is None and options.get("threshold") is None:
+    if steps is None and options.get("threshold") is None and options.get("factor") is None:
         steps = gen_length
     for step in denoise(model, ids, steps, gen_length, attention_mask=attention_mask, **options):
         answers = [answer(model, row) for row in step.ids[:, ids.shape[1] :].tolist()]

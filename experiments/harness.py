@@ -49,7 +49,7 @@ class HarnessLM(LM):
     model: what `load_model` takes, or a loaded model, whose weights `identity` then tells apart in the cache.
     mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size: sequences that go through the model at
     once; an eighth of it when generating. gen_length: None takes the task's max_gen_toks. steps: None is gen_length, or
-    no number with a threshold. block_length: None is gen_length. sampling: further options of `generate`.
+    no number with a threshold or factor. block_length: None is gen_length. sampling: further options of `generate`.
     check_greedy: also say whether greedy denoising gives the answer, at a pass per token; no task of the paper asks.
     chat: the prompts hold a chat template. cache: a folder for finished answers. weights: "packed" or "int8", as they
     lie in memory. device: without a GPU the harness' own default, cuda:0, is auto.
@@ -147,7 +147,7 @@ class HarnessLM(LM):
 
     def _generate(self, batch):
         options, length = dict(self.sampling), self.length_of(batch[0][1])
-        steps = None if options.get("threshold") else length
+        steps = None if options.get("threshold") or options.get("factor") else length
         options |= {"gen_length": length, "steps": options["steps"] or steps}
         room = self.max_length - length  # at least 1, as generate_until has checked
         prompts = [self.encode(context)[-room:] for context, _ in batch]

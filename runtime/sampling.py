@@ -17,9 +17,11 @@ Sources
     its random draws.
 
 Parallel decoding
-    With `threshold` τ there is no fixed number of passes. Each pass commits every masked position of the current block
-    whose confidence reaches τ, and at least one. The confidence is the probability of the predicted token, so that the
-    algorithm is `low_confidence` or `maskgit_plus`. This is the rule of Fast-dLLM (arXiv 2505.22618).
+    With `threshold` τ or `factor` f there is no fixed number of passes. Each pass commits at least one masked position
+    of the current block: with τ all whose confidence reaches it; with f the n surest, for the largest n such that
+    (n + 1)(1 − c_n) < f, where c_n is the n-th largest confidence. The confidence is the probability of the predicted
+    token, so that the algorithm is `low_confidence` or `maskgit_plus`. Both rules are Fast-dLLM's (arXiv 2505.22618).
+    Its code differs from its paper where all but the least sure position pass the test of f: it commits that one, too.
 
 Cost
     The head of the model runs only at the masked positions that may be committed: those before the end of the current
@@ -301,11 +303,21 @@ def dream_choices(draft: Draft, predict, shares, algorithm, options: DreamOption
 # ---- both ----------------------------------------------------------------------------------------------------------
 
 
-def threshold_choices(draft: Draft, predict, start: int, block_length: int, threshold: float):
+def sure_enough(confidence, threshold: float | None, factor: float | None):
+    """True where Fast-dLLM commits: confidence (B, L), −∞ where nothing can be committed; at least one in each row."""
+    if factor is None:
+        return most_confident(confidence, 1) | (confidence >= threshold)
+    n = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1) + 1  # 1 for the surest of a row
+    # (n + 1)(1 − c_n) < f
+    return (n == 1) | ((n + 1) * (1 - confidence) < factor)
+
+
+def parallel_choices(draft: Draft, predict, start: int, block_length: int, threshold: float | None,
+                     factor: float | None):
     """Predicted tokens and chosen positions, both (B, L), of each pass of Fast-dLLM's parallel decoding.
 
-    A row is in the block of its first masked position. It commits there what reaches the threshold, and at least its
-    surest token, so that no row depends on the others. [MASK] itself is never predicted: it would never end.
+    A row is in the block of its first masked position. It commits there what is `sure_enough`, so that no row depends
+    on the others. [MASK] itself is never predicted: it would never end.
     """
     def a_token(logits, where):
         logits[:, draft.model.mask_id] = -torch.inf
@@ -317,32 +329,33 @@ def threshold_choices(draft: Draft, predict, start: int, block_length: int, thre
         where = draft.masked & (position < start + (block + 1) * block_length)
         # a finished row needs no pass, but a CUDA graph keeps its shape
         x0, confidence = draft.predictions(where, a_token, slice(None) if graphed else where.any(-1))
-        yield x0, where & (most_confident(confidence, 1) | (confidence >= threshold))
+        yield x0, where & sure_enough(confidence, threshold, factor)
 
 
 @torch.no_grad()
 def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length: int | None = None,
             temperature: float = 0.0, cfg_scale: float = 0.0, attention_mask=None, algorithm: str | None = None,
             eps: float = 1e-3, top_p: float | None = None, top_k: int | None = None, alg_temp: float | None = None,
-            threshold: float | None = None, logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False,
-            eos_id: int | None = None, eot_id: int | None = None, generator=None, cuda_graph: bool = True):
+            threshold: float | None = None, factor: float | None = None, logits_eos_inf: bool = False,
+            confidence_eos_eot_inf: bool = False, eos_id: int | None = None, eot_id: int | None = None, generator=None,
+            cuda_graph: bool = True):
     """Yield a `Step` after each pass; the arguments are those of `generate`."""
     if not torch.is_tensor(prompt_ids) or prompt_ids.dtype not in (torch.int32, torch.int64):
         raise Refused("the prompt must be an integer tensor of token ids, (batch, length); model.write takes texts.")
     if cuda_graph and prompt_ids.is_cuda:
         model = GraphedModel(model)
     if algorithm is None and model.config.family == "dream":
-        algorithm = "entropy" if threshold is None else "maskgit_plus"
+        algorithm = "entropy" if threshold is None and factor is None else "maskgit_plus"
     algorithm, start = algorithm or "low_confidence", prompt_ids.shape[-1]
     llada, dream = (LLaDAOptions(logits_eos_inf, confidence_eos_eot_inf, eos_id, eot_id),
                     DreamOptions(eps, top_p, top_k, alg_temp))
-    block_length = _check(algorithm, steps, gen_length, block_length, temperature, threshold, llada, dream)
+    block_length = _check(algorithm, steps, gen_length, block_length, temperature, threshold, factor, llada, dream)
     draft = Draft(model, prompt_ids, gen_length, attention_mask, cfg_scale)
     prediction, options = ((llada_prediction, llada.completed(model)) if algorithm in LLADA
                            else (dream_prediction, dream))
     predict = partial(prediction, algorithm=algorithm, temperature=temperature, options=options, generator=generator)
-    if threshold is not None:
-        choices = threshold_choices(draft, predict, start, block_length, threshold)
+    if steps is None:
+        choices = parallel_choices(draft, predict, start, block_length, threshold, factor)
     elif algorithm in LLADA:
         choices = llada_choices(draft, predict, block_schedule(start, steps, gen_length, block_length))
     else:
@@ -353,17 +366,18 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
         yield Step(index, draft.ids, chosen & ~draft.masked)  # a predicted [MASK] commits nothing
 
 
-def _check(algorithm, steps, gen_length, block_length, temperature, threshold, llada, dream) -> int:
+def _check(algorithm, steps, gen_length, block_length, temperature, threshold, factor, llada, dream) -> int:
     """The block length; refused is what does not fit together."""
     whole = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
-    for name, value in {**whole, "temperature": temperature, "threshold": threshold}.items():
+    for name, value in {**whole, "temperature": temperature, "threshold": threshold, "factor": factor}.items():
         if value is not None and not isinstance(value, int if name in whole else int | float):
             raise Refused(f"{name} {value!r} is no {'whole ' * (name in whole)}number.")
     if algorithm not in LLADA + DREAM:
         raise Refused(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
     foreign = dream if algorithm in LLADA else llada
     given = [f.name for f in fields(foreign) if getattr(foreign, f.name) != f.default]
-    if algorithm in DREAM and threshold is None and block_length not in (None, gen_length):
+    parallel = [value for value in (threshold, factor) if value is not None]
+    if algorithm in DREAM and not parallel and block_length not in (None, gen_length):
         given.append("block_length")
     if given:
         raise Refused(f"algorithm {algorithm!r} has no option {given[0]}; leave it out.")
@@ -374,16 +388,18 @@ def _check(algorithm, steps, gen_length, block_length, temperature, threshold, l
         raise Refused(f"gen_length {gen_length} is not a multiple of block_length {block_length}.")
     if temperature < 0:
         raise Refused("temperature must be at least 0.")
-    if threshold is None:
+    if not parallel:
         if steps is None:
-            raise Refused("give steps, the number of passes, or a threshold.")
+            raise Refused("give steps, the number of passes, or a threshold or factor.")
         if algorithm in LLADA and steps % (gen_length // block_length):
             raise Refused(f"steps {steps} is not a multiple of the {gen_length // block_length} blocks.")
+    elif len(parallel) == 2:
+        raise Refused("threshold and factor are two rules for the same choice; give one of them.")
     elif steps is not None:
-        raise Refused("a threshold decides itself how many passes there are; give None for steps.")
-    elif algorithm not in PROBABILITY or dream.alg_temp or not threshold > 0:
-        raise Refused(f"a threshold is above 0 and needs an algorithm whose confidence is a probability, without "
-                      f"alg_temp: {', '.join(sorted(PROBABILITY))}.")
+        raise Refused("a threshold or factor decides itself how many passes there are; give None for steps.")
+    elif algorithm not in PROBABILITY or dream.alg_temp or not parallel[0] > 0:
+        raise Refused(f"a threshold or factor is above 0 and needs an algorithm whose confidence is a probability, "
+                      f"without alg_temp: {', '.join(sorted(PROBABILITY))}.")
     return block_length
 
 
@@ -393,16 +409,16 @@ def generate(*args, **options):
 
     Both families
         algorithm: see the table above; None is `low_confidence`, for Dream `entropy` (as its authors evaluate it), for
-        Dream with a threshold `maskgit_plus`. attention_mask (B, P): 0 marks left padding. temperature 0 is greedy.
-        cfg_scale > 0 guides away from the empty prompt, at twice the cost. threshold: decode in parallel, see above;
-        steps is then None. block_length: length of the blocks that are finished left to right; None is one block.
-        cuda_graph: on a GPU, replay the blocks of the model as one CUDA graph.
+        Dream in parallel `maskgit_plus`. attention_mask (B, P): 0 marks left padding. temperature 0 is greedy.
+        cfg_scale > 0 guides away from the empty prompt, at twice the cost. threshold or factor: decode in parallel, see
+        above; steps is then None. block_length: length of the blocks that are finished left to right; None is one
+        block. cuda_graph: on a GPU, replay the blocks of the model as one CUDA graph.
     LLaDA
         logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits end of text and end of turn last.
         eos_id and eot_id are the model's unless given.
     Dream
         eps: the time at which masking ends. top_p, top_k: cuts of the distribution. alg_temp > 0 draws the positions by
-        confidence. Blocks are known to its threshold decoding alone.
+        confidence. Blocks are known to its parallel decoding alone.
 
     Raises Refused for an option that the algorithm does not have, for blocks that divide neither gen_length nor steps,
     and for a sequence that is longer than the model's positions.

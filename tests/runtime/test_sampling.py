@@ -406,16 +406,18 @@ def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
     ("dream", {"eos_id": 7}, "'entropy' has no option eos_id"),
     ("llada", {"eps": 0.5}, "'low_confidence' has no option eps"),
     ("llada", {"confidence_eos_eot_inf": True}, "give eot_id"),
-    ("llada", {"steps": None}, "give steps, the number of passes, or a threshold"),
-    ("llada", {"threshold": 0.9}, "give None for steps"),
-    *((family, {"steps": None, **options}, "a threshold is above 0 and needs an algorithm") for family, options in (
-        ("llada", {"threshold": 0.0}), ("llada", {"threshold": math.nan}),
+    ("llada", {"steps": None}, "give steps, the number of passes, or a threshold or factor"),
+    ("llada", {"threshold": 0.9}, "give None for steps"), ("llada", {"factor": 1.0}, "give None for steps"),
+    ("llada", {"steps": None, "threshold": 0.9, "factor": 1.0}, "give one of them"),
+    *((family, {"steps": None, **options}, "is above 0 and needs an algorithm") for family, options in (
+        ("llada", {"threshold": 0.0}), ("llada", {"threshold": math.nan}), ("llada", {"factor": 0}),
         ("llada", {"threshold": 0.9, "algorithm": "random"}), ("dream", {"threshold": 0.9, "algorithm": "entropy"}),
         ("dream", {"threshold": 0.9, "alg_temp": 0.5}))),
     ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
     ("llada", {"steps": 4.0}, "steps 4.0 is no whole number"), ("dream", {"gen_length": "8"}, "'8' is no whole number"),
     ("llada", {"temperature": "hot"}, "temperature 'hot' is no number"),
     ("llada", {"steps": None, "threshold": "0.9"}, "threshold '0.9' is no number"),
+    ("llada", {"steps": None, "factor": "1"}, "factor '1' is no number"),
     ("llada", {"steps": 5000, "gen_length": 5000}, "tokens is longer than the model's"),
 ])
 def test_options_are_refused_in_a_sentence(family, options, sentence):

@@ -1,4 +1,4 @@
-"""Decoding in parallel by a threshold: a case worked out by hand, batches against single rows, and where it ends."""
+"""Decoding in parallel by threshold or factor: cases worked out by hand, batches against single rows, where it ends."""
 
 from types import SimpleNamespace
 
@@ -46,6 +46,31 @@ def test_threshold_on_a_case_worked_out_by_hand(family):
     assert [w[0].nonzero()[:, 0].tolist() for w in model.asked] == [[1, 2], [3, 4], [4], [5, 6], [6]]
 
 
+def exactly(token, p):
+    """Probability p of one token and 1 − p of token 4, none of [MASK]."""
+    row = torch.tensor([0, 0, 0, 0, 1 - p, 0], dtype=torch.float64)
+    row[token] = p
+    return row.tolist()
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_factor_on_a_case_worked_out_by_hand(family):
+    """f = .35. Of (.8, .95, .6, .9) the two surest go: 2 · .05 = .1 and 3 · .1 = .3 are below f, 4 · .2 = .8 is not. Of
+    the rest, .8 and .6, the surer goes, since one must, and 3 · .4 is above f (the authors' code commits both). Of (.9,
+    .85, .9, .85) both of .9 go, 3 · .1 = .3, and one of .85 in each of two passes, since 3 · .15 = .45 is above f."""
+    p = {1: .8, 2: .95, 3: .6, 4: .9, 5: .9, 6: .85, 7: .9, 8: .85}
+    model = Scripted(lambda _, i, ids: exactly(i % 4, p[i]), family)
+    steps = list(denoise(model, torch.tensor([[0]]), None, 8, 4, factor=0.35))
+    assert [s.committed[0].nonzero()[:, 0].tolist() for s in steps] == [[2, 4], [1], [3], [5, 7], [6], [8]]
+    assert steps[-1].ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0]]
+
+
+def test_factor_counts_tokens_that_tie():
+    """2 · .1 is below .25 and 3 · .1 is not: one of two equals goes, whichever it is."""
+    model = Scripted(lambda _, i, ids: exactly(0, 0.9))
+    assert [int(s.committed.sum()) for s in denoise(model, torch.tensor([[0]]), None, 2, factor=0.25)] == [1, 1]
+
+
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_threshold_above_one_is_one_token_a_pass(family):
     """The surest token of the current block, pass by pass, written out; for LLaDA also its own one-token schedule."""
@@ -64,17 +89,18 @@ def test_threshold_above_one_is_one_token_a_pass(family):
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("block_length", [None, 4])
-def test_threshold_in_a_batch_equals_single_rows(family, block_length):
+@pytest.mark.parametrize("rule", [{"threshold": 0.2}, {"factor": 2.5}], ids=["threshold", "factor"])
+def test_a_batch_equals_single_rows(family, block_length, rule):
     """Tokens and passes: a row that needs fewer passes waits, and padding changes nothing."""
     model = MODELS[family]
     prompts = torch.randint(0, 240, (4, 6), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(prompts)
     prompts[3, :2], mask[3, :2] = EOS, 0
-    steps = list(denoise(model, prompts, None, 12, block_length, threshold=0.2, attention_mask=mask))
+    steps = list(denoise(model, prompts, None, 12, block_length, attention_mask=mask, **rule))
     passes = torch.stack([s.committed.any(-1) for s in steps]).sum(0).tolist()
     assert len(steps) == max(passes) > min(passes)
     for row, skip, n in zip(range(4), (0, 0, 0, 2), passes, strict=True):
-        alone = list(denoise(model, prompts[row : row + 1, skip:], None, 12, block_length, threshold=0.2))
+        alone = list(denoise(model, prompts[row : row + 1, skip:], None, 12, block_length, **rule))
         assert len(alone) == n
         assert torch.equal(alone[-1].ids[0], steps[-1].ids[row, skip:])
 
