@@ -20,17 +20,19 @@ from pathlib import Path
 import torch
 
 import kernels
-from checkpoint.families import FUSED
+from checkpoint.families import FUSED, linear_shapes
 from checkpoint.folder import write_json
+from checkpoint.loading import is_quantized
 from checkpoint.published import SHAPES, write_checkpoint
 from experiments import peers, predict
 from experiments.timing import busy, ceilings, in_turn, measure, measure_each, roofline
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
-from methods.storage import linear_shapes, memory_table
+from methods.storage import memory_table
 from model import generate, load_model, swiglu
 from runtime import checks, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
+from runtime.measures import markdown_table
 from runtime.processes import Parser, Refused, pick_device, writable
 
 # Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
@@ -61,22 +63,22 @@ def denoising(models: dict, point, repeats: int) -> dict:
     prompt = torch.randint(0, mask_id, (batch, length - STEPS * tokens), generator=generator).to(device)
     runs = {name: partial(generate, GraphedModel(m), prompt, steps=STEPS, gen_length=STEPS * tokens, cuda_graph=False)
             for name, m in models.items()}
-    seconds, out = measure(runs, repeats, device), {}
-    for name, s in seconds.items():
+    out = measure(runs, repeats, device)
+    for name, s in out.items():
+        if "failed" in s:
+            continue
         # tokens/s = batch · tokens per step · steps / seconds
-        out[name] = s if "failed" in s else {"step_s": {k: v / STEPS for k, v in s.items()},
-                                             "tokens_per_s": batch * tokens * STEPS / s["median"]}
-        if device.type == "cuda" and "failed" not in s:
+        out[name] = {"step_s": {k: v / STEPS for k, v in s.items()},
+                     "tokens_per_s": batch * tokens * STEPS / s["median"]}
+        if device.type == "cuda":
             out[name]["peak_bytes"] = peak_bytes(models[name], prompt, tokens)
     return out
 
 
 def blocks_alone(models: dict, engines: dict, point, repeats: int) -> dict:
     """Seconds of one pass through the blocks alone. In a model of few blocks the head and sampling would hide them."""
-    ids, calls = torch.zeros(point[:2], dtype=torch.long), {}
-    for name, model in models.items():
-        inputs = model.prepare(ids)
-        calls[name] = partial(through, model.blocks, *inputs)
+    ids = torch.zeros(point, dtype=torch.long)
+    calls = {name: partial(through, model.blocks, *model.prepare(ids)) for name, model in models.items()}
     x, _, rope, _ = models["16-bit"].prepare(ids)
     arrays = [t.float().numpy() for t in (x, *rope)]
     return measure(calls | {name: partial(run, *arrays) for name, run in engines.items()}, repeats, ids.device)
@@ -180,10 +182,6 @@ def shares(model, point, repeats: int) -> dict:
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def markdown(header, rows) -> list[str]:
-    return ["", *("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])]
-
-
 def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
     """A time or rate, its least possible time in parentheses where there is one, or what went wrong."""
     if "failed" in entry:
@@ -193,7 +191,7 @@ def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
     return value if least is None else f"{value} ({least * scale:.{digits}f})"
 
 
-def table_4(result: dict) -> list[str]:
+def table_4(result: dict) -> str:
     """Speed and memory of every quantized model at every point, below the paper's own row."""
     memory, rows = result["memory"], []
     if result["model"] in TABLE_4 and not result["blocks"]:
@@ -212,36 +210,30 @@ def table_4(result: dict) -> list[str]:
                          cell(full, 1, 2, "tokens_per_s"), cell(quantized, 1, 2, "tokens_per_s"), speed,
                          f"{full_bytes / 1e9:.4g}", f"{quantized_bytes / 1e9:.4g}",
                          f"{full_bytes / quantized_bytes:.2f}"))
-    return markdown(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
+    return markdown_table(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
 
 
 def tables(result: dict) -> str:
     """Table 4, then times beside their rooflines, then where a step goes; Markdown."""
-    out, points = table_4(result), result["denoising"]
-    out += ["", "GB: peak of a step, measured." if result["cuda"] and result["device"] != "cpu" else
-            f"GB: weights, computed, 16-bit ones as bf16; no activations. The 16-bit model ran in {result['dtype']}."]
-    out[-1] += f" {result['busy']}" if result["busy"] else ""
-    names = list(points[0]["models"])
-    out += markdown(("ms per step (least possible)", *names),
-                    [(f"{p['batch']} x {p['length']}", *(cell(p["models"][n], 1e3, 2) for n in names)) for p in points])
-    if "blocks" in points[0]:
-        names = list(points[0]["blocks"])
-        out += markdown(("ms in the blocks alone", *names),
-                        [(f"{p['batch']} x {p['length']}", *(cell(p["blocks"][n], 1e3, 2) for n in names))
-                         for p in points])
+    points, linear_names, shares = result["denoising"], result["linear_models"], result["shares"]
+    memory = "GB: peak of a step, measured." if result["device"] != "cpu" else (
+        f"GB: weights, computed, 16-bit ones as bf16; no activations. The 16-bit model ran in {result['dtype']}.")
+    out = [table_4(result), f"{memory} {result['busy']}".rstrip()]
+    for key, title in (("models", "ms per step (least possible)"), ("blocks", "ms in the blocks alone")):
+        if names := list(points[0].get(key, ())):
+            out.append(markdown_table((title, *names), [
+                (f"{p['batch']} x {p['length']}", *(cell(p[key][name], 1e3, 2) for name in names)) for p in points]))
     if result.get("products"):
-        out += ["", "Products that were the fastest, by M x K -> N and residency of the weights: "
-                    + "; ".join(f"{shape}: {name}" for shape, name in result["products"].items()) + "."]
-    names = result["linear_models"]
-    out += markdown(("linear, M: µs (least possible)", *names),
-                    [(f"{r['linear']} {r['K']} -> {r['N']}, {r['M']}", *(cell(r[n], 1e6, 0) for n in names))
-                     for r in result["linears"]])
-    shares = result["shares"]
-    parts = [k for k in dict.fromkeys(k for s in shares.values() for k in s) if k != "step"]
-    out += markdown(("part of a step", *shares),
-                    [(part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
-                     for part in parts])
-    return "\n".join(out[1:])
+        out.append("Products that were the fastest, by M x K -> N and residency of the weights: "
+                   + "; ".join(f"{shape}: {name}" for shape, name in result["products"].items()) + ".")
+    out.append(markdown_table(("linear, M: µs (least possible)", *linear_names), [
+        (f"{r['linear']} {r['K']} -> {r['N']}, {r['M']}", *(cell(r[name], 1e6, 0) for name in linear_names))
+        for r in result["linears"]]))
+    parts = dict.fromkeys(part for s in shares.values() for part in s if part != "step")
+    out.append(markdown_table(("part of a step", *shares), [
+        (part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
+        for part in parts]))
+    return "\n\n".join(out)
 
 
 def usual_dtype(device_type: str, random_weights: bool) -> str:
@@ -269,8 +261,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
         except Refused as error:
             other = ", or add --random-weights." if args.model in SHAPES else "."
             raise Refused(str(error).removesuffix(".") + other) from None
-    model.requires_grad_(False)
-    if any(isinstance(m, QuantLinear) for m in model.modules()):
+    if is_quantized(model):
         raise Refused(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
     result = {"command": args.command, "model": args.model, "random_weights": args.random_weights,

@@ -20,8 +20,8 @@ from methods.rtn import fit_rtn
 from methods.settings import Settings
 from methods.storage import output_bytes
 from model import load_block, load_model, load_outer
+from runtime import measures
 from runtime.layers import rebuilt
-from runtime.measures import bootstrap, interval, likelihoods, masked_copies, predictions, progress_bar
 from tiny import metrics
 
 PROBLEMS, SEQUENCES, SEGMENTS = 16, 24, 16  # unless --problems is given: per task, of each domain, of a text
@@ -51,7 +51,7 @@ def table_of_tasks(args, source: Checkpoint, config: Settings, device, dtype) ->
     for name, model in models.items():
         values, _ = metrics.scores(model, args.problems or PROBLEMS, SEED, label=f"evaluate {name}",
                                    reference=None if model is full else full, sequences=args.problems or SEQUENCES)
-        rows.append({"model": name, **{k: bootstrap(v) for k, v in values.items()}, "bytes": stored_bytes(model)})
+        rows.append({"model": name, **with_intervals(values), "bytes": stored_bytes(model)})
     return rows
 
 
@@ -62,7 +62,7 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
                                  (args.segments, args.seed))
     if len(segments) < 2:
         return []
-    copies = masked_copies(segments, torch.ones_like(segments, dtype=torch.bool), outer.mask_id, seed=SEED)
+    copies = measures.masked_copies(segments, None, outer.mask_id, seed=SEED)
     written, rtn = Checkpoint(args.out), QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
 
     def blocks(checkpoint):
@@ -76,24 +76,30 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
               named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), size(rtn)),
               named(config): (load_outer(written, device, dtype), blocks(written), size(config))}
     rows, reference = [], None
-    with progress_bar(len(models) * n, "closing table") as bar:
+    with measures.progress_bar(len(models) * n, "closing table") as bar:
         for name, (top, parts, stored) in models.items():
-            predicted = predictions(top, parts, copies.noisy, bar.update)
-            values = likelihoods(copies, predicted, reference)
+            predicted = measures.predictions(top, parts, copies.noisy, bar.update)
+            values = measures.likelihoods(copies, predicted, reference)
             reference = reference or predicted
-            rows.append({"model": name, "segments": len(segments), **{k: bootstrap(v) for k, v in values.items()},
-                         "bytes": stored})
+            rows.append({"model": name, "segments": len(segments), **with_intervals(values), "bytes": stored})
     return rows
+
+
+def with_intervals(values: dict[str, torch.Tensor]) -> dict:
+    return {name: measures.bootstrap(per_example) for name, per_example in values.items()}
 
 
 def table(rows: list[dict]) -> str:
     """What was measured of every model as Markdown, with 95 % intervals, and its size."""
     shown = [k for k in COLUMNS if any(k in row for row in rows)]
-    lines = [f"| model | {' | '.join(COLUMNS[k] for k in shown)} | MB |", "|---|---|" + "---|" * len(shown)]
-    for row in rows:
-        cells = [interval(row[k], *((100, 1) if k in metrics.TASKS else ())) if k in row else "" for k in shown]
-        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['bytes'] / 1e6:.2f} |")
-    return "\n".join(lines)
+
+    def cell(row, k):
+        if k not in row:
+            return ""
+        return measures.interval(row[k], 100, 1) if k in metrics.TASKS else measures.interval(row[k])
+
+    return measures.markdown_table(("model", *(COLUMNS[k] for k in shown), "MB"), [
+        (row["model"], *(cell(row, k) for k in shown), f"{row['bytes'] / 1e6:.2f}") for row in rows])
 
 
 def described(args, rows: list[dict]) -> str:

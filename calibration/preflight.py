@@ -23,6 +23,7 @@ from methods import METHODS
 from methods.rtn import Inputs, check_tied
 from methods.settings import Settings
 from methods.storage import output_bytes
+from runtime.measures import markdown_table
 from runtime.processes import Refused, free_memory, rank, synchronize, watched, writable
 from starquant import linear
 
@@ -192,6 +193,6 @@ def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
     return "\n".join([
         f"Quantized to W{config.wbits}A{config.abits} by {config.method}: {', '.join(FUSED)} of blocks 0 to "
         f"{c.n_layers - 1}, {4 * c.n_layers} linears{head}.", f"Stays in 16 bit: {', '.join(kept)}.", "",
-        "| stage | bytes |", "|---|---|", *(f"| {what} | {size} |" for what, size in rows), "",
+        markdown_table(("stage", "bytes"), rows), "",
         f"Rehearsed {step['linear']}:{loss} relative output error {step['error']:.4g}; the whole run takes about "
         f"{step['estimated_seconds']:g} s. Nothing was written."])

@@ -13,8 +13,8 @@ from calibration.segments import calibration_texts, held_out_segments
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.tokenizer import load_tokenizer
 from model import load_model
+from runtime import measures
 from runtime.layers import rebuilt
-from runtime.measures import bootstrap, fidelity, likelihoods, masked_copies, predictions, progress_bar, trajectory
 from runtime.processes import Refused
 from runtime.sampling import check_length
 from tiny import metrics, tasks
@@ -28,20 +28,16 @@ MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math"
 
 def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
     """A Markdown table of means with 95 % intervals (and paired differences), and the same as numbers."""
-    lines, numbers = ["| measure | value | 95 % interval |", "|---|---|---|"], {}
-    if reference:
-        lines = [lines[0] + " against it | 95 % interval |", lines[1] + "---|---|"]
+    header, rows, numbers = ["measure", "value", "95 % interval"], [], {}
     for key, per_example in values.items():
-        numbers[key] = bootstrap(per_example)
-        mean, low, high = numbers[key]
-        lines.append(f"| {MEASURES[key]} | {mean:.4f} | {low:.4f} to {high:.4f} |")
+        mean, low, high = numbers[key] = measures.bootstrap(per_example)
+        rows.append([MEASURES[key], f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
         if reference and key in reference:
-            numbers[f"{key}_difference"] = bootstrap(per_example - reference[key])
-            mean, low, high = numbers[f"{key}_difference"]
-            lines[-1] += f" {mean:+.4f} | {low:+.4f} to {high:+.4f} |"
+            mean, low, high = numbers[f"{key}_difference"] = measures.bootstrap(per_example - reference[key])
+            rows[-1] += [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
         elif reference:
-            lines[-1] += " | |"
-    return "\n".join(lines), numbers
+            rows[-1] += ["", ""]
+    return measures.markdown_table(header + ["against it", "95 % interval"] * bool(reference), rows), numbers
 
 
 def checkpoints(args) -> dict[str, Checkpoint]:
@@ -68,7 +64,7 @@ def judge(args) -> dict:
         reference = None
         if name == args.model and args.against:
             reference, other = measured[args.against]
-            agreement = [fidelity(p, q) for p, q in zip(path, other, strict=True)]
+            agreement = [measures.fidelity(p, q) for p, q in zip(path, other, strict=True)]
             values = values | {k: torch.cat([a[k] for a in agreement]) for k in agreement[0]}
         text, record[name] = report(values, reference)
         print(f"\n**{name}**" + (f" against {args.against}" if reference else "") + f"\n\n{text}")
@@ -88,16 +84,16 @@ def on_text(args, found: dict[str, Checkpoint]):
         raise Refused(f"{args.data} is too short for two segments of {length} tokens; lower --length.")
     print(f"{len(segments)} segments of {length} tokens from {args.data}; {answer} tokens are written after the first "
           f"{answer} of each, in parallel at τ = {args.threshold:g}")
-    copies = masked_copies(segments, torch.ones_like(segments, dtype=torch.bool), last.config.mask_id, seed=args.seed)
+    copies = measures.masked_copies(segments, None, last.config.mask_id, seed=args.seed)
     measured, reference = {}, None
     for name in found:
         model = load_model(name, args.device, args.dtype, args.weights)
-        with progress_bar(len(model.blocks) + 2 * len(segments), name) as bar:
+        with measures.progress_bar(len(model.blocks) + 2 * len(segments), name) as bar:
             outer = rebuilt(model, blocks=nn.ModuleList())  # what stays in memory when the next model comes
-            predicted = predictions(outer, model.blocks, copies.noisy, bar.update)
-            values = likelihoods(copies, predicted, reference)
-            path = trajectory(model, segments[:, :answer], answer, answer, progress=bar.update)
-            fast = trajectory(model, segments[:, :answer], None, answer, args.threshold, progress=bar.update)
+            predicted = measures.predictions(outer, model.blocks, copies.noisy, bar.update)
+            values = measures.likelihoods(copies, predicted, reference)
+            path = measures.trajectory(model, segments[:, :answer], answer, answer, progress=bar.update)
+            fast = measures.trajectory(model, segments[:, :answer], None, answer, args.threshold, progress=bar.update)
             values["passes"] = fast.passes
         measured[name], reference = (values, [path]), predicted
         del model

@@ -32,6 +32,7 @@ from experiments.twins import eager, plus_twin, quantized_twin
 from methods.storage import memory_table
 from model import DiffusionLM, denoise
 from runtime import checks, cuda, products
+from runtime.measures import markdown_table
 
 SMALLEST_S = 4e-6  # as measured on an H200 (results/gpu-h200.md)
 STEPS = 4  # of a generation, of which the first is counted
@@ -178,7 +179,7 @@ def table(result: dict) -> str:
     gpu = next(g for g in GPUS.values() if g.name == result["gpu"])
     header = ("batch x length", "model", "launches", "waits", "GB moved", "TFLOP", "peak GB (measured)", "ms: bytes",
               "ms: FLOP", "ms: launches", "ms: floor", "ms: measured")
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for row in result["steps"]:
         flop, measured = {kind: row.get(f"{kind}_flop", 0) for kind in gpu.rates}, row["measured"]
         ms = (row["bytes"] / gpu.bytes_per_s, sum(n / gpu.rates[kind] for kind, n in flop.items()),
@@ -187,5 +188,5 @@ def table(result: dict) -> str:
         rows.append((f"{row['batch']} x {row['length']}", row["model"], row["launches"], row["waits"],
                      f"{row['bytes'] / 1e9:.2f}", f"{sum(flop.values()) / 1e12:.2f}", peak,
                      *("" if s is None else f"{1e3 * s:.2f}" for s in ms)))
-    return "\n".join([f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted "
-                      "without it.", "", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+    return (f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted without it.\n\n"
+            + markdown_table(header, rows))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoint.families import ALIASES
+from runtime.measures import markdown_table
 
 BENCHMARKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
          "gsm8k")
@@ -156,25 +157,25 @@ def table(protocol: str, results: dict[str, dict]) -> str:
     model = REPORTED_MODEL.get(protocol)
     beside = {f"paper: {name}": row for name, row in REPORTED.get(model, {}).items()}
     beside |= {f"QDLM: {name}": row for name, row in QDLM.get(model, {}).items()}
-    head = ["task", "measure", "here", *beside]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for task, values in results.items():
         for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
             error = values.get(key.replace(",", "_stderr,"))
             here = f"{100 * values[key]:.2f}" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")
             known = [row[BENCHMARKS.index(task)] if task in BENCHMARKS and i == 0 else None for row in beside.values()]
-            lines.append("| " + " | ".join([task, name, here, *map(_percent, known)]) + " |")
+            rows.append([task, name, here, *map(_percent, known)])
     if set(BENCHMARKS) <= set(results):
         mean = sum(next(results[t][k] for k in METRICS if k in results[t]) for t in BENCHMARKS) / len(BENCHMARKS)
         known = [None if None in row else sum(row) / len(row) for row in beside.values()]
-        lines.append("| " + " | ".join(["average", "", f"{100 * mean:.2f}", *map(_percent, known)]) + " |")
+        rows.append(["average", "", f"{100 * mean:.2f}", *map(_percent, known)])
+    text = markdown_table(["task", "measure", "here", *beside], rows)
     if not model:
-        return "\n".join(lines)
+        return text
     notes = [f"The paper's columns are for {model} (its Tables 1 and 5)."]
     if model in QDLM:
         notes.append("QDLM's (arXiv 2508.14896) are under its own settings.")
     notes.append(f"Means at W4A4 known at second hand: {'; '.join(SECOND_HAND[model])}.")
-    return "\n".join(lines) + "\n\n" + " ".join(notes)
+    return text + "\n\n" + " ".join(notes)
 
 
 def _percent(value: float | None) -> str:

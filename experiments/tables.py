@@ -31,7 +31,7 @@ from experiments.cells import Run, measured
 from experiments.rows import ABOVE, DECODING, TABLES, THRESHOLDS
 from methods import settings_of
 from runtime import processes
-from runtime.measures import bootstrap, interval
+from runtime.measures import bootstrap, interval, markdown_table
 from runtime.processes import Refused
 from tiny import metrics
 
@@ -206,11 +206,11 @@ def against(row: dict, above: str, measure: str, scale: float, zero: float) -> s
 
 def markdown(record: dict) -> str:
     shown, rows = columns(record), record["rows"]
-    lines = [f"| {' | '.join(['setting', *(heading for heading, _ in shown)])} |", "|" + "---|" * (1 + len(shown))]
-    for above, row in zip([{"setting": ""}, *rows], rows, strict=False):
-        lines.append(f"| {' | '.join([row['setting'], *(text(row, above['setting']) for _, text in shown)])} |")
+    table = markdown_table(["setting", *(heading for heading, _ in shown)], [
+        [row["setting"], *(text(row, above["setting"]) for _, text in shown)]
+        for above, row in zip([{"setting": ""}, *rows], rows, strict=False)])
     note = (f"`{record['command']}`: {record['seeds']} calibration seeds, {record['problems']} problems per task and "
             f"{record['sequences']} sequences of each kind for each; ± half a 95 % bootstrap interval over seeds and "
             f"their examples (of a task: over its problems), differences with theirs, * where it is clear of 0 and all "
             f"seeds agree; torch {record['torch']} on {record['device']}, commit {record['commit']}.")
-    return "\n".join([*lines, "", note])
+    return f"{table}\n\n{note}"

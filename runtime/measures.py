@@ -44,7 +44,11 @@ class Copies(NamedTuple):
 
 
 def masked_copies(ids, region, mask_id: int, samples: int = 2, seed: int = 0) -> Copies:
-    """`samples` copies of every segment, each with a share t of its `region` (n, L) bool masked; t is stratified."""
+    """`samples` copies of every segment ids (n, L), each with a share t of its region masked; t is stratified.
+
+    region (n, L) bool: where [MASK] may stand, None for everywhere.
+    """
+    region = torch.ones_like(ids, dtype=torch.bool) if region is None else region
     g, copies = torch.Generator().manual_seed(seed), []
     for _ in range(samples):
         t = sampling.stratified_ratios(len(ids), g, 1e-3)
@@ -146,7 +150,7 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
     return {"tokens": same_token.float().mean(-1), "positions": same_step.float().mean(-1),
             "divergence": earliest.float() / steps}
 
-# ---- intervals -------------------------------------------------------------------------------------------------------
+# ---- intervals and tables --------------------------------------------------------------------------------------------
 
 
 def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
@@ -170,3 +174,9 @@ def interval(triple, scale: float = 1, digits: int = 4, sign: str = "") -> str:
     """A mean and half its interval (mean, low, high) as text."""
     mean, low, high = triple
     return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
+
+
+def markdown_table(header, rows) -> str:
+    """A table in Markdown, of whatever `str` writes."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    return "\n".join([head, "|" + "---|" * len(header), *lines])

@@ -106,7 +106,7 @@ def test_the_first_model_is_gone_when_the_second_comes(here, monkeypatch):
     (["--model", "m", "--prompt", "x" * 3000], "positions")])
 def test_what_cannot_be_judged_is_refused_before_anything_runs(arguments, sentence, here, monkeypatch, capsys):
     monkeypatch.chdir(here)
-    monkeypatch.setattr(judge, "predictions", None)
+    monkeypatch.setattr(judge.measures, "predictions", None)
     try:
         code = run(*arguments)
     except SystemExit as stop:  # a flag that argparse refuses
