@@ -1,15 +1,17 @@
 """Monte-Carlo likelihood of an answer given a prompt, as LLaDA and Dream are evaluated.
 
 A masked-diffusion model bounds −log p(answer | prompt) by the expectation, over random masks of the answer, of the
-cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how many tokens are masked (LLaDA paper,
-Appendix B.5: lower variance, and exact for one token), Dream draws each token by itself; both stratify the ratio.
+cross-entropy of the masked tokens divided by the masking ratio. LLaDA draws how many tokens are masked, which has the
+lower variance and is exact for one token (LLaDA paper, Appendix B.5). Dream draws for each token by itself. Both
+stratify the ratio.
 
 Every request has a random generator of its own, seeded by its tokens. So its likelihood depends neither on the order of
 requests, nor on how they are put into batches or shared among processes.
 """
 
 import hashlib
-from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,39 +42,36 @@ def dream_masks(prefix: int, length: int, samples: int, eps: float = 1e-3, gener
     return masks[:, prefix:], 1 / p
 
 
-@dataclass
-class Rows:
-    """Masked copies of one request: the i-th has `masks[i]` of its answer masked and counts `weights[i]` times."""
+class Copy(NamedTuple):
+    """A masked copy of a request."""
 
     request: int
-    ids: torch.Tensor  # (P + L,)
+    ids: torch.Tensor  # (P + L,) prompt and answer
     prompt: int  # P
-    masks: torch.Tensor  # (R, L) bool
-    weights: torch.Tensor  # (R,)
+    mask: torch.Tensor  # (L,) bool
+    weight: float  # of its loss in the bound of the request
 
 
-def _draw(model, i, prompt, answer, mc_num, mc_batch, generator) -> Rows:
-    """The mc_num masks of a request, equal ones merged, with weights that sum up to its likelihood bound."""
+def _draw(model, i, prompt, answer, mc_num, mc_batch, generator) -> list[Copy]:
+    """Request i with mc_num masks; equal masks are one copy with the sum of their weights."""
     if len(answer) == 0:
         raise Refused("an answer needs at least one token.")
     if mc_num < 1 or mc_num % mc_batch:
         raise Refused(f"mc_num {mc_num} is not a multiple of the {mc_batch} samples of a stratified batch.")
-    draws = []
-    for _ in range(mc_num // mc_batch):
-        if model.config.family == "dream":
-            draws.append(dream_masks(len(prompt), len(answer), mc_batch, generator=generator))
-        else:
-            draws.append(llada_masks(len(answer), mc_batch, generator=generator))
+    dream = model.config.family == "dream"
+    draws = [dream_masks(len(prompt), len(answer), mc_batch, generator=generator) if dream else
+             llada_masks(len(answer), mc_batch, generator) for _ in range(mc_num // mc_batch)]
     masks, which = torch.cat([m for m, _ in draws]).unique(dim=0, return_inverse=True)
     weights = torch.zeros(len(masks), dtype=torch.float64)
     weights.index_add_(0, which, torch.cat([w for _, w in draws]).double() / mc_num)
-    some = masks.any(-1)  # where nothing is masked there is no loss
-    return Rows(i, torch.cat((prompt, answer)).cpu(), len(prompt), masks[some], weights[some])
+    ids = torch.cat((prompt, answer)).cpu()
+    # where nothing is masked there is no loss
+    return [Copy(i, ids, len(prompt), *row) for row in zip(masks, weights.tolist(), strict=True) if row[0].any()]
 
 
 @torch.no_grad()
-def _losses(model, batch: list[Rows], cfg_scale: float):
-    """Weighted cross-entropies Σ CE · weight of the R rows of a batch, (R,) float64; right-padded to one length L.
+def _losses(model, batch: list[Copy], cfg_scale: float):
+    """Weighted cross-entropies Σ CE · weight of R copies, (R,) float64. Every copy is a row, padded to one length L.
 
     Rows that look the same to the model form a group, and the model runs once for each group. For example, with the
     choices A to D of a question as answers of one token, there are four rows and one group:
@@ -81,15 +80,13 @@ def _losses(model, batch: list[Rows], cfg_scale: float):
         0    question [MASK]    A            2    question [MASK]    C
         1    question [MASK]    B            3    question [MASK]    D
     """
-    R, L = sum(len(r.masks) for r in batch), max(len(r.ids) for r in batch)
+    R, L = len(batch), max(len(copy.ids) for copy in batch)
     ids = torch.full((R, L), int(model.mask_id == 0))  # the padding is any token that is not [MASK]
     masked, prompt, real = (torch.zeros(R, L, dtype=torch.bool) for _ in range(3))
-    start = 0
-    for r in batch:
-        rows = slice(start, start + len(r.masks))
-        ids[rows, : len(r.ids)], real[rows, : len(r.ids)], prompt[rows, : r.prompt] = r.ids, True, True
-        masked[rows, r.prompt : len(r.ids)] = r.masks
-        start = rows.stop
+    for row, copy in enumerate(batch):
+        n = len(copy.ids)
+        ids[row, :n], real[row, :n], prompt[row, : copy.prompt] = copy.ids, True, True
+        masked[row, copy.prompt : n] = copy.mask
     noisy = ids.masked_fill(masked, model.mask_id)
     _, group_of_row = torch.cat((noisy, prompt, real), 1).unique(dim=0, return_inverse=True)  # (R,)
     groups = int(group_of_row.max()) + 1
@@ -103,28 +100,15 @@ def _losses(model, batch: list[Rows], cfg_scale: float):
     ce = F.cross_entropy(logits[logit_row[group_of_row][masked]], targets, reduction="none").double()  # (n,)
     # on the CPU, which adds in order: a GPU adds in any order, and the last bits would change from run to run
     sums = torch.zeros(R, dtype=torch.float64).index_add_(0, masked.nonzero()[:, 0].cpu(), ce.cpu())
-    return sums * torch.cat([r.weights for r in batch])
+    return sums * torch.tensor([copy.weight for copy in batch], dtype=torch.float64)
 
 
-def _score(model, requests, batch_size: int, cfg_scale: float, out: list[float]):
-    """Subtract every request's losses from `out`, `batch_size` rows at a time."""
-    batch, room = [], batch_size
-    for r in requests:
-        while len(r.masks):
-            part = Rows(r.request, r.ids, r.prompt, r.masks[:room], r.weights[:room])
-            r.masks, r.weights = r.masks[room:], r.weights[room:]
-            batch, room = [*batch, part], room - len(part.masks)
-            if room == 0:
-                _subtract(model, batch, cfg_scale, out)
-                batch, room = [], batch_size
-    if batch:
-        _subtract(model, batch, cfg_scale, out)
-
-
-def _subtract(model, batch, cfg_scale, out):
-    losses = _losses(model, batch, cfg_scale).split([len(r.masks) for r in batch])
-    for r, loss in zip(batch, losses, strict=True):
-        out[r.request] -= float(loss.sum())
+def _score(model, copies, batch_size: int, cfg_scale: float, out: list[float]):
+    """Subtract every copy's loss from its request's place in `out`, `batch_size` copies at a time."""
+    copies = iter(copies)
+    while batch := list(islice(copies, batch_size)):
+        for copy, loss in zip(batch, _losses(model, batch, cfg_scale).tolist(), strict=True):
+            out[copy.request] -= loss
 
 
 def request_generator(prompt, answer, seed: int) -> torch.Generator:
@@ -137,14 +121,15 @@ def log_likelihoods(model, requests, mc_num: int = 128, mc_batch: int = 16, batc
                     cfg_scale: float = 0.0, seed: int = 0) -> list[float]:
     """log p(answer | prompt) in nats of many requests [(prompt (P,), answer (L,)), ...], longest first.
 
-    mc_num masks per request, stratified in batches of mc_batch (LLaDA's and Dream's protocols call that the batch
-    size); batch_size sequences go through the model at once, whichever requests they belong to. Dream's evaluation
-    wants the answer to end with EOS. Raises Refused for an empty answer or mc_num not a multiple of mc_batch.
+    A request has mc_num masks, stratified in batches of mc_batch (the protocols of LLaDA and Dream call that the batch
+    size). batch_size sequences go through the model at once, whichever requests they belong to. Dream's evaluation
+    wants the answer to end with EOS. Raises Refused for an empty answer, and if mc_num is no multiple of mc_batch.
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
     out = [0.0] * len(requests)
-    drawn = (_draw(model, i, *requests[i], mc_num, mc_batch, request_generator(*requests[i], seed)) for i in order)
-    _score(model, drawn, batch_size, cfg_scale, out)
+    copies = (copy for i in order for copy in _draw(model, i, *requests[i], mc_num, mc_batch,
+                                                    request_generator(*requests[i], seed)))
+    _score(model, copies, batch_size, cfg_scale, out)
     return out
 
 

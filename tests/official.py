@@ -40,5 +40,5 @@ def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int
     """
     out = [0.0]
     drawn = likelihood._draw(model, 0, prompt, answer, mc_num, batch_size, generator)
-    likelihood._score(model, [drawn], batch_size, cfg_scale, out)
+    likelihood._score(model, drawn, batch_size, cfg_scale, out)
     return out[0]
