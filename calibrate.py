@@ -31,13 +31,13 @@ from torch import nn
 from tqdm import tqdm
 
 from calibration import closing, preflight
-from calibration.output import Output, default_folder, gates, quantization_config, run_key, survey
+from calibration.output import Output, default_folder, gates, left_by, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
 from checkpoint.families import ALIASES, FUSED
 from checkpoint.folder import Checkpoint, hub_id, resolve
 from checkpoint.loading import check_tensors
-from methods import METHODS, QuantConfig, config_from, settings_help  # noqa: F401 (users import QuantConfig here)
+from methods import METHODS, QuantConfig, config_from, settings_help
 from methods.dllmquant import ia_aq
 from methods.hadamard import exists, rotation
 from methods.rtn import Inputs, quantize_outer
@@ -55,29 +55,43 @@ from tiny.tasks import knows_our_tasks
 # ---- the loop over blocks --------------------------------------------------------------------------------------------
 
 
-def quantize_model(model: DiffusionLM, tokens, config: Settings, region=None) -> DiffusionLM:
+def quantize_model(model: DiffusionLM, tokens, config: Settings = QuantConfig(), region=None,  # noqa: B008 (frozen)
+                   progress=None) -> DiffusionLM:
     """The quantized counterpart of a 16-bit model in memory; the command gives the same result.
 
-    tokens (S, L): clean calibration segments. config: a `QuantConfig(...)`. region (S, L) bool: where [MASK] may
-    stand, everywhere by default. Raises Refused if activations become NaN or Inf.
+    tokens (S, L): clean calibration segments. region (S, L) bool: where [MASK] may stand, everywhere by default.
+    progress(block, blocks, error): called after each block with its number from 1, the number of blocks and the largest
+    relative output error of its linears. What stays in 16 bit lies in the memory of `model`, until one of them moves.
+    Raises Refused for arguments of another type, and if activations become NaN or Inf.
     """
+    for name, value, kind, source in (("model", model, DiffusionLM, "load_model"),
+                                      ("config", config, Settings, "QuantConfig")):
+        if not isinstance(value, kind):
+            raise Refused(f"{name} is of type {type(value).__name__}; give what {source}(...) returns.")
     if model.config.raw.get("quantization_config"):
         raise Refused("the model is quantized already; give the 16-bit model.")
     if not torch.is_tensor(tokens) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise Refused("tokens must be an integer tensor of token ids, one row a segment: (segments, length).")
     if not tokens.numel() or not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
         raise Refused(f"tokens must be at least one id, each between 0 and {model.config.vocab_size - 1}.")
-    if region is not None and (region.shape != tokens.shape or region.dtype != torch.bool):
+    if region is not None and not (torch.is_tensor(region) and region.shape == tokens.shape
+                                   and region.dtype == torch.bool):
         raise Refused(f"region must be a bool tensor of the shape of tokens, {tuple(tokens.shape)}.")
     noisy = token_states(lambda: model, tokens, region, model.mask_id, config).to(model.device)
-    quantized = rebuilt(model)
+    # parameters of its own in the same memory: `.to` puts others in their place and leaves those of `model` alone
+    own = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    quantized, blocks = copy.deepcopy(model, own | {id(model.tokenizer): model.tokenizer}), []
     if config.head_bits < 16:
         quantize_outer(quantized, config.head_bits, config.embed_bits or None)
     with processes.threads_for(model.config.d_model):
-        blocks = [block for _, block, _ in calibrate_blocks(model, lambda: model.blocks, noisy, config)]
+        for i, block, record in calibrate_blocks(model, lambda: quantized.blocks, noisy, config):
+            blocks.append(block)
+            if progress:
+                progress(i + 1, len(model.blocks), max(found["error"] for found in record["linears"].values()))
     about = quantization_config(asdict(config), model.config, gates(blocks[0]))
     quantized.config = replace(model.config, raw=model.config.raw | {"quantization_config": about})
-    return rebuilt(quantized, blocks=nn.ModuleList(blocks)).eval()
+    quantized.blocks = nn.ModuleList(blocks)
+    return quantized.eval()
 
 
 @torch.no_grad()
@@ -264,7 +278,7 @@ def parse(argv):
     machine.add_argument("--spill", type=Path, metavar="FOLDER", help="keep the calibration set's activations in files "
                          "there, not in memory (same result; for many or long segments)")
     args = parser.parse_args(argv)
-    args.out = args.out or default_folder(args)
+    args.out, args.opened = args.out or default_folder(args), False  # opened: this run has begun to write there
     return args
 
 
@@ -356,6 +370,7 @@ def write_stress(args) -> Checkpoint:
 def open_output(args, source: Checkpoint, key: dict) -> Output:
     """The output folder on every process, once the first process has made it."""
     processes.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
+    args.opened = True
     return Output(args.out, source, key, resume=True, overwrite=False)
 
 
@@ -396,7 +411,7 @@ def report_divergence(record: dict) -> None:
 def main(argv=None) -> int:
     args = parse(argv)
     return processes.run("calibrate.py", calibrate, args, "--segments, --length or --set batch=N, and add --overwrite",
-                         f"Finished blocks are in {args.out}; continue with the same command and --resume.")
+                         partial(left_by, args))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ one product and one transform P. `checkpoint/loading.py` fills these modules fro
 """
 
 from itertools import groupby
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
-from checkpoint.loading import check_tensors, fill_block, fill_outer, save_model
+from checkpoint.loading import check_tensors, expected_tensors, fill_block, fill_outer, save_model, stored_bytes
 from checkpoint.tokenizer import chat_prompt, load_tokenizer
 from runtime import checks, cuda
 from runtime.processes import Refused, pick_device, pick_dtype
@@ -146,6 +147,20 @@ class DiffusionLM(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+
+    def __repr__(self):
+        """What `print` shows: sizes and, of a quantized model, how it was quantized and what its first block holds."""
+        c, q = self.config, self.config.raw.get("quantization_config")
+        lines = [f"DiffusionLM of family {c.family}: {c.n_layers} blocks, width {c.d_model}, "
+                 f"{sum(map(prod, expected_tensors(c).values())) / 1e6:.2f} M parameters, "
+                 f"{stored_bytes(self) / 1e6:.2f} MB{'' if q else ' in 16 bit'}"]
+        if q:
+            head = q.get("head_bits", 16)
+            lines += [f"{q['method']}, W{q['weight_bits']}A{q['activation_bits']}, embedding in "
+                      f"{q.get('embed_bits', head)} bits, head in {head}; in each block:"]
+            lines += [f"  {name}: {part}" for block in self.blocks[:1] for name, part in block.named_children()
+                      if not isinstance(part, RMSNorm | nn.Identity)]
+        return "\n".join(lines)
 
     @property
     def mask_id(self) -> int:

@@ -77,6 +77,18 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
     return before
 
 
+def left_by(args) -> str:
+    """What an interrupted run leaves in --out, in a sentence."""
+    if not args.opened:
+        return f"This run wrote nothing to {args.out}."
+    if disk.read_json(args.out / STATE, {}).get("complete"):
+        return f"The model in {args.out} is complete."
+    again = "the same command and --resume" + " instead of --overwrite" * args.overwrite
+    if any(args.out.glob("model-*.safetensors")):
+        return f"Finished blocks are in {args.out}; continue with {again}."
+    return f"No block was finished; begin again with {again}."
+
+
 def hold(folder: Path, owner) -> None:
     """Lock the folder while `owner` and the process live; Refused if another run has it."""
     try:

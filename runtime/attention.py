@@ -41,6 +41,9 @@ class QuantAttention(Quantized):
         self.register_buffer("value_scale", value_scale)
         self.register_buffer("value_zero", value_zero)
 
+    def extra_repr(self):
+        return f"K and V in {self.kv_bits} bits, softmax in {self.softmax_bits}"
+
     def rotated(self, *heads):
         return [t.float() if self.rotation is None else t.float() @ self.rotation for t in heads]
 

@@ -190,7 +190,12 @@ class QuantLinear(Quantized):
             self._converted[key] = convert()
         return self._converted[key]
 
-    # ---- what nn.Module calls when the tensors change ----
+    # ---- what nn.Module calls when it is printed or its tensors change ----
+
+    def extra_repr(self):
+        P = " · ".join(kind.__name__ for kind in self.kinds) or "none"
+        gates = f"gates for {self.d_m} masked, {self.d_u} unmasked" if self.d_m or self.d_u else "no gates"
+        return f"{self.in_features} -> {len(self.weight_scale)}, W{self.wbits}A{self.abits}, P: {P}, {gates}"
 
     def _apply(self, *args, **kwargs):
         self._converted.clear()
@@ -286,6 +291,9 @@ class TAC(Quantized):
         super().__init__()
         self.register_buffer("M", M.float().contiguous())
         self.register_buffer("bias", bias.float().contiguous())
+
+    def extra_repr(self):
+        return "{} blocks of {} channels".format(*self.M.shape)
 
     def forward(self, z):
         if self.M.shape[-1] == cuda.TAC_BLOCK and checks.usable(z, "tac"):

@@ -1,5 +1,6 @@
 """The command end to end on a small random model: files, resume, refusals, and the same result as the function."""
 
+import inspect
 import json
 import shutil
 import weakref
@@ -67,6 +68,32 @@ class TestResult:
         quantized = quantize_model(full, ids(8, 24, 1).clamp(max=900), QuantConfig(epochs=0))
         assert torch.equal(full(ids()), before)
         assert not torch.equal(quantized(ids()), before)
+        assert quantized.embed.weight.data_ptr() == full.embed.weight.data_ptr()  # nothing is copied before one moves
+        quantized.to(torch.bfloat16)
+        assert quantized(ids()).dtype == torch.bfloat16
+        assert torch.equal(full(ids()), before)
+
+    def test_progress_is_told_after_each_block(self, small_folder):
+        calls = []
+        quantize_model(load_model(small_folder, "cpu"), ids(8, 24).clamp(max=900), quick(),
+                       progress=lambda *told: calls.append(told))
+        assert [(block, blocks) for block, blocks, _ in calls] == [(1, 2), (2, 2)]
+        assert all(0 < error < 1 for *_, error in calls)
+
+    @pytest.mark.parametrize(("settings", "words"), [
+        ({"method": "rtn"}, ("rtn, W4A4, embedding in 16 bits, head in 16", "P: none, no gates")),
+        ({"method": "starquant+", "kv_bits": 4, "head_bits": 8, "embed_bits": 4}, (
+            "W4A4, embedding in 4 bits, head in 8", "P: Blocks · Across", "K and V in 4 bits, softmax in 16")),
+        ({"epochs": 0, "abits": 8}, ("starquant, W4A8", "QuantLinear(64 -> 192, W4A8, P: Kronecker, gates for 2 masked",
+                                     "tac: TAC(4 blocks of 16 channels)"))])
+    def test_it_prints_as_a_few_lines(self, settings, words, small_folder):
+        full = load_model(small_folder, "cpu")
+        sizes = "DiffusionLM of family llada: 2 blocks, width 64, 0.20 M parameters, "
+        assert str(full) == sizes + "0.40 MB in 16 bit"
+        shown = str(quantize_model(full, ids(8, 24).clamp(max=900), QuantConfig(**settings)))
+        assert shown.startswith(sizes)
+        assert all(word in shown for word in words), shown
+        assert len(shown.splitlines()) <= 8
 
     def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(self, small_folder, quantized_folder, tmp_path):
         assert command(small_folder, tmp_path / "same") == 0
@@ -121,6 +148,7 @@ class TestSettings:
 
     def test_the_command_and_the_function_default_to_the_paper_s_method(self):
         assert calibrate.config_from(calibrate.parse([])) == QuantConfig() == QuantConfig("starquant")
+        assert inspect.signature(quantize_model).parameters["config"].default == QuantConfig()
 
     @pytest.mark.parametrize(("method", "foreign"), [
         ("starquant+", ("transform", "allocation", "epochs", "state_fraction", "smoothing", "weights")),
@@ -236,12 +264,16 @@ class Stop:
 
 
 class TestResume:
-    @pytest.mark.parametrize("stop", [0, 5, 7])
-    def test_interrupted_run_continues_to_the_same_bytes(self, stop, small_folder, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(("stop", "left"), [
+        (0, "No block was finished; begin again with the same command and --resume."),
+        (5, "Finished blocks are in {}; continue with the same command and --resume."),
+        (7, "Finished blocks are in {}; continue with the same command and --resume.")])
+    def test_interrupted_run_continues_to_the_same_bytes(self, stop, left, small_folder, tmp_path, monkeypatch, capsys):
         assert command(small_folder, tmp_path / "whole", "--method", "rtn") == 0
         monkeypatch.setitem(calibrate.METHODS, "rtn", calibrate.METHODS["rtn"]._replace(fit=Stop(stop)))
         assert command(small_folder, tmp_path / "cut", "--method", "rtn") == 130
-        assert "--resume" in capsys.readouterr().err
+        said = left.format(tmp_path / "cut")
+        assert capsys.readouterr().err.splitlines()[-1] == f"calibrate.py: interrupted. {said}"
         finished = len(list((tmp_path / "cut").glob("model-*")))
         assert finished == stop // 4
         monkeypatch.undo()
@@ -249,7 +281,27 @@ class TestResume:
         for shard in (tmp_path / "whole").glob("model-*"):
             assert sha256(shard) == sha256(tmp_path / "cut" / shard.name)
 
-    def test_no_half_written_file_stands_under_a_final_name(self, small_folder, tmp_path, monkeypatch):
+    def test_what_an_interruption_leaves_before_and_after_the_blocks(self, small_folder, quantized_folder, tmp_path,
+                                                                      monkeypatch, capsys):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        def left(out, *more):
+            assert command(small_folder, out, "--method", "rtn", *more) == 130
+            return capsys.readouterr().err.splitlines()[-1].removeprefix("calibrate.py: interrupted. ")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(preflight, "check", interrupted)
+            assert left(tmp_path / "q") == f"This run wrote nothing to {tmp_path / 'q'}."
+            assert left(quantized_folder, "--overwrite") == f"This run wrote nothing to {quantized_folder}."
+        with monkeypatch.context() as patch:
+            patch.setattr(calibrate.closing, "table_of_tasks", interrupted)
+            assert left(tmp_path / "q", "--problems", "1") == f"The model in {tmp_path / 'q'} is complete."
+        monkeypatch.setitem(calibrate.METHODS, "rtn", calibrate.METHODS["rtn"]._replace(fit=interrupted))
+        assert left(tmp_path / "q", "--overwrite") == ("No block was finished; begin again with the same command and "
+                                                       "--resume instead of --overwrite.")
+
+    def test_no_half_written_file_stands_under_a_final_name(self, small_folder, tmp_path, monkeypatch, capsys):
 
         def full_disk(tensors, path, metadata):
             path.write_bytes(b"half")
@@ -259,6 +311,7 @@ class TestResume:
         assert command(small_folder, tmp_path / "q", "--method", "rtn") == 2
         assert not list((tmp_path / "q").glob("*.safetensors"))
         assert not list((tmp_path / "q").glob(".*tmp"))
+        assert "No space left on device. No block was finished; begin again" in capsys.readouterr().err
 
 
 class TestCalibrationText:
@@ -358,10 +411,21 @@ def test_what_are_no_segments_is_refused(tokens, sentence, small_folder):
         quantize_model(load_model(small_folder, "cpu"), tokens, QuantConfig("rtn"))
 
 
-@pytest.mark.parametrize("region", [torch.ones(2, 2).bool(), torch.ones(2, 3)])
+@pytest.mark.parametrize("region", [torch.ones(2, 2).bool(), torch.ones(2, 3), [[True] * 3] * 2])
 def test_a_region_that_does_not_fit_is_refused(region, small_folder):
     with pytest.raises(Refused, match="region must be a bool tensor of the shape of tokens"):
         quantize_model(load_model(small_folder, "cpu"), torch.ones(2, 3).long(), QuantConfig("rtn"), region)
+
+
+@pytest.mark.parametrize(("model", "config", "sentence"), [
+    ("tiny", QuantConfig("rtn"), "model is of type str; give what load_model"),
+    (torch.nn.Linear(2, 2), QuantConfig("rtn"), "model is of type Linear; give what load_model"),
+    (None, None, "config is of type NoneType; give what QuantConfig"),
+    (None, {"wbits": 4}, "config is of type dict; give what QuantConfig"),
+    (None, "rtn", "config is of type str; give what QuantConfig")])
+def test_a_model_or_config_of_another_type_is_refused(model, config, sentence, small_folder):
+    with pytest.raises(Refused, match=sentence):
+        quantize_model(model or load_model(small_folder, "cpu"), ids().clamp(max=900), config)
 
 
 @pytest.mark.parametrize("values", [{"wbits": 4.5}, {"abits": "4"}, {"seed": 1.5}, {"kv_bits": None}])

@@ -74,7 +74,7 @@ class TestRun:
         def fail(args):
             raise error
 
-        assert processes.run("p.py", fail, None, smaller="--rows", kept="Go on.") == code
+        assert processes.run("p.py", fail, None, smaller="--rows", kept=lambda: "Go on.") == code
         assert capsys.readouterr() == ("", said)
 
     def test_memory_that_the_cpu_does_not_have(self, capsys):

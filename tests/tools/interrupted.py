@@ -50,7 +50,7 @@ def watch(job: dict) -> None:
         if event == "os.rename" and str(args[1]).endswith(".safetensors"):
             if "full" in job:
                 limit_files(job["full"], deadly=False)
-            if "interrupt" in job:
+            if "interrupt" in job and any(name.endswith(".safetensors") for name in os.listdir(job["out"])):
                 os.kill(os.getpid(), signal.SIGINT)
 
     sys.addaudithook(hook)
