@@ -93,34 +93,25 @@ def benchmarks(args) -> dict:
         from experiments import harness
     except ImportError as error:
         raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") from None
-    return harness.benchmarks(args, args.dtype)
+    return harness.benchmarks(args)
 
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def natural(text: str) -> int:
-    """A number of things, of which there is at least one."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+def at_least(least: int):
+    """The type of a flag that takes a whole number."""
+    def number(text: str) -> int:
+        if not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63")
+        return int(text)
 
-
-def at_least_two(text: str) -> int:
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return int(text)
+    return number
 
 
 def probability(text: str) -> float:
     if not float(text) > 0:
         raise argparse.ArgumentTypeError("must be above 0")
     return float(text)
-
-
-def seed(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError("must be at least 0 and below 2^63")
-    return int(text)
 
 
 def parse(argv=None):
@@ -143,36 +134,36 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, help="also write the JSON to this file; of a table or figure: its folder "
                         "(out/tables, out/figures)")
     parser.add_argument("--against", help="a second model to compare with, or to watch beside the first")
-    parser.add_argument("--seed", type=seed, help="of examples and masks (0)")
-    parser.add_argument("--problems", type=natural, help="problems per task (200; of a table 250)")
-    parser.add_argument("--gen-length", type=natural, help="tokens to write with --prompt (24), --data (32, at most "
-                        "half a segment) or --tasks (protocol)")
-    parser.add_argument("--steps", type=natural, help="denoising steps with --prompt or --tasks (--gen-length)")
+    parser.add_argument("--seed", type=at_least(0), help="of examples and masks (0)")
+    parser.add_argument("--problems", type=at_least(1), help="problems per task (200; of a table 250)")
+    parser.add_argument("--gen-length", type=at_least(1), help="tokens to write with --prompt (24), --data (32, at "
+                        "most half a segment) or --tasks (protocol)")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps with --prompt or --tasks (--gen-length)")
     parser.add_argument("--threshold", type=probability, help="decode in parallel: a pass commits every token of this "
                         "probability or more (0.9; with --prompt one token a pass unless given)")
     group = parser.add_argument_group("with --data")
-    group.add_argument("--segments", type=at_least_two, help="segments of the text (64)")
-    group.add_argument("--length", type=at_least_two, help="tokens of a segment (256; 64 for the embedded model)")
+    group.add_argument("--segments", type=at_least(2), help="segments of the text (64)")
+    group.add_argument("--length", type=at_least(2), help="tokens of a segment (256; 64 for the embedded model)")
     group = parser.add_argument_group("with --prompt")
-    group.add_argument("--block-length", type=natural, help="finish blocks of so many tokens left to right (one block)")
+    group.add_argument("--block-length", type=at_least(1), help="finish blocks of so many tokens left to right (one)")
     group.add_argument("--temperature", type=float, help="0 takes the most probable token, above 0 draws (0)")
     group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="ask in the model's chat template (if the "
                        "model's name says instruct or chat)")
     group = parser.add_argument_group("with --table and --figure")
     group.add_argument("--stress", type=float, metavar="C", help="give the model outlier channels of scale C (1: off)")
     group = parser.add_argument_group("with --table")
-    group.add_argument("--seeds", type=natural, help="calibration seeds (3)")
-    group.add_argument("--sequences", type=natural, help="sequences of each kind for likelihoods (--problems, or 100)")
+    group.add_argument("--seeds", type=at_least(1), help="calibration seeds (3)")
+    group.add_argument("--sequences", type=at_least(1), help="sequences of each kind for likelihoods (--problems, 100)")
     group.add_argument("--nelbo", action="store_true", help="the likelihoods (NELBO and KL) alone")
     group.add_argument("--quick", action="store_true", help="in minutes: one seed, one epoch, few examples, a sixth of "
                        "the calibration segments, likelihoods alone")
     group.add_argument("--fresh", action="store_true", help="measure every cell again, also finished ones")
     group = parser.add_argument_group("with --tasks")
     group.add_argument("--protocol", choices=protocol.PROTOCOLS, help="whose settings (the model's)")
-    group.add_argument("--mc-num", type=natural, help="masks per likelihood, at most (protocol, mostly 128)")
-    group.add_argument("--limit", type=natural, help="documents per task (all)")
+    group.add_argument("--mc-num", type=at_least(1), help="masks per likelihood, at most (protocol, mostly 128)")
+    group.add_argument("--limit", type=at_least(1), help="documents per task (all)")
     group.add_argument("--cache", type=Path, help="folder for finished answers: run again to continue")
-    group.add_argument("--batch-size", type=natural, help="sequences at once (32)")
+    group.add_argument("--batch-size", type=at_least(1), help="sequences at once (32)")
     group.add_argument("--include", type=Path, help="folder of further task YAMLs")
     group.add_argument("--confirm-run-unsafe-code", action="store_true", help="let tasks execute generated code")
     given = vars(parser.parse_args(argv))

@@ -164,8 +164,8 @@ def write_file(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value, indent: int = 2) -> None:
+    write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_config(folder: Path, raw: dict) -> None:

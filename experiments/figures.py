@@ -13,7 +13,6 @@ A figure is written as PNG and SVG, with its numbers beside it as JSON, to the f
 has the same colour and mark in every figure. All are made for the width of README's page.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,8 @@ from calibrate import quantize_model
 from calibration.segments import masked_copies
 from calibration.streams import inputs_of
 from checkpoint.families import FUSED
+from checkpoint.folder import read_json, write_json, write_text
+from checkpoint.loading import is_quantized
 from experiments import watch
 from experiments.animation import Panel, picture
 from experiments.cells import RESULTS
@@ -34,7 +35,6 @@ from experiments.rows import SETTINGS
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
-from runtime.layers import QuantLinear
 from runtime.processes import Refused
 from runtime.sampling import denoise
 from starquant import state_gate, transform
@@ -99,9 +99,9 @@ def figure_1(model):
     """Histograms of one input at four steps, and the size of both states' activations at every step."""
     states = denoising_states(model, prompts_for(model))
     block, name = len(model.blocks) // 2, "qkv"
-    rms, axes_at = {"masked": [], "unmasked": []}, [0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1]
+    rms, drawn_steps = {"masked": [], "unmasked": []}, [0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1]
     figure, axes = plt.subplots(1, 5, figsize=(WIDTH, 2.6), width_ratios=[1, 1, 1, 1, 1.5])
-    panels = dict(zip(axes_at, axes, strict=False))
+    panels = dict(zip(drawn_steps, axes, strict=False))
     for step, ids in enumerate(states):
         x, masked = inputs_of(model, ids, (name,))[block][name], ids == model.mask_id
         for label, where, colour in (("masked", masked, ORANGE), ("unmasked", ~masked, BLUE)):
@@ -119,8 +119,7 @@ def figure_1(model):
     axes[0].legend(loc="upper left", fontsize=8, borderaxespad=0, handlelength=1)
     for (label, values), colour, marker in zip(rms.items(), (ORANGE, BLUE), "os", strict=True):
         axes[4].plot(range(1, WRITTEN + 1), values, color=colour, marker=marker, markersize=3, label=label)
-    axes[4].set(title="root mean square", xlabel="denoising step",
-                ylim=(0, 1.15 * max(map(max, rms.values()))))
+    axes[4].set(title="root mean square", xlabel="denoising step", ylim=(0, 1.15 * max(map(max, rms.values()))))
     figure.suptitle(f"Input of q, k and v in block {block + 1} of {len(model.blocks)}", fontsize=10)
     return figure, {"block": block, "linear": name, "rms": rms}
 
@@ -225,8 +224,7 @@ def draw_5(numbers):
 def published_rows(number: str, stress: str = "") -> list[dict]:
     """Rows of a published table, of the one with tasks if there is one, else of the one of likelihoods."""
     files = (RESULTS / f"table-{number}{stress}{kind}.json" for kind in ("", "-nelbo"))
-    file = next((f for f in files if f.exists()), None)
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file else []
+    return next((read_json(file)["rows"] for file in files if file.exists()), [])
 
 
 def figure_6():
@@ -259,10 +257,7 @@ def figure_6():
 
 def figure_passes():
     """Accuracy against passes per answer, one point a threshold τ and one curve a method, as `passes.json` has them."""
-    file = RESULTS / "passes.json"
-    if not file.exists():
-        raise Refused(f"{file} does not exist; it holds the passes that were measured.")
-    numbers = json.loads(file.read_text(encoding="utf-8"))
+    numbers = read_json(RESULTS / "passes.json")
     figure, axis = plt.subplots(figsize=(WIDTH, 4))
     for label, curve in numbers["methods"].items():
         axis.plot(curve["passes"], [100 * share for share in curve["accuracy"]], **style(label))
@@ -344,7 +339,7 @@ def make(number: str, out: Path, model: str | None = None, c: float = 1.0, devic
         loaded = load_model(model, device, torch.float32)  # what is shown is the error of quantization alone
         if loaded.tokenizer is None:
             raise Refused(f"{model} has no tokenizer.json, which text needs.")
-        if any(isinstance(m, QuantLinear) for m in loaded.modules()):
+        if is_quantized(loaded):
             raise Refused(f"{model} is quantized already; a figure takes the 16-bit model.")
         given = [loaded if c == 1 else stress(loaded, c)]
     out.mkdir(parents=True, exist_ok=True)
@@ -353,11 +348,11 @@ def make(number: str, out: Path, model: str | None = None, c: float = 1.0, devic
     name = "" if model in (None, "tiny") else f"-{Path(model).name}"
     stem = (f"figure-{number}" if number.isdigit() else number) + name + (f"-stress{c:g}" if c != 1 else "")
     if isinstance(figure, str):  # it moves
-        (out / f"{stem}.svg").write_text(figure, encoding="utf-8")
+        write_text(out / f"{stem}.svg", figure)
     else:
         figure.savefig(out / f"{stem}.png", dpi=160)
         figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
         plt.close(figure)
-    (out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_json(out / f"{stem}.json", numbers, indent=1)
     print(f"{out / stem}.svg", file=sys.stderr)
     return {"out": str(out), "figure": stem}

@@ -257,7 +257,7 @@ def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
     return out["results"][setting.task] if out else {}
 
 
-def benchmarks(args, dtype) -> dict:
+def benchmarks(args) -> dict:
     """The harness' tasks under the model's protocol, beside the paper's numbers; requests are shared under torchrun."""
     folder = resolve(args.model)
     name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
@@ -270,7 +270,7 @@ def benchmarks(args, dtype) -> dict:
                           f"without network), allow it with --confirm-run-unsafe-code.")
     manager = find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
     device = processes.start(pick_device(args.device))
-    model, results = load_model(args.model, device, dtype, args.weights), {}
+    model, results = load_model(args.model, device, args.dtype, args.weights), {}
     identity = fingerprint(args.model)
     for task, s in settings.items():
         lm = HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,

@@ -11,11 +11,11 @@ Sources
 The paper says only that it follows LLaDA's setup. Several of its 16-bit numbers are those published by [L], [O], [D].
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoint.families import ALIASES
+from checkpoint.folder import read_json
 from runtime.measures import markdown_table
 
 BENCHMARKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
@@ -130,8 +130,7 @@ SECOND_HAND = {
 
 def source_name(name: str, folder: Path) -> str:
     """The name of the 16-bit model: of a quantized folder what its `starquant.json` says."""
-    state = folder / "starquant.json"
-    return json.loads(state.read_text())["run"]["model"] if state.is_file() else name
+    return read_json(folder / "starquant.json", {"run": {"model": name}})["run"]["model"]
 
 
 def protocol_of(name: str, family: str) -> str:

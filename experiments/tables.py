@@ -22,11 +22,11 @@ Seeds
 likelihoods of few examples, one seed, and one epoch on a sixth of the segments.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
+from checkpoint.folder import write_json, write_text
 from experiments.cells import Run, measured
 from experiments.rows import ABOVE, DECODING, TABLES, THRESHOLDS
 from methods import settings_of
@@ -71,11 +71,11 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
               "sequences": run.sequences or run.problems, "stress": run.c, "thresholds": [t for t in kinds if t],
               "rows": summarize(rows, counterparts)}
     name = file_name(number, run, seeds, quick)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(markdown(record) + "\n", encoding="utf-8")
+    write_json(out / f"{name}.json", record, indent=1)
+    write_text(out / f"{name}.md", markdown(record) + "\n")
     if number == "passes":
         stress = "" if run.c == 1 else f"-stress{run.c:g}"
-        (out / f"passes{stress}.json").write_text(json.dumps(curves(record), indent=1) + "\n", encoding="utf-8")
+        write_json(out / f"passes{stress}.json", curves(record), indent=1)
     print(markdown(record))
     return record
 
