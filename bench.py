@@ -99,7 +99,7 @@ def peak_bytes(model, prompt, tokens: int) -> int:
 
 
 def head_rows(point) -> int:
-    """Rows that the head computes, those where a token may be committed: the mean over the steps of `denoising`."""
+    """Positions at which the head runs, those that are still masked: the mean over the steps of `denoising`."""
     batch, _, tokens = point
     return batch * tokens * (STEPS + 1) // 2
 
@@ -107,7 +107,7 @@ def head_rows(point) -> int:
 def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: int) -> float:
     """Least seconds of one denoising step: linears, attention and head, each at its own roofline.
 
-    weight_bytes: of a weight of a linear; at most 1 means a quantized model. element: bytes of an activation.
+    weight_bytes: bytes of one weight of a linear; at most 1 means a quantized model. element: bytes of one activation.
     """
     batch, length, _ = point
     tokens, quantized = batch * length, weight_bytes <= 1
@@ -125,7 +125,7 @@ def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: i
 
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
-    """Seconds of each fused linear by tokens, over the weights of all blocks in turn, so that they come from memory."""
+    """Seconds of each fused linear by tokens. All blocks are called in turn, so that weights come from memory."""
     device, dtype, out = models["16-bit"].device, models["16-bit"].norm.weight.dtype, []
     for fused, (C, d) in linear_shapes(models["16-bit"].config).items():
         for tokens in (n for n in TOKENS if device.type == "cuda" or n <= 512):
@@ -327,13 +327,13 @@ def parse(argv=None):
     parser = Parser("bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder of a 16-bit model (default: tiny)")
     parser.add_argument("--random-weights", action="store_true", help="published shapes without a download")
-    parser.add_argument("--blocks", type=int, help="of --random-weights, fewer than the published model has (all)")
+    parser.add_argument("--blocks", type=int, help="blocks of --random-weights (as many as the published model has)")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the --random-weights as a checkpoint with "
                         "outlier channels, to rehearse on, and measure nothing")
     parser.add_argument("--gain", type=float, help="size of the outlier channels of --write (30)")
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
-    parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="embedding and head (default: 8)")
-    parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="embedding alone (default: head bits)")
+    parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="of embedding and head (default: 8)")
+    parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="of the embedding (default: --head-bits)")
     parser.add_argument("--repeats", type=int, help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False,
                         help="also torch.compile and torchao, where they install; takes minutes more")
@@ -384,7 +384,7 @@ def run(args) -> dict:
 def main(argv=None) -> int:
     args = parse(argv)
     return processes.run("bench.py", run, args, smaller="--blocks or --points",
-                         kept=f"{args.out} holds what was measured." if args.out else "")
+                         kept=lambda: f"{args.out} holds what was measured." if args.out else "")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from runtime.processes import Refused, free_memory, rank, synchronize, watched, 
 from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
-# whole passes through a block that its parts add up to: the 16-bit stream, the four inputs of linears, each up to its
-# linear, TAC's two representations, and the quantized stream
+# How many whole passes through a block calibration takes. The 16-bit and the quantized stream pass the whole block; the
+# inputs of the four linears and TAC's two representations pass it up to where they are.
 FORWARDS = 5
 
 # ---- memory, from below ----------------------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = Fal
     """Bytes of memory that calibrating on `tokens` tokens takes, by part, and `total`, a lower bound of the peak.
 
     gptq: the method rounds weights by GPTQ, in float64. Then the second moment, its factor, the weight and its codes
-    count. spilled: the activations are in files and do not count, but for the 16-bit stream while it leaves the
-    embedding. The embedding is gone when the blocks come. Scratch of the optimizer, of attention and of the integer
-    products depends on the device and is not counted.
+    count. spilled: activations are in files and do not count, except for the 16-bit stream when the embedding makes it.
+    The embedding is gone when the blocks come. Scratch of the optimizer, of attention and of the integer products
+    depends on the device and is not counted.
     """
     shapes = list(linear_shapes(c).values())  # in the order they are fitted
     # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
@@ -59,6 +59,10 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = Fal
     }
     outer, stream = parts["embedding"], tokens * c.d_model * itemsize
     return parts | {"total": max(outer + stream, sum(parts.values()) - outer)}
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:.4g} GB"
 
 
 def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
@@ -88,21 +92,21 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
     kept = sum(p.stat().st_size for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else 0
     free = shutil.disk_usage(home).free + kept
     if disk > free:
-        raise Refused(f"the output takes {disk / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; free "
-                              f"some or choose another --out.")
+        raise Refused(f"the output takes {gb(disk)}, but {home} has {gb(free)} left; free some or choose another "
+                      f"--out.")
     if spill is not None:
         if writable(spill, "--spill") != spill:
             raise Refused(f"--spill {spill} is no folder; make it first.")
         room, free_there = spilled_bytes(c, tokens, dtype.itemsize), shutil.disk_usage(spill).free
         if room > free_there:
-            raise Refused(f"--spill takes {room / 1e9:.4g} GB, but {spill} has {free_there / 1e9:.4g} GB left; "
-                                  f"lower --segments or --length or choose another folder.")
-    memory, available = memory_bytes(c, tokens, dtype.itemsize, spill is not None,
-                                     config.second_order), free_memory(device)
+            raise Refused(f"--spill takes {gb(room)}, but {spill} has {gb(free_there)} left; lower --segments or "
+                          f"--length or choose another folder.")
+    memory = memory_bytes(c, tokens, dtype.itemsize, spill is not None, config.second_order)
+    available = free_memory(device)
     if available is not None and memory["total"] > available:
-        raise Refused(f"calibrating takes at least {memory['total'] / 1e9:.4g} GB of memory on {device}, but "
-                              f"{available / 1e9:.4g} GB are free; lower --segments or --length"
-                              + (", or add --spill FOLDER." if spill is None else "."))
+        other = ", or add --spill FOLDER" if spill is None else ""
+        raise Refused(f"calibrating takes at least {gb(memory['total'])} of memory on {device}, but {gb(available)} "
+                      f"are free; lower --segments or --length{other}.")
     for name in watched(source.shapes, "checking tensors"):
         source.get(name)  # names NaN and Inf
     warn_of_few_tokens(c, tokens, config)
@@ -184,10 +188,10 @@ def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
     memory, free = plan["memory"], plan["memory_free"]
     rows = [("read: the 16-bit model", plan["model_bytes"]),
             *((f"memory: {part}", size) for part, size in memory.items() if part != "total"),
-            ("memory, at least" + ("" if free is None else f" ({free / 1e9:.4g} GB free)"), memory["total"]),
+            ("memory, at least" + ("" if free is None else f" ({gb(free)} free)"), memory["total"]),
             (f"write: each of {len(blocks)} blocks", max(blocks)),
             ("write: embedding, head, final norm", plan["outer"]),
-            (f"disk, at most ({plan['disk_free'] / 1e9:.4g} GB free)", plan["disk"])]
+            (f"disk, at most ({gb(plan['disk_free'])} free)", plan["disk"])]
     loss = "" if step["loss_before"] is None else (f" loss {step['loss_before']:.4g} before and "
                                                    f"{step['loss_after']:.4g} after the step,")
     return "\n".join([

@@ -99,7 +99,8 @@ _NOUNS = {int: "an integer", float: "a number", bool: "true or false"}
 def _read(raw: dict, table: dict) -> dict:
     """The values of the keys in `table`; Refused for what is not implemented, missing or of a wrong type.
 
-    table: key -> type, (type, default) or ([implemented values], default). Where nothing is the default, null is it.
+    table: key -> type, (type, default) or ([implemented values], default). A null counts as absent where the default
+    is null, zero or false.
     """
     raw, values, other, wrong = _plain(raw), {}, [], []
     for key, value in raw.items():

@@ -40,9 +40,10 @@ def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor the config asks for is there in its shape and type, and no other: before any is loaded.
+    """Check that a folder holds every tensor that its config asks for, in its shape and type, and no other.
 
-    Raises Refused with one sentence that names the first tensor which is wrong.
+    Raises Refused with one sentence that names the first wrong tensor. It reads headers, and tensors only to compare a
+    head that was saved beside the embedding to which it is tied.
     """
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
     if checkpoint.quantization:
@@ -143,11 +144,11 @@ def _fill(module, kind: str, checkpoint: Checkpoint, names: list[str], device, d
 
 
 def _quantized_block(block, checkpoint: Checkpoint, i: int, device, weights: str):
-    def tensors(part):
-        start = f"{NAMES[checkpoint.config.family].block.format(i)}.{part}"
-        return {suffix: checkpoint.get(start + suffix).to(device) for suffix in _below(checkpoint, i, part)}
+    q, prefix = checkpoint.quantization, NAMES[checkpoint.config.family].block.format(i)
 
-    q = checkpoint.quantization
+    def tensors(part):
+        return {suffix: checkpoint.get(f"{prefix}.{part}{suffix}").to(device) for suffix in _below(checkpoint, i, part)}
+
     for fused, (_, d) in linear_shapes(checkpoint.config).items():
         gates = q["linears"][fused]
         linear = QuantLinear.from_tensors(tensors(f"{fused}."), d, gates["d_m"], gates["d_u"], q["activation_bits"],

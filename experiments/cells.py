@@ -63,7 +63,10 @@ class Run:
                               sequences=self.sequences)
 
     def key(self, setting: dict | None, seed: int, threshold: float | None = None) -> dict:
-        """`setting` counts as far as it differs from the method's defaults. With a threshold: of decoding by it."""
+        """All that determines a cell except the code; with a threshold, of the cell that decodes by it.
+
+        Of `setting` only what differs from the method's defaults is kept.
+        """
         if setting is not None:
             defaults = dataclasses.asdict(config_of({"method": setting.get("method", "starquant")}, seed))
             defaults["method"] = "starquant"

@@ -81,7 +81,7 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
 
 
 def curves(record: dict) -> dict:
-    """Passes an answer and accuracy of every row by threshold, for a figure; at τ = 1 it is a token a pass, far off."""
+    """Passes an answer and accuracy of every row by threshold, for a figure. τ = 1, a token a pass, is far off."""
     thresholds = [t for t in record["thresholds"] if t < 1]
     methods = {row["setting"]: {k: [row[at(k, t)][0] for t in thresholds] for k in ("passes", "accuracy")}
                for row in record["rows"]}
@@ -109,7 +109,8 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
     out, measured, above, rtn = [], {}, None, None
     for label, cells in rows.items():
         values = {k: by_seed(cells, k) for k in cells[0]}
-        # levels are uncertain by their problems, of which seeds bring more; what is counted from 16 bit by seeds, too
+        # an accuracy varies with its problems, and more seeds bring more; what is counted from 16 bit varies with the
+        # calibration seed, too
         row = {"setting": label, **{k: bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()}}
         row |= in_parallel(values, base)
         out.append(row)
@@ -137,8 +138,8 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
 
 
 def in_parallel(values: dict, base: dict) -> dict:
-    """Of `math` and `code` together, by threshold: accuracy, passes an answer, and right answers per pass as a share of
-    those of `base` (16 bit or another row). A value is (S, n), the result (mean, low, high)."""
+    """Of `math` and `code` together, for each threshold: accuracy, passes an answer, and right answers per pass, these
+    as a share of those of `base` (16 bit or another row). Values are (S, n); results are (mean, low, high)."""
     found = {}
     for threshold in (k.removeprefix("math_passes at ") for k in values if k.startswith("math_passes at ")):
         right, passes, right_16, passes_16 = (
@@ -146,8 +147,8 @@ def in_parallel(values: dict, base: dict) -> dict:
             for of in (values, base) for what in ("", "_passes"))
         found[f"accuracy at {threshold}"] = bootstrap(right.flatten())
         found[f"passes at {threshold}"] = bootstrap(passes.flatten())
-        found[f"per pass at {threshold}"] = bootstrap(right, passes, right_16, passes_16,
-                                                              of=lambda r, p, r_16, p_16: r / p / (r_16 / p_16))
+        found[f"per pass at {threshold}"] = bootstrap(
+            right, passes, right_16, passes_16, of=lambda r, p, r_16, p_16: r / p / (r_16 / p_16))
     return found
 
 

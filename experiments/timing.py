@@ -80,7 +80,7 @@ def measure_each(functions: dict, repeats: int, device) -> dict:
 
 
 def in_turn(calls):
-    """Run every one of some functions."""
+    """Call every function, in order."""
     for call in calls:
         call()
 

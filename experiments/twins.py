@@ -43,9 +43,9 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
 
     Transforms are random rotations and corrections close to the identity: fitting them changes accuracy, not speed.
     """
-    c, generator = model.config, torch.Generator().manual_seed(seed)
-    blocks = nn.ModuleList()
+    c, generator, blocks = model.config, torch.Generator().manual_seed(seed), nn.ModuleList()
     g = tac_block_size(c.n_heads * c.head_dim)
+    B = c.n_heads * c.head_dim // g
     for block in model.blocks:
         new = {}
         for fused in FUSED:
@@ -53,7 +53,6 @@ def quantized_twin(model: DiffusionLM, seed: int = 0, head_bits: int = 8, embed_
             d = linear.weight.shape[1]
             P = initial_basis(d, "kronecker", generator).to(linear.weight.new_empty(0, dtype=torch.float32))
             new[fused] = QuantLinear.fold(linear.weight, [P], d // 32, d // 32, bias=linear.bias)
-        B = c.n_heads * c.head_dim // g
         M = torch.eye(g) + 0.01 * torch.randn(B, g, g, generator=generator)
         blocks.append(rebuilt(block, **new, tac=TAC(M, torch.zeros(B, g)).to(model.device)))
     twin = rebuilt(model, blocks=blocks)
@@ -87,8 +86,8 @@ def _plus(linear: QuantLinear, generator) -> QuantLinear:
 
 
 def residents(model) -> int:
-    """Bytes of a model's parameters and buffers, each storage once; a tensor that wraps others (torchao's) counts as
-    what it wraps."""
+    """Bytes of a model's parameters and buffers. A storage that several share counts once, and a tensor that wraps
+    others, as torchao's do, counts as what it wraps."""
     tensors, sizes = [*model.parameters(), *model.buffers()], {}
     while tensors:
         t = tensors.pop()
@@ -101,16 +100,13 @@ def residents(model) -> int:
 
 def unpacked(model) -> DiffusionLM:
     """The quantized model with its block weights resident as int8."""
-    blocks = [rebuilt(block, **{name: _unpacked(m) for name, m in block.named_children()}) for block in model.blocks]
+    def unpack(linear):
+        linear = copy.copy(linear)
+        linear._buffers = dict(linear._buffers)
+        return linear.unpack_weights()
+
+    blocks = [rebuilt(block, **{fused: unpack(getattr(block, fused)) for fused in FUSED}) for block in model.blocks]
     return rebuilt(model, blocks=nn.ModuleList(blocks))
-
-
-def _unpacked(module):
-    if not isinstance(module, QuantLinear):
-        return module
-    module = copy.copy(module)
-    module._buffers = dict(module._buffers)
-    return module.unpack_weights()
 
 
 def eager(model) -> DiffusionLM:

@@ -44,10 +44,6 @@ def settings_of(method: str) -> dict:
     return {f.name: f for f in fields(METHODS[method].settings)}
 
 
-def methods_with(setting: str) -> list[str]:
-    return [m for m in METHODS if setting in settings_of(m)]
-
-
 def QuantConfig(method: str = "starquant", **values) -> Settings:
     """The settings of a method, with `values` in place of defaults.
 
@@ -56,9 +52,8 @@ def QuantConfig(method: str = "starquant", **values) -> Settings:
     if method not in METHODS:
         raise Refused(f"method {method!r} is not one of {', '.join(METHODS)}.")
     for name in values:
-        others = methods_with(name)
-        if others and method not in others:
-            *some, last = others
+        *some, last = [m for m in METHODS if name in settings_of(m)] or [method]
+        if method not in (*some, last):
             raise Refused(f"{name} is for {', '.join(some) + ' and ' * bool(some) + last}, not for {method}.")
     unknown = values.keys() - settings_of(method).keys()
     if unknown:
