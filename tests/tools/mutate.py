@@ -2,11 +2,9 @@
 
     python tests/tools/mutate.py --module starquant --n 20 [--seed 0]
 
-The changes are made in the syntax tree, so a rename or a new line does not break this script: a comparison is flipped,
-a number changed, an operator swapped, a condition negated, an argument dropped, a statement removed. --seed chooses n
-of all that are possible. Each changed module stands in a copy of the repository, where the tests run until their first
-failure. A change that no test notices has survived and is printed; read it, since some changes are no errors. The last
-line of standard output is JSON. pytest does not collect this file.
+A comparison is flipped, a number changed, an operator swapped, a condition negated, an argument dropped or a statement
+removed; --seed chooses n of all that are possible. The tests run in a copy of the repository. A change that no test
+notices has survived and is printed; read it, since some are no errors. The last line of standard output is JSON.
 """
 
 import argparse
@@ -23,12 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
-    "starquant": "equations equations_sgat equations_tac quantizer", "runtime/attention": "baselines",
-    "methods/plus": "plus feedback", "methods/settings": "calibrate", "methods/tac": "sgat", "model": "model write",
-    "tiny/metrics": "metrics cells", "methods/storage": "preflight bench", "experiments/tables": "tables evaluate",
-    "checkpoint/loading": "loading folder model bad_input", "checkpoint/published": "twins", "runtime/cuda":
-    "cuda checks products", "experiments/peers": "bench", "experiments/animation": "figures", "calibration/segments":
-    "segments calibrate", "calibration/streams": "calibrate", "runtime/sampling": "sampling threshold"}
+    "starquant": "equations equations_sgat equations_tac quantizer", "model": "model write",
+    "methods/__init__": "calibrate", "methods/settings": "calibrate", "methods/plus": "plus feedback",
+    "methods/tac": "sgat", "methods/storage": "preflight bench", "runtime/attention": "baselines",
+    "runtime/cuda": "cuda checks products", "runtime/sampling": "sampling threshold",
+    "checkpoint/loading": "loading folder model bad_input", "checkpoint/published": "twins",
+    "calibration/segments": "segments calibrate", "calibration/streams": "calibrate", "tiny/metrics": "metrics cells",
+    "experiments/tables": "tables evaluate", "experiments/peers": "bench", "experiments/animation": "figures"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
