@@ -32,6 +32,7 @@ Cost
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from inspect import signature
+from numbers import Integral, Real
 
 import torch
 
@@ -111,19 +112,23 @@ class DreamOptions:
 
     def __post_init__(self):
         if (not 0 <= self.eps < 1 or (self.top_p is not None and not 0 < self.top_p <= 1)
-                or (self.top_k is not None and self.top_k < 1) or (self.alg_temp is not None and self.alg_temp < 0)):
-            raise Refused("eps must be in [0, 1), top_p in (0, 1], top_k at least 1, alg_temp at least 0.")
+                or (self.top_k is not None and self.top_k < 1)
+                or (self.alg_temp is not None and not 0 <= self.alg_temp < torch.inf)):
+            raise Refused("eps must be in [0, 1), top_p in (0, 1], top_k at least 1, alg_temp finite and at least 0.")
 
 
 class Draft:
     """A batch of sequences while they are written: the prompt (B, P), and gen_length tokens that start as [MASK]."""
 
     def __init__(self, model, prompt_ids, gen_length: int, attention_mask, cfg_scale: float):
-        if prompt_ids.ndim != 2:
-            raise Refused(f"the prompt has shape {list(prompt_ids.shape)}, not (batch, length).")
-        if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
-            shapes = list(attention_mask.shape), list(prompt_ids.shape)
-            raise Refused("attention_mask has shape {}, the prompt {}.".format(*shapes))
+        shape, last, prompt_ids = list(prompt_ids.shape), model.config.vocab_size - 1, prompt_ids.long()
+        if len(shape) != 2 or not shape[0]:
+            raise Refused(f"the prompt has shape {shape}, not (batch, length) with a batch of at least 1.")
+        # on a GPU such an id would end the process; tensors on the meta device hold no numbers
+        if not prompt_ids.is_meta and ((prompt_ids < 0) | (prompt_ids > last)).any():
+            raise Refused(f"the prompt holds a token id that is not between 0 and {last}, the model's last.")
+        if attention_mask is not None and list(getattr(attention_mask, "shape", ())) != shape:
+            raise Refused(f"attention_mask is no tensor of the prompt's shape {shape}.")
         check_length(model.config, prompt_ids.shape[1] + gen_length)
         self.model, self.cfg_scale, self.attention_mask = model, cfg_scale, None
         new = (len(prompt_ids), gen_length)
@@ -346,11 +351,12 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
         model = GraphedModel(model)
     if algorithm is None and model.config.family == "dream":
         algorithm = "entropy" if threshold is None and factor is None else "maskgit_plus"
-    algorithm, start = algorithm or "low_confidence", prompt_ids.shape[-1]
+    algorithm = algorithm or "low_confidence"
     llada, dream = (LLaDAOptions(logits_eos_inf, confidence_eos_eot_inf, eos_id, eot_id),
                     DreamOptions(eps, top_p, top_k, alg_temp))
-    block_length = _check(algorithm, steps, gen_length, block_length, temperature, threshold, factor, llada, dream)
-    draft = Draft(model, prompt_ids, gen_length, attention_mask, cfg_scale)
+    block_length = _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada,
+                          dream)
+    draft, start = Draft(model, prompt_ids, gen_length, attention_mask, cfg_scale), prompt_ids.shape[1]
     prediction, options = ((llada_prediction, llada.completed(model)) if algorithm in LLADA
                            else (dream_prediction, dream))
     predict = partial(prediction, algorithm=algorithm, temperature=temperature, options=options, generator=generator)
@@ -366,11 +372,13 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
         yield Step(index, draft.ids, chosen & ~draft.masked)  # a predicted [MASK] commits nothing
 
 
-def _check(algorithm, steps, gen_length, block_length, temperature, threshold, factor, llada, dream) -> int:
+def _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada, dream) -> int:
     """The block length; refused is what does not fit together."""
     whole = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
-    for name, value in {**whole, "temperature": temperature, "threshold": threshold, "factor": factor}.items():
-        if value is not None and not isinstance(value, int if name in whole else int | float):
+    optional = {"steps", "block_length", "threshold", "factor"}
+    for name, value in {**whole, "temperature": temperature, "cfg_scale": cfg_scale, "threshold": threshold,
+                        "factor": factor}.items():
+        if not isinstance(value, Integral if name in whole else Real) and not (value is None and name in optional):
             raise Refused(f"{name} {value!r} is no {'whole ' * (name in whole)}number.")
     if algorithm not in LLADA + DREAM:
         raise Refused(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
@@ -386,8 +394,8 @@ def _check(algorithm, steps, gen_length, block_length, temperature, threshold, f
         raise Refused("steps, gen_length and block_length must be at least 1.")
     if gen_length % block_length:
         raise Refused(f"gen_length {gen_length} is not a multiple of block_length {block_length}.")
-    if temperature < 0:
-        raise Refused("temperature must be at least 0.")
+    if not 0 <= temperature < torch.inf or not cfg_scale < torch.inf:
+        raise Refused("temperature must be finite and at least 0, cfg_scale finite.")
     if not parallel:
         if steps is None:
             raise Refused("give steps, the number of passes, or a threshold or factor.")

@@ -271,11 +271,6 @@ def test_a_finished_row_stays_as_it_is_when_positions_are_drawn():
     assert torch.equal(chosen, confidence > -torch.inf)
 
 
-def test_a_prompt_of_one_dimension_is_named():
-    with pytest.raises(Refused, match=r"^the prompt has shape \[19\], not \(batch, length\)\.$"):
-        generate(LLADA, PROMPT[0, :1].expand(19), steps=1, gen_length=1)
-
-
 def test_temperature_samples_the_models_distribution():
     """One token, many rows: frequencies of the sampled token are the model's probabilities (both samplers)."""
     n = 2000
@@ -413,7 +408,13 @@ def test_confidence_eos_eot_inf_is_the_official_rule(token, temperature):
         ("llada", {"threshold": 0.0}), ("llada", {"threshold": math.nan}), ("llada", {"factor": 0}),
         ("llada", {"threshold": 0.9, "algorithm": "random"}), ("dream", {"threshold": 0.9, "algorithm": "entropy"}),
         ("dream", {"threshold": 0.9, "alg_temp": 0.5}))),
-    ("llada", {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
+    *(("llada", {"attention_mask": mask}, f"no tensor of the prompt's shape \\{list(PROMPT.shape)}")
+      for mask in (torch.ones(1, 3), PROMPT.tolist())),
+    *((family, {name: value}, f"{name} .*finite") for family, names in (
+        ("llada", ("temperature", "cfg_scale")), ("dream", ("temperature", "cfg_scale", "alg_temp")))
+      for name in names for value in (math.nan, math.inf)),
+    ("llada", {"temperature": None}, "temperature None is no number"),
+    ("llada", {"cfg_scale": "1"}, "cfg_scale '1' is no number"),
     ("llada", {"steps": 4.0}, "steps 4.0 is no whole number"), ("dream", {"gen_length": "8"}, "'8' is no whole number"),
     ("llada", {"temperature": "hot"}, "temperature 'hot' is no number"),
     ("llada", {"steps": None, "threshold": "0.9"}, "threshold '0.9' is no number"),
@@ -429,6 +430,21 @@ def test_options_are_refused_in_a_sentence(family, options, sentence):
 def test_what_are_no_token_ids_is_refused_in_a_sentence(prompt):
     with pytest.raises(Refused, match="must be an integer tensor of token ids"):
         generate(LLADA, prompt, 8, 8)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize(("prompt", "sentence"), [
+    (torch.tensor(1), r"has shape \[\], not"), (torch.tensor([1, 2]), r"has shape \[2\], not"),
+    (torch.ones(0, 3).long(), "a batch of at least 1"), (torch.tensor([[-1]]), "not between 0 and 255"),
+    (torch.tensor([[1, 256]]), "not between 0 and 255")])
+def test_a_prompt_that_no_model_can_read_is_refused_in_a_sentence(family, prompt, sentence):
+    with pytest.raises(Refused, match=sentence):
+        generate(MODELS[family], prompt, 8, 8)
+
+
+def test_ids_of_32_bits_and_numbers_of_numpy_are_whole_numbers():
+    n = np.int64(8)
+    assert torch.equal(generate(LLADA, PROMPT.int(), n, n, temperature=np.float32(0)), generate(LLADA, PROMPT, 8, 8))
 
 
 def test_a_forgotten_argument_is_one_of_the_function_that_was_called():

@@ -14,7 +14,7 @@ class Scripted:
     """A model of six tokens, of which 5 is [MASK], whose probabilities a table gives by position and tokens before."""
 
     def __init__(self, probabilities, family="llada"):
-        self.config = SimpleNamespace(family=family, eos_id=None, positions=None)
+        self.config = SimpleNamespace(family=family, eos_id=None, positions=None, vocab_size=6)
         self.mask_id, self.tokenizer, self.probabilities, self.asked = 5, None, probabilities, []
 
     def __call__(self, ids, attention_mask=None, where=None):
