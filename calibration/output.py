@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from calibration.card import model_card
 from checkpoint import folder as disk
 from checkpoint import storage
 from checkpoint.families import FUSED, NAMES, ModelConfig
-from checkpoint.folder import INDEX, TOKENIZER_FILES, Checkpoint
+from checkpoint.folder import INDEX, TOKENIZER_FILES, Checkpoint, hold
 from checkpoint.loading import block_tensors, outer_tensors, stays_16_bit
 from methods.rtn import quantize_outer
 from model import load_block, load_outer
@@ -87,22 +86,6 @@ def left_by(args) -> str:
     if any(args.out.glob("model-*.safetensors")):
         return f"Finished blocks are in {args.out}; continue with {again}."
     return f"No block was finished; begin again with {again}."
-
-
-def hold(folder: Path, owner) -> None:
-    """Lock the folder while `owner` and the process live; Refused if another run has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    weakref.finalize(owner, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refused(f"another run is writing to {folder}; wait for it or choose another --out.") from None
-    except OSError:  # some network file systems lock no folder
-        pass
 
 
 class Output:

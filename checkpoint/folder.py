@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import warnings
+import weakref
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -162,6 +163,22 @@ def write_file(path: Path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hold(folder: Path, owner) -> None:
+    """Lock the folder while `owner` and the process live; Refused if another run has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    weakref.finalize(owner, os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"another run is writing to {folder}; wait for it or choose another --out.") from None
+    except OSError:  # some network file systems lock no folder
+        pass
 
 
 def write_json(path: Path, value, indent: int = 2) -> None:

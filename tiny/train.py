@@ -1,4 +1,4 @@
-"""Train a masked-diffusion language model like the embedded one: python -m tiny.train [--minutes 90] [--device cuda]
+"""Train a masked-diffusion language model like the embedded one: python -m tiny.train --out FOLDER
 
 Objective
     It is LLaDA's: draw a masking ratio t ~ U(0, 1), replace tokens of the trained region by [MASK] with probability t,
@@ -6,61 +6,46 @@ Objective
     region is the whole segment. Math and code are trained as in its supervised fine-tuning: the region is the answer,
     with the end-of-text tokens that fill it up.
 
-Command
-    --seed determines everything but the time. The learning rate falls linearly to zero over --steps, or sooner if
-    --minutes run out. Progress goes to standard error, one line of JSON to standard output.
+Phases
+    A phase takes its batches from the domains of its mix, in turn. Its learning rate rises for 200 steps and falls
+    linearly to zero over --steps, or sooner if --minutes run out. --seed determines everything but the time.
+    `--preset shipped` repeats the phases that made the embedded model, each from the weights of the one before.
+
+What survives
+    Every 200 steps, on Ctrl-C and after a phase, all that the run needs to go on is written whole to one file (STATE),
+    and then the model. The same command with --resume goes on, on a CPU to the same bytes. The end removes STATE.
 """
 
+import json
+import math
+import signal
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors import SafetensorError, safe_open
 
 from checkpoint.families import read_config
-from checkpoint.folder import INDEX, read_json, resolve, write_json
+from checkpoint.folder import SINGLE, hold, read_json, resolve, write_json, write_tensors
+from checkpoint.tokenizer import load_tokenizer
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
 from runtime.layers import QuantLinear
 from runtime.processes import Parser, Refused, pick_device
 from tiny import tasks
 
-VOCAB = 1024
-SPECIALS = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
-CONFIG = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 192, "n_layers": 5, "n_heads": 6,
-    "n_kv_heads": 6, "mlp_hidden_size": 576, "vocab_size": VOCAB, "embedding_size": VOCAB,
-    "max_sequence_length": 256, "rope": True, "rope_theta": 10000.0, "rope_full_precision": True, "alibi": False,
-    "layer_norm_type": "rms", "layer_norm_with_affine": True, "bias_for_layer_norm": False, "rms_norm_eps": 1e-5,
-    "attention_layer_norm": False, "input_emb_norm": False, "include_bias": False, "include_qkv_bias": False,
-    "activation_type": "silu", "block_type": "llama", "block_group_size": 1, "multi_query_attention": None,
-    "weight_tying": False, "scale_logits": False,
-}
-MIX = ("chain", "math", "chain", "english", "chain", "math", "chain", "code")  # domains of consecutive batches
+CONFIG = read_json(resolve("tiny") / "config.json")
+DOMAINS = ("chain", "code", "english", "math", "sums")
+DEFAULTS = {"steps": 5200, "minutes": math.inf, "tokens": 3072, "lr": 2e-3, "seed": 0}
+RECORD, STATE = "training.json", "resume.safetensors"
+WARM_UP = EVERY = 200  # steps in which the learning rate rises, and between two writings
 T_MIN = 1e-3
 
 
-@cache
-def train_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE over the training split; every digit is a token of its own, as in LLaDA's tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = [p.prompt + p.answer for t in ("math", "code") for p in tasks.problems(t, "train", 5000, seed)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(SPECIALS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([*tasks.english_documents("train"), *texts], trainer)
-    tokenizer.add_special_tokens(list(SPECIALS))  # the highest ids, as in LLaDA's vocabulary
-    return tokenizer
-
-
-def training_batch(tokenizer, step: int, tokens: int, mask_id: int, seed: int):
-    """One batch of about `tokens` tokens of one domain: clean ids, masked ids, weights (n, L), size of the region."""
-    domain, key = MIX[step % len(MIX)], seed * 1_000_003 + step
+def training_batch(tokenizer, domain: str, tokens: int, mask_id: int, key: int):
+    """One batch of about `tokens` tokens of a domain: clean ids, masked ids, weights (n, L), size of the region."""
     if domain == "chain":
         ids, noisy, ahead = tasks.chain_tokens(tokenizer, tokens // 72, key, mask_id)
         return ids, noisy, ahead.float(), ahead.sum()
@@ -84,15 +69,12 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
 
 
 def fresh_model(seed: int) -> DiffusionLM:
-    """The embedded model before training: its tokenizer, and random weights."""
+    """The embedded model before training: its config, its tokenizer, and random weights."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(seed)
-    end, mask = (tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|mdm_mask|>"))
-    raw = CONFIG | {"eos_token_id": end, "pad_token_id": end, "mask_token_id": mask}
-    model = DiffusionLM(read_config(raw), tokenizer)
+    model = DiffusionLM(read_config(CONFIG), load_tokenizer(resolve("tiny")))
     for p in model.parameters():
         if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.02 if p.shape[0] == VOCAB else p.shape[1] ** -0.5 * 0.7)
+            torch.nn.init.normal_(p, std=0.02 if len(p) == model.config.vocab_size else p.shape[1] ** -0.5 * 0.7)
     for block in model.blocks:  # residual branches start small (Mitchell-like initialization, as LLaDA's)
         for linear in (block.out, block.down):
             linear.weight.data /= (2 * len(model.blocks)) ** 0.5
@@ -102,78 +84,202 @@ def fresh_model(seed: int) -> DiffusionLM:
 def trained_model(folder: str) -> DiffusionLM:
     """The model of a folder, to be trained on."""
     model = load_model(folder, "cpu", torch.float32)
-    if model.tokenizer is None or any(model.tokenizer.token_to_id(name) is None for name in SPECIALS):
-        raise Refused(f"--init {folder} has no tokenizer with {', '.join(SPECIALS)}; give a model of this command.")
+    if model.tokenizer is None or model.tokenizer.token_to_id("<|endoftext|>") is None:
+        raise Refused(f"--init {folder} has no tokenizer with <|endoftext|>; give a model of this command.")
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise Refused(f"--init {folder} is quantized; give the 16-bit model.")
     return model.requires_grad_(True)
 
+# ---- what is trained -------------------------------------------------------------------------------------------------
 
-def run(args) -> dict:
+
+def shipped_phases() -> list[dict]:
+    """The phases that made the embedded model, from its record: mix, steps to take, and "args", where steps is the
+    length of the schedule. Some phases were cut short, and in some the learning rate fell with the minutes. Here it
+    falls with the steps, as far as it fell there.
+    """
+    phases = []
+    for p in read_json(resolve("tiny") / RECORD)["phases"]:
+        known = {name: type(value)(p["args"][name]) for name, value in DEFAULTS.items()}
+        over = max(p["steps"] / known["steps"], p["seconds"] / 60 / known["minutes"])  # share of the schedule
+        known |= {"steps": max(p["steps"], round(p["steps"] / over)), "minutes": math.inf}
+        phases.append({"mix": p["mix"], "steps": p["steps"], "args": known})
+    return phases
+
+
+def phases_of(args) -> list[dict]:
+    """What a command trains; fills the defaults in. Raises Refused for arguments that cannot be."""
+    given = [f"--{name}" for name in ("init", "mix", *DEFAULTS) if getattr(args, name) is not None]
+    if args.preset:
+        if given:
+            raise Refused(f"--preset {args.preset} cannot stand beside {', '.join(given)}; leave one of them out.")
+        return shipped_phases()
+    defaults = {"mix": ",".join(shipped_phases()[-1]["mix"]), **DEFAULTS}
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     for name, least, most in (("steps", 1, 10**9), ("tokens", 96, 10**9), ("seed", 0, 2**31)):
         if not least <= getattr(args, name) <= most:
             raise Refused(f"--{name} {getattr(args, name)} is not between {least} and {most}.")
     if not (args.minutes > 0 and 0 < args.lr < 1):
         raise Refused("--minutes must be above 0, and --lr between 0 and 1.")
-    if args.out.exists() and not args.out.is_dir():
-        raise Refused(f"--out {args.out} is not a folder; choose another one.")
-    ours = args.init and args.out.resolve() == resolve(args.init).resolve()
-    if not (args.overwrite or ours) and args.out.is_dir() and any(args.out.iterdir()):
-        raise Refused(f"--out {args.out} is not empty; choose another folder, or add --overwrite to replace the model.")
-    if (args.out / INDEX).exists():
-        raise Refused(f"--out {args.out} holds {INDEX} of another model, which would hide the trained one; choose "
-                      f"another folder.")
-    device = pick_device(args.device)
-    model = (trained_model(args.init) if args.init else fresh_model(args.seed)).to(device)
-    earlier = Path(args.init or "", "training.json")
-    phases = read_json(earlier)["phases"] if args.init and earlier.is_file() else []
-    args.out.mkdir(parents=True, exist_ok=True)
-    decay = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98))
-    start, curve, mean = time.time(), [], {}
-    for step in range(args.steps):
-        done = max(step / args.steps, (time.time() - start) / 60 / args.minutes)
-        if step and done >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * (1 - min(done, 1))
-        batch = [x.to(device) for x in training_batch(model.tokenizer, step, args.tokens, model.mask_id, args.seed)]
-        loss = diffusion_loss(model, *batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        domain, taken = MIX[step % len(MIX)], step + 1
-        mean[domain] = 0.97 * mean.get(domain, loss.item()) + 0.03 * loss.item()
-        if taken % 100 == 0:
-            curve.append({"step": taken, "minutes": round((time.time() - start) / 60, 1),
-                          **{k: round(v, 4) for k, v in mean.items()}})
-            print(curve[-1], file=sys.stderr, flush=True)
-        if taken % 1000 == 0:
-            model.save(args.out, dtype=torch.bfloat16)
-    model.save(args.out, dtype=torch.bfloat16)
-    phases.append({"mix": MIX, "steps": taken, "seconds": round(time.time() - start), "torch": torch.__version__,
-                   "args": {k: str(v) for k, v in vars(args).items() if k not in ("init", "out")}, "curve": curve})
-    totals = {k: sum(p[k] for p in phases) for k in ("steps", "seconds")}
-    write_json(args.out / "training.json", {**totals, "phases": phases})
-    return {"out": str(args.out), "steps": taken, "seconds": phases[-1]["seconds"], **mean}
+    if wrong := [domain for domain in args.mix.split(",") if domain not in DOMAINS]:
+        raise Refused(f"--mix: {wrong[0]!r} is none of {', '.join(DOMAINS)}.")
+    return [{"mix": args.mix.split(","), "steps": args.steps, "args": {name: getattr(args, name) for name in DEFAULTS}}]
+
+# ---- what survives ---------------------------------------------------------------------------------------------------
+
+
+def survey(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refused if --out cannot be written to, or holds what must not be replaced or cannot go on."""
+    processes.writable(out, "--out")
+    names = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.exists() else set()
+    if resume:
+        if not names & {STATE, RECORD}:
+            raise Refused(f"--out {out} holds no training that could go on; leave --resume out.")
+    elif names and not overwrite:
+        how = "--resume to go on with its training, or " if STATE in names else ""
+        raise Refused(f"--out {out} is not empty; choose another folder, or add {how}--overwrite to replace the model.")
+    elif foreign := names - {"config.json", SINGLE, "tokenizer.json", RECORD, STATE}:
+        raise Refused(f"--out {out} holds {min(foreign)}, which this command does not write; choose another folder.")
+
+
+def left_by(args) -> str:
+    """What an interrupted run leaves in --out, in a sentence."""
+    if not (args.out / STATE).exists():
+        return f"Nothing was written to {args.out}."
+    again = "--resume" + " instead of --overwrite" * args.overwrite
+    return f"Go on from {args.out / STATE} by the same command and {again}."
+
+
+def read_state(path: Path, command: dict) -> tuple[dict, dict]:
+    """The progress and the tensors that `save` wrote; Refused if they are damaged or another command's."""
+    try:
+        with safe_open(path, "pt") as file:
+            progress, tensors = json.loads(file.metadata()["progress"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        before = progress["command"]
+        changed = [f"--{k} was {before[k]!r} and is {v!r}" for k, v in command.items() if before[k] != v]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{path} cannot be read ({error}); begin again with --overwrite.") from None
+    if changed:
+        raise Refused(f"cannot resume {path.parent}: {', '.join(changed)} now.")
+    return progress, tensors
+
+
+def totals(phases: list[dict]) -> dict:
+    return {name: round(sum(p[name] for p in phases)) for name in ("steps", "seconds")}
+
+
+def save(folder: Path, model, optimizer, progress: dict) -> None:
+    """Write what the run needs to go on, and then the model: a full disk leaves what was there before."""
+    tensors = {f"{kind}/{name}": tensor for name, p in model.named_parameters()
+               for kind, tensor in {"weight": p, **optimizer.state[p]}.items()}
+    write_tensors(folder / STATE, tensors, {"progress": json.dumps(progress)})
+    if progress["phases"][-1]["steps"]:
+        model.save(folder, dtype=torch.bfloat16)
+        write_json(folder / RECORD, {**totals(progress["phases"]), "phases": progress["phases"]})
+
+
+def resumed_optimizer(model, tensors: dict) -> torch.optim.AdamW:
+    """The optimizer of a phase; tensors: weights and optimizer of an interrupted run, which go to their places."""
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters.values() if (p.ndim == 2) == matrices],
+                                    "weight_decay": 0.1 * matrices} for matrices in (True, False)], betas=(0.9, 0.98))
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "weight":
+            parameters[name].data.copy_(tensor)
+        else:  # the count of steps, which has no dimension, stays on the CPU
+            optimizer.state[parameters[name]][kind] = tensor.to(model.device) if tensor.ndim else tensor
+    return optimizer
+
+# ---- the training ----------------------------------------------------------------------------------------------------
+
+
+def train_phase(model, phase: dict, record: dict, tensors: dict, write, interrupted: list, name: str) -> None:
+    """Train from step record["steps"] on. write(optimizer): keep everything. interrupted: not empty after a Ctrl-C."""
+    optimizer, args, losses = resumed_optimizer(model, tensors), phase["args"], record["loss"]
+    start = time.time() - record["seconds"]
+    with processes.Bar(total=phase["steps"], initial=record["steps"], desc=name, unit="step") as bar:
+        for step in range(record["steps"], phase["steps"]):
+            done = max(step / args["steps"], record["seconds"] / 60 / args["minutes"])
+            if interrupted or (step and done >= 1):
+                break
+            if step % EVERY == 0:
+                write(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = args["lr"] * min(1, (step + 1) / WARM_UP) * (1 - done)
+            domain, key = phase["mix"][step % len(phase["mix"])], args["seed"] * 1_000_003 + step
+            batch = training_batch(model.tokenizer, domain, args["tokens"], model.mask_id, key)
+            loss = diffusion_loss(model, *(x.to(model.device) for x in batch))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not (loss + norm).isfinite():
+                raise Refused(f"step {step + 1} has no finite loss and gradient; lower --lr, or give another --init.")
+            optimizer.step()
+            losses[domain] = 0.97 * losses.get(domain, loss.item()) + 0.03 * loss.item()
+            record["steps"], record["seconds"] = step + 1, round(time.time() - start, 1)
+            if record["steps"] % 100 == 0:
+                record["curve"].append({"step": record["steps"], "minutes": round(record["seconds"] / 60, 1),
+                                        **{k: round(v, 4) for k, v in losses.items()}})
+            if done:  # --minutes may end it sooner
+                bar.total = min(phase["steps"], max(step + 1, round(step / done)))
+            bar.set_postfix_str("loss " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
+            bar.update()
+        write(optimizer)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def run(args) -> dict:
+    phases, device, out = phases_of(args), pick_device(args.device), args.out
+    command = {name: getattr(args, name) for name in ("init", "preset", "mix", *DEFAULTS)}
+    survey(out, args.resume, args.overwrite)
+    if args.resume and not (out / STATE).exists():
+        print(f"python -m tiny.train: {out} is complete; --init {out} and another --out train it on.", file=sys.stderr)
+        return {"out": str(out), "complete": True}
+    earlier = read_json(resolve(args.init) / RECORD, {}).get("phases", []) if args.init else []
+    progress, tensors = {"command": command, "done": 0, "phases": earlier}, {}
+    if args.resume:
+        progress, tensors = read_state(out / STATE, command)
+    model = (trained_model(args.init) if args.init else fresh_model(phases[0]["args"]["seed"])).to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    hold(out, model)
+    interrupted = []  # the first Ctrl-C lets a step end, the second one stops at once
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, before)))
+    try:
+        for i, phase in enumerate(phases[progress["done"]:], progress["done"]):
+            if not tensors:
+                about = {k: str(v) for k, v in (phase["args"] | {"device": device}).items()}
+                progress["phases"].append({"mix": phase["mix"], "steps": 0, "seconds": 0, "torch": torch.__version__,
+                                           "args": about, "loss": {}, "curve": []})
+            train_phase(model, phase, progress["phases"][-1], tensors, lambda o: save(out, model, o, progress),
+                        interrupted, f"phase {i + 1} of {len(phases)}")
+            for p in model.parameters():  # the next phase starts from the model as it was written
+                p.data = p.data.bfloat16().float()
+            progress["done"], tensors = i + 1, {}
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for path in (out / STATE, *out.glob(".tmp??????")):  # the latter are the library's, of a run that was killed
+        path.unlink()
+    mine = progress["phases"][-len(phases):]
+    return {"out": str(out), **totals(mine), **mine[-1]["loss"]}
 
 
 def main(argv=None) -> int:
     parser = Parser("python -m tiny.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/trained"), help="folder of the model (out/trained)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    parser.add_argument("--init", help="continue from the weights and tokenizer of this folder")
-    parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule early after this time")
-    parser.add_argument("--tokens", type=int, default=3072, help="tokens per batch")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    parser.add_argument("--preset", choices=["shipped"], help="repeat the phases that made the embedded model")
+    parser.add_argument("--init", type=lambda path: str(Path(path)), help="start from the model of this folder")
+    parser.add_argument("--mix", help=f"domains of consecutive batches: {', '.join(DOMAINS)} (as in the last phase)")
+    for name, meaning in (("steps", "length of the schedule"), ("minutes", "end the schedule after this time"),
+                          ("tokens", "tokens per batch"), ("lr", "highest learning rate"), ("seed", "of all draws")):
+        parser.add_argument(f"--{name}", type=type(DEFAULTS[name]), help=f"{meaning} ({DEFAULTS[name]})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    return processes.run("python -m tiny.train", run, parser.parse_args(argv), "--tokens",
-                         "Weights are saved every 1000 steps.")
+    args = parser.parse_args(argv)
+    return processes.run("python -m tiny.train", run, args, "--tokens", lambda: left_by(args))
 
 
 if __name__ == "__main__":
