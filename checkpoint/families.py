@@ -107,7 +107,8 @@ def _read(raw: dict, table: dict) -> dict:
         off = not value and type(value) not in (int, float)
         if not (off or key in table or key in HARMLESS):
             other.append(f"{key} = {reprlib.repr(value)}")
-    for key, (kind, default) in ((k, v if isinstance(v, tuple) else (v, REQUIRED)) for k, v in table.items()):
+    for key, entry in table.items():
+        kind, default = entry if isinstance(entry, tuple) else (entry, REQUIRED)
         value = values[key] = default if raw.get(key) is None and not default else raw.get(key, default)
         if isinstance(kind, list):
             if not any(value == v and type(value) is type(v) for v in kind):

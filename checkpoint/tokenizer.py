@@ -55,25 +55,23 @@ def _qwen2_bpe(folder: Path):
 # ---- chat ----------------------------------------------------------------------------------------------------------
 
 
-def _llada_chat(messages, generation_prompt) -> str:  # the official template adds the generation prompt always
-    text = "<|startoftext|>" if messages else ""
-    for m in messages:
-        text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
-    return text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+def _llada_chat(messages) -> str:
+    turns = (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>" for m in messages)
+    return f"<|startoftext|>{''.join(turns)}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-def _dream_chat(messages, generation_prompt) -> str:  # ChatML
+def _dream_chat(messages) -> str:  # ChatML
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return text + ("<|im_start|>assistant\n" if generation_prompt else "")
+    turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return f"{''.join(turns)}<|im_start|>assistant\n"
 
 
 _CHAT = {"llada": _llada_chat, "dream": _dream_chat}
 
 
-def chat_prompt(family: str, messages: list[dict], generation_prompt: bool = True) -> str:
-    """A conversation [{"role": "system" | "user" | "assistant", "content": text}, ...] as the prompt text of a family.
+def chat_prompt(family: str, messages: list[dict]) -> str:
+    """A conversation [{"role": "system" | "user" | "assistant", "content": text}, ...] as the prompt for its next turn.
 
     The text holds the special tokens; `tokenizer.encode(text, add_special_tokens=False)` turns them into their ids.
     Raises Refused for an empty conversation, an unknown role, or a family whose template is not known here.
@@ -85,4 +83,4 @@ def chat_prompt(family: str, messages: list[dict], generation_prompt: bool = Tru
     for m in messages:
         if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
             raise Refused(f"message {m!r} needs a role (system, user or assistant) and a text as content.")
-    return _CHAT[family](messages, generation_prompt)
+    return _CHAT[family](messages)
