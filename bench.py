@@ -33,7 +33,7 @@ from runtime import checks, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.measures import markdown_table
-from runtime.processes import Parser, Refused, pick_device, writable
+from runtime.processes import Parser, Refused, pick_device, pick_dtype, writable
 
 # Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
 TABLE_4 = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
@@ -236,11 +236,6 @@ def tables(result: dict) -> str:
     return "\n\n".join(out)
 
 
-def usual_dtype(device_type: str, random_weights: bool) -> str:
-    """16-bit models of published shapes run in bf16 everywhere; the embedded model runs in fp32 on a CPU."""
-    return "bfloat16" if device_type == "cuda" or random_weights else "float32"
-
-
 def usual_points(device_type: str, args) -> list[tuple]:
     """The points asked for, or those of the device. On a CPU, published shapes get longer sequences."""
     shapes = ", published shapes" if args.random_weights and device_type == "cpu" else ""
@@ -250,7 +245,7 @@ def usual_points(device_type: str, args) -> list[tuple]:
 def measure_all(args, keep=lambda result: None) -> dict:
     """Measure everything; the result is what the JSON line holds. keep(result) is called when there is more of it."""
     device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or usual_dtype(device.type, args.random_weights))
+    dtype = pick_dtype(args.dtype or ("bf16" if args.random_weights else None), device)
     repeats, asked = args.repeats or REPEATS[device.type], usual_points(device.type, args)
     torch.manual_seed(args.seed)
     if args.random_weights:
@@ -341,10 +336,12 @@ def parse(argv=None):
                         "a GPU, and measure nothing")
     parser.add_argument("--gpu", choices=predict.GPUS, help="the GPU whose datasheet --predict takes (h200)")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the 16-bit model: bf16 on a GPU and for "
+                        "--random-weights, else fp32, unless given")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (0)")
     args = parser.parse_args(argv)
+    args.kept = ""  # what an interrupted run leaves
     args.command = "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
     args.random_weights |= args.write is not None
     wrong = {
@@ -375,16 +372,21 @@ def run(args) -> dict:
             write_json(args.out, result)
         print(predict.table(result))
         return result
+
+    def keep(part):
+        if args.out:
+            write_json(args.out, part)
+            args.kept = f"{args.out} holds what was measured."
+
     with torch.no_grad():
-        result = measure_all(args, lambda part: args.out and write_json(args.out, part))
+        result = measure_all(args, keep)
     print(tables(result))
     return result
 
 
 def main(argv=None) -> int:
     args = parse(argv)
-    return processes.run("bench.py", run, args, smaller="--blocks or --points",
-                         kept=lambda: f"{args.out} holds what was measured." if args.out else "")
+    return processes.run("bench.py", run, args, smaller="--blocks or --points", kept=lambda: args.kept)
 
 
 if __name__ == "__main__":

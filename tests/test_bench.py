@@ -240,10 +240,14 @@ def test_the_usual_points_fit_the_models():
     assert bench.usual_points("cpu", bench.parse(["--points", "2x16x2"])) == [(2, 16, 2)]
 
 
-def test_published_shapes_run_in_bf16():
-    assert bench.usual_dtype("cpu", random_weights=True) == "bfloat16"
-    assert bench.usual_dtype("cpu", random_weights=False) == "float32"
-    assert bench.usual_dtype("cuda", random_weights=False) == "bfloat16"
+@pytest.mark.parametrize(("more", "dtype"), [([], torch.bfloat16), (["--dtype", "fp32"], torch.float32)])
+def test_published_shapes_run_in_bf16(more, dtype, monkeypatch):
+    def stop(*arguments):
+        assert arguments[2] == dtype
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "random_model", stop)
+    assert bench.main(["--model", "llada-8b", "--random-weights", "--device", "cpu", *more]) == 130
 
 
 def test_peers_are_left_out_unless_asked_for():
@@ -311,15 +315,20 @@ def test_a_peer_that_fails_costs_its_own_cell_alone(tmp_path, capsys, monkeypatc
     assert "AssertionError: shape / not supported |" in capsys.readouterr().out
 
 
-def test_what_was_measured_is_kept_when_the_run_ends_early(tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_when_the_run_ends_early(tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "linears", stop)
     out = tmp_path / "r.json"
-    assert bench.main(["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "--out", str(out),
-                       "--device", "cpu"]) == 130
+    arguments = ["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "--out", str(out), "--device",
+                 "cpu"]
+    assert bench.main(arguments) == 130
     assert len(json.loads(out.read_text())["denoising"]) == 1
+    assert capsys.readouterr().err.endswith(f"bench.py: interrupted. {out} holds what was measured.\n")
+    monkeypatch.setattr(bench, "load_model", stop)
+    assert bench.main(arguments) == 130
+    assert capsys.readouterr().err == "bench.py: interrupted.\n"  # that file is of an earlier run
 
 
 def test_a_tensor_that_wraps_others_counts_as_what_it_wraps():
