@@ -98,14 +98,21 @@ def benchmarks(args) -> dict:
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def at_least(least: int):
-    """The type of a flag that takes a whole number."""
+def at_least(least: int, below: int = 10**6):
+    """The type of a flag that takes a whole number. So many things as the usual bound forbids would fill the memory."""
     def number(text: str) -> int:
-        if not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63")
+        if not least <= int(text) < below:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
         return int(text)
 
     return number
+
+
+def names(text: str) -> list[str]:
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("names nothing; give names with commas between them")
+    return found
 
 
 def probability(text: str) -> float:
@@ -124,7 +131,8 @@ def parse(argv=None):
     use.add_argument("--prompt", help="write the denoising of an answer to this text")
     use.add_argument("--table", choices=TABLES, help="measure a table of the paper on the embedded model")
     use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
-    use.add_argument("--tasks", help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))
+    use.add_argument("--tasks", type=names,
+                     help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))
     parser.add_argument("--model", help=f"tiny (the default), {', '.join(ALIASES)}, a hub id or a folder, 16-bit or "
                         "quantized")
     parser.add_argument("--device", help="auto, cpu, cuda")
@@ -134,7 +142,7 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, help="also write the JSON to this file; of a table or figure: its folder "
                         "(out/tables, out/figures)")
     parser.add_argument("--against", help="a second model to compare with, or to watch beside the first")
-    parser.add_argument("--seed", type=at_least(0), help="of examples and masks (0)")
+    parser.add_argument("--seed", type=at_least(0, 2**63), help="of examples and masks (0)")
     parser.add_argument("--problems", type=at_least(1), help="problems per task (200; of a table 250)")
     parser.add_argument("--gen-length", type=at_least(1), help="tokens to write with --prompt (24), --data (32, at "
                         "most half a segment) or --tasks (protocol)")
@@ -199,7 +207,9 @@ def run(args) -> dict:
 def main(argv=None) -> int:
     args = parse(argv)
     smaller = {"tasks": "--batch-size", "data": "--length", "prompt": "--gen-length"}.get(args.use, "--problems")
-    return processes.run("evaluate.py", run, args, smaller)
+    where = {"table": args.out, "tasks": getattr(args, "cache", None)}.get(args.use)
+    return processes.run("evaluate.py", run, args, smaller, lambda: (
+        f"What was finished is in {where}; the same command continues." if where and where.exists() else ""))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from checkpoint.folder import Checkpoint, json_lines, resolve
+from checkpoint.folder import Checkpoint, json_lines, offline, resolve
 from checkpoint.tokenizer import chat_prompt
 from experiments import protocol
 from model import DiffusionLM, load_model
@@ -227,8 +227,14 @@ def hugging_face_evaluate():
 
 def find_tasks(names, include=None, unsafe=False):
     """The harness' TaskManager, once it has every task and its data; tasks of the folder `include` come first."""
+    import datasets
+    import huggingface_hub
     from lm_eval.tasks import TaskManager
 
+    if include and not include.is_dir():
+        raise Refused(f"--include {include} is no folder.")
+    if offline():  # else the hub's library asks for a minute; what was downloaded before serves
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     if unsafe:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the library that judges HumanEval
     manager = TaskManager(include_path=include and str(include), include_defaults=False)
@@ -263,7 +269,7 @@ def benchmarks(args) -> dict:
     name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
     name = args.protocol or protocol.protocol_of(name, family)
     settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
-                for task in args.tasks.split(",")}
+                for task in args.tasks}
     for task, setting in settings.items():
         if setting.runs_code and not args.confirm_run_unsafe_code:
             raise Refused(f"{task} executes code that the model wrote; where that can do no harm (a container "

@@ -130,7 +130,9 @@ SECOND_HAND = {
 
 def source_name(name: str, folder: Path) -> str:
     """The name of the 16-bit model: of a quantized folder what its `starquant.json` says."""
-    return read_json(folder / "starquant.json", {"run": {"model": name}})["run"]["model"]
+    run = read_json(folder / "starquant.json", {}).get("run")
+    source = run.get("model") if isinstance(run, dict) else None
+    return source if isinstance(source, str) else name
 
 
 def protocol_of(name: str, family: str) -> str:

@@ -345,8 +345,10 @@ ARGUMENTS = [
     ("evaluate", ["--prompt", "x", "--steps", "0"], "must be at least 1"),
     ("evaluate", ["--table", "9"], "argument --table: invalid choice: '9'"),
     ("evaluate", ["--table", "1", "--seeds", "0"], "argument --seeds: must be at least 1"),
+    ("evaluate", ["--table", "1", "--seeds", "1000000"], "argument --seeds: must be at least 1 and below 1000000"),
+    ("evaluate", ["--tasks", " , "], "argument --tasks: names nothing; give names with commas between them"),
     ("evaluate", ["--table", "1", "--model", "QUANTIZED"], "is quantized already"),
-    ("evaluate", ["--seed", "18446744073709551616"], "argument --seed: must be at least 0 and below 2^63"),
+    ("evaluate", ["--seed", "18446744073709551616"], "argument --seed: must be at least 0 and below 922337"),
     ("evaluate", ["--device", "abacus"], "not available"),
     ("evaluate", ["--out", "theirs"], "--out theirs is a folder; give a file"),
     *((command, arguments, f"{arguments[-2]} {at}: nothing can be written to") for command, arguments, at in (

@@ -106,3 +106,15 @@ def test_a_file_is_no_folder_for_tables_and_figures(use, tmp_path, capsys):
     assert evaluate.main([*use, "--out", str(tmp_path / "mine")]) == 2
     assert "(Not a directory)" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(("arguments", "flag"), [(["--table", "2"], "--out"), (["--tasks", "piqa"], "--cache")])
+def test_an_interrupted_run_says_where_its_results_are(arguments, flag, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        (tmp_path / "r").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "table" if flag == "--out" else "benchmarks", interrupted)
+    assert evaluate.main([*arguments, flag, str(tmp_path / "r")]) == 130
+    said = f"interrupted. What was finished is in {tmp_path / 'r'}; the same command continues.\n"
+    assert capsys.readouterr().err == f"evaluate.py: {said}"

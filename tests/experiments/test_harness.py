@@ -142,6 +142,20 @@ class TestRealHarness:
         assert command(tasks, "piqua") == 2
         assert "no task 'piqua'" in capsys.readouterr().err
 
+    def test_names_may_have_spaces_between_them(self, tasks, capsys):
+        assert command(tasks, " humaneval , piqua,") == 2
+        assert capsys.readouterr().err.startswith("evaluate.py: humaneval executes code")
+
+    def test_a_folder_of_tasks_that_is_not_there(self, tmp_path, capsys):
+        assert command(tmp_path / "none", "piqa") == 2
+        assert capsys.readouterr().err == f"evaluate.py: --include {tmp_path / 'none'} is no folder.\n"
+
+    def test_a_hub_out_of_reach_is_asked_once(self, tmp_path, capfd):
+        (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
+        assert command(tmp_path, "far") == 2
+        (line,) = capfd.readouterr().err.splitlines()  # the hub's library wrote ten more
+        assert "cannot load task 'far'" in line
+
     def test_missing_data_is_named_before_the_model_is_loaded(self, tasks, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(harness, "load_model", None)
         text = (tasks / "winogrande.yaml").read_text().replace("task: winogrande", "task: lost")

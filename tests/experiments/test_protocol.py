@@ -60,6 +60,12 @@ def test_protocol_of(name, family, want):
     assert protocol.protocol_of(name, family) == want
 
 
+@pytest.mark.parametrize("state", ["{}", '{"run": 3}', '{"run": {}}', '{"run": {"model": 5}}'])
+def test_a_folder_that_does_not_say_its_source_is_judged_by_its_own_name(tmp_path, state):
+    (tmp_path / "starquant.json").write_text(state)
+    assert protocol.source_name("out/x", tmp_path) == "out/x"
+
+
 def test_a_quantized_folder_is_judged_as_its_source(tmp_path):
     (tmp_path / "starquant.json").write_text(json.dumps({"run": {"model": "llada-1.5"}}))
     assert protocol.source_name("out/x", tmp_path) == "llada-1.5"
