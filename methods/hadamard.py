@@ -11,7 +11,6 @@ from math import isqrt, pi
 
 import torch
 
-from runtime.processes import Refused
 from starquant import Kronecker
 
 
@@ -61,22 +60,23 @@ def exists(n: int) -> bool:
     return True
 
 
-def hadamard_sizes(d: int) -> tuple[int, int]:
-    """(n1, n2), n1 n2 = d, n1 ≤ n2, both Hadamard orders, as close to √d as possible: 4096 -> 64, 64."""
-    for n1 in range(isqrt(d), 0, -1):
-        if d % n1 == 0 and exists(n1) and exists(d // n1):
-            return n1, d // n1
-    raise Refused(f"width {d} is not a product of two Hadamard orders that the constructions of Sylvester and Paley "
-                  f"reach; choose a method without a Hadamard rotation.")
+def rotation_sizes(d: int) -> tuple[int, int]:
+    """(n1, n2), n1 n2 = d, n1 ≤ n2, both Hadamard orders, as close to √d as possible: 4096 -> 64, 64.
+
+    Where no two in reach give d, or only two that cost much more (n2 > 256 n1), of any order: 11008 -> 86, 128.
+    """
+    pairs = [(n, d // n) for n in range(isqrt(d), 0, -1) if d % n == 0]
+    return next((p for p in pairs if p[1] <= 256 * p[0] and exists(p[0]) and exists(p[1])), pairs[0])
 
 
 def rotation(d: int, generator: torch.Generator):
-    """Randomized Hadamard rotation H1 D1 ⊗ H2 D2 of width d, orthogonal, D random signs; float64.
+    """Randomized Hadamard rotation H1 D1 ⊗ H2 D2 of width d, orthogonal, D random signs; float64. `spread` says what
+    stands for H where there is none.
 
     QuaRot draws one sign per channel; signs that factor as the Kronecker product does cost nothing at run time. The
     sign of an input channel is what is random: row i of P is the image of channel i.
     """
-    return Kronecker(*(spread(n, generator) for n in hadamard_sizes(d)))
+    return Kronecker(*(spread(n, generator) for n in rotation_sizes(d)))
 
 
 def hartley(n: int):

@@ -36,7 +36,7 @@ import torch
 from einops import einsum, rearrange
 
 from methods.gptq import gptq, hessian, inverse_factor, shrunk_scale
-from methods.hadamard import hadamard_sizes, spread
+from methods.hadamard import rotation_sizes, spread
 from methods.settings import between, choice
 from methods.tac import Compensated
 from runtime.cpu import fake_quantize_rows
@@ -142,7 +142,7 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
     d = x.shape[1]
     if kind == "kronecker":
         X = x.double() if token_weights is None else x.double() * token_weights.double().sqrt()[:, None]
-        sizes = hadamard_sizes(d)
+        sizes = rotation_sizes(d)
         tensors = [rearrange(t, "n (i j) -> n i j", i=sizes[0]) for t in (X, weight.double())]
         # E[X Xᵀ] and E[Xᵀ X]: the moments of each factor, for both sides
         rows = [einsum(t, t, "n i k, n j k -> i j") for t in tensors]
@@ -247,7 +247,7 @@ def stored_starquant_plus(config, d: int, behind_norm: bool) -> dict:
     b = d if config.balance == "dense" else tac_block_size(d, config.balance_block)  # channels per block of P
     factors = [Dense((d, d))] if b == d else [Blocks((d // b, b, b)), Across((d // b, d // b))]
     if config.balance == "kronecker":
-        factors = [Kronecker(*((n, n) for n in hadamard_sizes(d)))]
+        factors = [Kronecker(*((n, n) for n in rotation_sizes(d)))]
     # the blocks of feedback are as wide as those of the first factor, or as its P2
     feedback = factors[0][-1][-1] if config.rounding == "feedback" else 0
     return {"factors": factors, "factor_dtype": "BF16", "clip": True, "centred": config.centre != "none",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.gptq import GPTQ, fit_gptq
-from methods.hadamard import hadamard_sizes, rotation
+from methods.hadamard import rotation, rotation_sizes
 from methods.rtn import Inputs
 from starquant import Diagonal, Kronecker
 
@@ -45,5 +45,5 @@ def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=
 
 
 def stored_quarot(config, d: int, behind_norm: bool) -> dict:
-    return {"factors": [*([Diagonal((d,))] if behind_norm else []), Kronecker(*((n, n) for n in hadamard_sizes(d)))],
+    return {"factors": [*([Diagonal((d,))] if behind_norm else []), Kronecker(*((n, n) for n in rotation_sizes(d)))],
             "clip": quarot_clip(config.abits) is not None}

@@ -15,13 +15,12 @@ from methods import METHODS, dllmquant, flat, settings_of
 from methods.awq import AWQ_EXPONENTS, awq_loss, awq_scale
 from methods.dllmquant import cgq_weights, ia_aq, tmas_ratios
 from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
-from methods.hadamard import exists, hadamard, hadamard_sizes, hartley, rotation, spread
+from methods.hadamard import exists, hadamard, hartley, rotation, rotation_sizes, spread
 from methods.rtn import Inputs
 from methods.sgat import initial_basis
 from model import DiffusionLM
 from runtime.attention import QuantAttention, softmax_scores
 from runtime.layers import QuantLinear
-from runtime.processes import Refused
 from starquant import Diagonal, Kronecker, apply_basis, attention_value, fake_quantize, fold_weight, quant_params
 from tiny.train import CONFIG
 
@@ -74,7 +73,7 @@ class TestHadamard:
     @pytest.mark.parametrize(("d", "sizes"), [(192, (12, 16)), (576, (24, 24)), (704, (16, 44)), (4096, (64, 64)),
                                               (12288, (96, 128)), (3584, (56, 64)), (18944, (128, 148))])
     def test_every_width_that_occurs_is_a_kronecker_product(self, d, sizes):
-        assert hadamard_sizes(d) == sizes
+        assert rotation_sizes(d) == sizes
         P = rotation(d, generator())
         for factor, n in zip(P, sizes, strict=True):
             assert float((factor @ factor.T - torch.eye(n)).abs().max()) < 1e-12
@@ -96,10 +95,12 @@ class TestHadamard:
         assert (float((P.abs() - n**-0.5).abs().max()) < 1e-12) == exists(n)
         assert torch.equal(P.abs(), spread(n, generator(1)).abs())  # only the signs are random
 
-    def test_what_does_not_follow_is_named(self):
-        assert not exists(92)
-        with pytest.raises(Refused, match="width 92 is not a product of two Hadamard orders"):
-            hadamard_sizes(92)
+    @pytest.mark.parametrize(("d", "sizes"), [(92, (4, 23)), (97, (1, 97)), (11008, (86, 128)), (13696, (107, 128))])
+    def test_other_widths_are_rotated_by_factors_of_any_order(self, d, sizes):
+        """QuaRot's own code has tables of order 172 for 11008 (Qwen2.5-3B), and nothing for 13696."""
+        assert rotation_sizes(d) == sizes
+        for factor, n in zip(rotation(d, generator()), sizes, strict=True):
+            assert float((factor @ factor.T - torch.eye(n)).abs().max()) < 1e-12
         with pytest.raises(ValueError, match="92"):
             hadamard(92)
 
