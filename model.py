@@ -213,7 +213,7 @@ class DiffusionLM(nn.Module):
 
     def save(self, folder, dtype=None) -> None:
         """Write a folder that `load_model` reads, 16-bit or quantized (`checkpoint.loading.save_model`)."""
-        save_model(self, Path(folder), dtype)
+        save_model(self, Path(folder), dtype and pick_dtype(dtype, self.device))
 
 # ---- reading a model -------------------------------------------------------------------------------------------------
 
@@ -271,6 +271,8 @@ def write(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = 
 
 def stream(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None = None, chat: bool = False, **options):
     """Yield after every pass what `write` has written so far; ░ is a token that is still masked."""
+    if not isinstance(model, DiffusionLM):
+        raise Refused(f"model is of type {type(model).__name__}; give what load_model(...) returns.")
     tokenizer, given = model.tokenizer, [texts] if isinstance(texts, str) else texts
     if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) and text for text in given):
         raise Refused("texts must be a text or a list of texts, each with at least one character.")

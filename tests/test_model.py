@@ -273,6 +273,11 @@ def test_tied_head_is_the_embedding():
 def test_a_type_is_given_by_name_or_as_torch_has_it(tmp_path):
     assert load_model("tiny", "cpu", "bf16").norm.weight.dtype == torch.bfloat16
     assert load_model("tiny", "cpu", torch.float64).norm.weight.dtype == torch.float64
+    load_model("tiny", "cpu").save(tmp_path / "m", "fp32")
+    assert load_file(tmp_path / "m" / "model.safetensors")["model.transformer.ln_f.weight"].dtype == torch.float32
     for wrong in ("int4", torch.int8, 16):
         with pytest.raises(Refused, match="is neither bf16 nor fp32"):
             load_model("tiny", "cpu", wrong)
+        with pytest.raises(Refused, match="is neither bf16 nor fp32"):
+            load_model("tiny", "cpu").save(tmp_path / "none", wrong)
+    assert not (tmp_path / "none").exists()

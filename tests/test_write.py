@@ -48,6 +48,11 @@ def test_what_are_no_texts_is_refused(tiny, texts):
         write(tiny, texts)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(Refused, match="model is of type str; give what load_model"):
+        write("tiny", "x")
+
+
 def test_a_model_without_a_tokenizer_is_named():
     with pytest.raises(Refused, match=r"has no tokenizer\.json"):
         write(MODELS["llada"], "x")
