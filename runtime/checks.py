@@ -37,8 +37,8 @@ def eager_glue():
 
 @cache
 def ready(index: int, dtype, part: str | Sizes = "linear") -> bool:
-    """Whether a part compiles on this device and its kernels equal their eager twins: tried once, and said if not. Run
-    it before a CUDA graph is captured (any warm-up forward does)."""
+    """Whether a part compiles on this device and its kernels equal their eager twins. It is tried once, and a warning
+    says if not. Call it before a CUDA graph is captured; any warm-up forward does."""
     if (part in ONLY_BF16 and dtype != torch.bfloat16) or (
             part == "fp8" and torch.cuda.get_device_capability(index) < (8, 9)):
         return False

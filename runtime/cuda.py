@@ -82,7 +82,7 @@ class Rotation(NamedTuple):
 
     @property
     def RESIDENT(self) -> int:
-        """CUDA blocks at a time on a multiprocessor: so many leave 80 registers to a thread, or 96."""
+        """CUDA blocks that share a multiprocessor. So many leave 80 or 96 registers to a thread."""
         return 5 if self.threads <= 128 else max(1, 768 // self.threads)
 
     @property
@@ -255,14 +255,14 @@ class Ends(NamedTuple):
     state: torch.Tensor | None = None  # (M,) bool
 
     def columns(self, part: slice) -> "Ends":
-        """Those of a slice of the outputs."""
+        """The ends of a slice of the outputs."""
         cut = {name: t if t is None else t[..., part] for name, t in zip(self._fields[3:8], self[3:8], strict=True)}
         return self._replace(**cut)
 
 
 def unpack(packed, out, dtype):
-    """Rows of packed codes (n, K / 2) uint8 into out (n, K) int8, or exactly into fp8 numbers, both contiguous, n K a
-    multiple of 16; by the kernel of the sources for `dtype` (all are alike)."""
+    """Write packed codes (n, K / 2) uint8 into out (n, K), int8 or fp8, which holds them exactly. Both are contiguous,
+    and n K is a multiple of 16. The kernel comes from the sources for activations of `dtype`; it is the same in all."""
     name, count = "unpack_int4" if out.dtype == torch.int8 else "unpack_e4m3", packed.numel() // 8
     _launch(name, dtype, (_blocks(count),), [packed, out, count])
     return out
@@ -288,9 +288,11 @@ def _counters(device):
 
 
 def tiled_product(tile: Tile, codes, packed, ends: Ends, y, splits: int | None = None):
-    """Paired codes (rows, K) int8 times packed weights (N, K/2) uint8, and `epilogue`: into y (M, N) fp32 or bf16; N a
-    multiple of 16, K of tile.TK, rows K below 2³¹. Where the tiles would leave multiprocessors idle, `splits` blocks
-    share a tile's channels: as many as fit beside each other with at least 4 steps each."""
+    """Write into y (M, N) fp32 or bf16 the `epilogue` of paired codes (rows, K) int8 times packed weights (N, K/2).
+
+    N is a multiple of 16, K of tile.TK, and rows K is below 2³¹. Where the tiles would leave multiprocessors idle,
+    `splits` blocks share a tile's channels: as many as fit beside each other with at least 4 steps each.
+    """
     (M, N), (rows, K) = y.shape, codes.shape
     across, down = -(-M // tile.TM), -(-N // tile.TN)
     slots = tile.RESIDENT * _multiprocessors(y.device)

@@ -56,7 +56,7 @@ class GraphedModel:
         return self.output
 
     def _hidden(self):
-        """Of `inputs`, whose places in memory the graph keeps."""
+        """The hidden states of `inputs`, whose places in memory the graph keeps."""
         ids, *rest = self.inputs
         return self.model.hidden(ids, context=((rest[0], rest[1]), rest[2])) if rest else self.model.hidden(ids)
 

@@ -18,6 +18,7 @@ from runtime.processes import ROWS, Bar, batches
 
 SCORES = 2**25  # logits at once, of which KL holds some copies: 128 MiB each in fp32
 TOKENS = 2**13  # in a forward pass at once, unless one sequence has more
+DRAWS, LEVEL = 2000, 0.95  # of a bootstrap
 
 
 def progress_bar(total: int, what: str):
@@ -153,20 +154,21 @@ def fidelity(first: Trajectory, second: Trajectory) -> dict[str, torch.Tensor]:
 # ---- intervals and tables --------------------------------------------------------------------------------------------
 
 
-def bootstrap(*values, of=lambda mean: mean, seed: int = 0, draws: int = 2000,
-              level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and percentile interval of the mean: (mean, low, high). values (n,) over examples, or (S, n) over S
-    calibration seeds: then seeds are drawn and, within each, its examples. Paired differences are such values, too.
-    Several values are drawn together, and `of` computes what is wanted from their means."""
-    g = torch.Generator().manual_seed(seed)
+def bootstrap(*values, of=lambda mean: mean) -> tuple[float, float, float]:
+    """Mean and 95 % percentile interval of the mean: (mean, low, high).
+
+    values: (n,) over examples, or (S, n) over S calibration seeds; then seeds are drawn and, within each, its examples.
+    They may be paired differences. Several are drawn together, and `of` computes what is wanted from their means.
+    """
+    g = torch.Generator().manual_seed(0)
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])  # (k, n) or (k, S, n)
     values = values[:, None] if values.ndim == 2 else values
     _, S, n = values.shape
-    seeds = torch.randint(S, (draws, S, 1), generator=g) if S > 1 else torch.zeros(draws, 1, 1, dtype=torch.long)
-    examples = torch.randint(n, (draws, S, n), generator=g)
+    seeds = torch.randint(S, (DRAWS, S, 1), generator=g) if S > 1 else torch.zeros(DRAWS, 1, 1, dtype=torch.long)
+    examples = torch.randint(n, (DRAWS, S, n), generator=g)
     drawn = of(*(v[seeds, examples].mean((-1, -2)) for v in values))
     # a draw whose ratio is 0/0 says nothing
-    low, high = torch.nanquantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    low, high = torch.nanquantile(drawn, torch.tensor([1 - LEVEL, 1 + LEVEL], dtype=torch.float64) / 2)
     return float(of(*values.mean((-1, -2)))), float(low), float(high)
 
 

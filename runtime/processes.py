@@ -44,8 +44,7 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
     """Exit code of the command `function(args)`, whose result is printed as the last line of standard output, as JSON.
 
     A refusal, a failure of the file system and lost memory give 2 and one sentence on standard error; Ctrl-C gives 130.
-    smaller: the flags that lower the memory a run needs. kept: gives the sentence that says what an interrupted run
-    leaves, or is that sentence.
+    smaller: the flags that lower the memory a run needs. kept(): a sentence that says what an interrupted run leaves.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what stands in for a terminal may not have it
@@ -62,9 +61,9 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
         return _end(program, f"out of memory ({first_line}); lower {smaller}.", 2)
     except OSError as error:  # a full disk, a file or folder that may not be read or written
         where = f": {error.filename}" if error.filename else ""
-        return _end(program, f"{error.strerror or error}{where}. {kept() if callable(kept) else kept}", 2)
+        return _end(program, f"{error.strerror or error}{where}. {kept()}", 2)
     except KeyboardInterrupt:
-        return _end(program, f"interrupted. {kept() if callable(kept) else kept}", 130)
+        return _end(program, f"interrupted. {kept()}", 130)
     if rank() == 0:
         print(json.dumps(result))
     return 0
