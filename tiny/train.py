@@ -94,9 +94,10 @@ def trained_model(folder: str) -> DiffusionLM:
 
 
 def shipped_phases() -> list[dict]:
-    """The phases that made the embedded model, from its record: mix, steps to take, and "args", where steps is the
-    length of the schedule. Some phases were cut short, and in some the learning rate fell with the minutes. Here it
-    falls with the steps, as far as it fell there.
+    """The phases that made the embedded model, from its record: mix, steps to take, and arguments.
+
+    Some phases were cut short, and in some the learning rate fell with the minutes. Here it falls with the steps, as
+    far as it fell there: the argument `steps` is the step at which it would be zero.
     """
     phases = []
     for p in read_json(resolve("tiny") / RECORD)["phases"]:
@@ -154,7 +155,8 @@ def read_state(path: Path, command: dict) -> tuple[dict, dict]:
     """The progress and the tensors that `save` wrote; Refused if they are damaged or another command's."""
     try:
         with safe_open(path, "pt") as file:
-            progress, tensors = json.loads(file.metadata()["progress"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the handle is no dict)
         before = progress["command"]
         changed = [f"--{k} was {before[k]!r} and is {v!r}" for k, v in command.items() if before[k] != v]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -198,7 +200,8 @@ def train_phase(model, phase: dict, record: dict, tensors: dict, write, interrup
     """Train from step record["steps"] on. write(optimizer): keep everything. interrupted: not empty after a Ctrl-C."""
     optimizer, args, losses = resumed_optimizer(model, tensors), phase["args"], record["loss"]
     start = time.time() - record["seconds"]
-    with processes.Bar(total=phase["steps"], initial=record["steps"], desc=name, unit="step") as bar:
+    shown = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+    with processes.Bar(total=phase["steps"], initial=record["steps"], desc=name, bar_format=shown) as bar:
         for step in range(record["steps"], phase["steps"]):
             done = max(step / args["steps"], record["seconds"] / 60 / args["minutes"])
             if interrupted or (step and done >= 1):
@@ -223,7 +226,7 @@ def train_phase(model, phase: dict, record: dict, tensors: dict, write, interrup
                                         **{k: round(v, 4) for k, v in losses.items()}})
             if done:  # --minutes may end it sooner
                 bar.total = min(phase["steps"], max(step + 1, round(step / done)))
-            bar.set_postfix_str("loss " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
+            bar.set_postfix_str("loss " + " ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
             bar.update()
         write(optimizer)
     if interrupted:
@@ -253,7 +256,7 @@ def run(args) -> dict:
                 progress["phases"].append({"mix": phase["mix"], "steps": 0, "seconds": 0, "torch": torch.__version__,
                                            "args": about, "loss": {}, "curve": []})
             train_phase(model, phase, progress["phases"][-1], tensors, lambda o: save(out, model, o, progress),
-                        interrupted, f"phase {i + 1} of {len(phases)}")
+                        interrupted, f"phase {i + 1}/{len(phases)}")
             for p in model.parameters():  # the next phase starts from the model as it was written
                 p.data = p.data.bfloat16().float()
             progress["done"], tensors = i + 1, {}
@@ -273,7 +276,7 @@ def main(argv=None) -> int:
     again.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     parser.add_argument("--preset", choices=["shipped"], help="repeat the phases that made the embedded model")
     parser.add_argument("--init", type=lambda path: str(Path(path)), help="start from the model of this folder")
-    parser.add_argument("--mix", help=f"domains of consecutive batches: {', '.join(DOMAINS)} (as in the last phase)")
+    parser.add_argument("--mix", help=f"domains of consecutive batches: {', '.join(DOMAINS)} (as in phase 8)")
     for name, meaning in (("steps", "length of the schedule"), ("minutes", "end the schedule after this time"),
                           ("tokens", "tokens per batch"), ("lr", "highest learning rate"), ("seed", "of all draws")):
         parser.add_argument(f"--{name}", type=type(DEFAULTS[name]), help=f"{meaning} ({DEFAULTS[name]})")
