@@ -332,8 +332,8 @@ def parse(argv=None):
     parser.add_argument("--repeats", type=int, help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False,
                         help="also torch.compile and torchao, where they install; takes minutes more")
-    parser.add_argument("--predict", action="store_true", help="count launches, bytes and operations of a step without "
-                        "a GPU, and measure nothing")
+    parser.add_argument("--predict", action="store_true", help="count launches, bytes and operations of a step and of "
+                        "calibrating a block without a GPU, and measure nothing")
     parser.add_argument("--gpu", choices=predict.GPUS, help="the GPU whose datasheet --predict takes (h200)")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")

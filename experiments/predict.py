@@ -1,19 +1,23 @@
-"""What a denoising step of a published model costs on a GPU, counted without one: predicted, not measured.
+"""What a published model costs on a GPU, counted without one: a denoising step, and the calibration of a block.
 
-A whole step of `generate` runs at true shapes on PyTorch's meta device, whose tensors have shapes but no numbers. It
-takes the code paths of a GPU, and what it would start there is counted:
+It is predicted, not measured. A whole step of `generate`, or `calibrate.quantize_block`, runs at true shapes on
+PyTorch's meta device, whose tensors have shapes but no numbers. It takes the code paths of a GPU, and what it would
+start there is counted:
 
-    launches   one for each operation that is no view and no allocation, and for each kernel of `runtime/cuda.py`
+    launches   one for each operation that is no view and no allocation, and for each kernel of `runtime/cuda.py`; also
+               one for a decomposition, which starts several
     bytes      of every tensor that an operation reads or writes, once; a look-up counts the rows that it takes
-    FLOP       of products, two for each multiplication
-    waits      where the host needs a number or a shape from the GPU
+    FLOP       of products, two for each multiplication, and of decompositions
+    waits      where the host needs a number or a shape from the GPU, or copies a tensor to or from it
     peak       bytes of weights and of the tensors that are alive at a time
 
-The floor of an operation is the largest of bytes / bandwidth, FLOP / rate and the time of the smallest kernel in a CUDA
-graph, by the datasheet and without an L2 cache. A step takes at least the sum of its floors.
+A number that is asked for is 0. What runs on the CPU, as the singular values of small blocks do, is not counted. The
+floor of an operation is the largest of bytes / bandwidth, FLOP / rate and the time of the smallest kernel in a CUDA
+graph, by the datasheet and without an L2 cache. The sum of all floors is the least time.
 """
 
 import json
+import sys
 import weakref
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -24,39 +28,82 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from calibrate import quantize_block
 from checkpoint.families import read_config
 from checkpoint.published import published
 from experiments.twins import eager, plus_twin, quantized_twin
+from methods import QuantConfig
 from methods.storage import memory_table
 from model import DiffusionLM, denoise
 from runtime import checks, cuda, products
 from runtime.measures import markdown_table
 
 SMALLEST_S = 4e-6  # as measured on an H200 (results/gpu-h200.md)
-STEPS = 4  # of a generation, of which the first is counted
+STEPS = 4  # of a generation, of which the second is counted
+SEGMENTS, LENGTH = 128, 256  # of a calibration (Section 4.1)
 MEASURED = Path(__file__).parents[1] / "results" / "gpu-h200" / "bench.json"
 # dense rates, with fp32 sums of bf16 and fp8 products
 Gpu = namedtuple("Gpu", "name capability multiprocessors L2_MiB bytes_per_s rates")
-HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "fp32": 67e12}
+HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "fp32": 67e12, "fp64": 67e12}
 GPUS = {"h100": Gpu("H100 SXM", (9, 0), 132, 50, 3.35e12, HOPPER), "h200": Gpu("H200", (9, 0), 132, 60, 4.8e12, HOPPER),
-        "a40": Gpu("A40", (8, 6), 84, 6, 0.696e12, {"bf16": 149.7e12, "int8": 299.3e12, "fp32": 37.4e12}),
+        "a40": Gpu("A40", (8, 6), 84, 6, 0.696e12,
+                   {"bf16": 149.7e12, "int8": 299.3e12, "fp32": 37.4e12, "fp64": 0.58e12}),
         "4090": Gpu("RTX 4090", (8, 9), 128, 72, 1.008e12,
-                    {"bf16": 165.2e12, "int8": 660.6e12, "fp8": 330.3e12, "fp32": 82.6e12})}
-PRODUCTS, LOOK_UPS = ("mm", "addmm", "bmm", "_int_mm"), ("embedding", "index", "gather")
-KINDS = {torch.int8: "int8", torch.bfloat16: "bf16"}
+                    {"bf16": 165.2e12, "int8": 660.6e12, "fp8": 330.3e12, "fp32": 82.6e12, "fp64": 1.29e12})}
+PRODUCTS, LOOK_UPS = ("mm", "addmm", "addmm_", "bmm", "_int_mm"), ("embedding", "index", "gather", "index_select")
+KINDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float64: "fp64"}
+# FLOP / n³ of n x n matrices, with n right-hand sides (Golub and Van Loan, Matrix Computations)
+DECOMPOSITIONS = {"linalg_cholesky_ex": 1 / 3, "linalg_solve_triangular": 1, "linalg_inv_ex": 2,
+                  "_linalg_solve_ex": 8 / 3, "_linalg_eigh": 9, "_linalg_svd": 21}
 FLOP = {"tiled_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * len(packed)),
         "grouped_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * len(packed)),
         "rotated_codes": lambda x, P1, P2, *_: ("bf16", 2 * x.numel() * (len(P1) + len(P2) * (P2 is not P1))),
         "centred_blocks": lambda x, *_: ("bf16", 2 * x.numel() * 64), "tac": lambda z, *_: ("bf16", 4 * z.numel() * 16),
-        "feedback": lambda x, *_: ("fp32", x.numel() * 64)}
+        "feedback": lambda x, *_: ("fp32", x.numel() * 64),
+        "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1))}
+FORMS = {}  # of results that were made before: the meta device takes half a millisecond to find one
 
 
 def touched(*tensors) -> int:
     """Bytes of tensors; a dimension that is only repeated counts once."""
     return sum(t.element_size() * torch.Size(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride).numel()
                for t in tensors if isinstance(t, torch.Tensor))
+
+
+def tensors(values) -> list:
+    """The tensors among values and in lists of them."""
+    return [t for value in values for t in (value if isinstance(value, list | tuple) else (value,))
+            if isinstance(t, torch.Tensor)]
+
+
+@cache
+def about(function) -> tuple[str, bool, bool]:
+    """The name of an operation, whether it makes a view, and whether it makes one tensor, maybe in place."""
+    name, returns = function._schema.name.removeprefix("aten::"), function._schema.returns
+    alias = returns and returns[0].alias_info
+    return (name, bool(alias and not alias.is_write) or name in ("detach", "_unsafe_view"),
+            [str(value.type) for value in returns] == ["Tensor"] and function._overloadname != "out")
+
+
+def form(value):
+    """What the form of a result depends on: of a tensor what `empty_strided` takes, of a list its items."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(form, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def run(function, args, kwargs):
+    """function(*args, **kwargs), a tensor on the meta device."""
+    key = function, form(args), form([*kwargs.items()])
+    if key not in FORMS:
+        out = function(*args, **kwargs)
+        FORMS[key] = None if out is args[0] else form(out)
+        return out
+    if FORMS[key] is None:  # in place
+        return args[0]
+    shape, stride, dtype = FORMS[key]
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 class Count(TorchDispatchMode):
@@ -89,23 +136,32 @@ class Count(TorchDispatchMode):
         return z
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, (first, *_) = function._schema.name.removeprefix("aten::"), (*function._schema.returns, None)
-        inputs = [t for t in tree_leaves(args[name == "copy_":]) if isinstance(t, torch.Tensor)]
-        asks = name == "index" and inputs[1].dtype == torch.bool  # how many rows there are
-        self.sums["waits"] += asks or name == "_local_scalar_dense"
-        if name == "_local_scalar_dense":
+        (name, view, single), kwargs = about(function), kwargs or {}
+        inputs = tensors(args[name == "copy_":])
+        here = any(t.is_meta for t in inputs)  # or on the CPU
+        asks = name == "index" and here and inputs[1].dtype == torch.bool  # how many rows there are
+        moves = name == "_to_copy" and here != (torch.device(kwargs.get("device") or inputs[0].device).type == "meta")
+        self.sums["waits"] += asks or moves or (here and name in ("_local_scalar_dense", "_linalg_check_errors"))
+        if here and name == "_local_scalar_dense":
             return 0
-        out = function(*args, **(kwargs or {})) if not asks else (
-            inputs[0].new_empty(self.open_positions, *inputs[0].shape[inputs[1].ndim:]))
-        if (first and first.alias_info and not first.alias_info.is_write) or name in ("detach", "_unsafe_view"):
-            return out  # a view
-        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if here and moves:
+            return torch.zeros(inputs[0].shape, dtype=inputs[0].dtype)
+        if asks:
+            out = inputs[0].new_empty(self.open_positions, *inputs[0].shape[inputs[1].ndim:])
+        elif name == "_fused_adamw_":  # the meta device lacks it
+            out = None
+        else:
+            out = run(function, args, kwargs) if here and single and not view else function(*args, **kwargs)
+        if view:
+            return out
+        outputs = [t for t in tensors([out]) if t.is_meta]
         for t in outputs:
             self.hold(t.untyped_storage())
-        if name in PRODUCTS:
-            (*_, K), kind = inputs[-2].shape, KINDS.get(inputs[-2].dtype, "fp32")
-            self.add(touched(*inputs, *outputs), kind, 2 * outputs[0].numel() * K)
-        elif "empty" not in name:
+        if name in PRODUCTS or name in DECOMPOSITIONS:
+            x = inputs[-2 if name in PRODUCTS else 0]
+            flop = 2 * outputs[0].numel() if name in PRODUCTS else DECOMPOSITIONS[name] * x.numel()
+            self.add(touched(*inputs, *outputs), KINDS.get(x.dtype, "fp32"), round(flop * x.shape[-1]))
+        elif "empty" not in name and (here or outputs):
             self.add(touched(*outputs, *(outputs + inputs[1:] if name in LOOK_UPS else inputs)))
         return out
 
@@ -134,6 +190,7 @@ def pretended(count: Count):
           mock.patch.multiple(torch.cuda, get_device_capability=lambda _: gpu.capability,
                               get_device_properties=lambda _: machine),
           mock.patch.object(torch.Tensor, "is_cuda", True),
+          mock.patch.object(sys.modules[torch.optim.Adam.__module__], "_device_dtype_check_for_fused"),
           mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", count.attention), count):
         yield
 
@@ -148,17 +205,43 @@ def models(name: str, blocks: int) -> dict:
 
 
 def step(model, gpu: Gpu, batch: int, length: int, tokens: int) -> Counter:
-    """The counts of a model's first denoising step; the peak is that of what is alive besides weights."""
+    """The counts of a model's second denoising step; the peak is that of what is alive besides weights."""
     prompt = torch.empty(batch, length - STEPS * tokens, dtype=torch.long, device="meta")
-    for _ in range(2):  # transforms are converted at first use
-        with pretended(count := Count(gpu, batch * STEPS * tokens)):
-            next(denoise(model, prompt, STEPS, STEPS * tokens, cuda_graph=False))
+    steps = denoise(model, prompt, STEPS, STEPS * tokens, cuda_graph=False)
+    for index in range(2):  # what is done once is done in the first
+        with pretended(count := Count(gpu, batch * (STEPS - index) * tokens)):
+            next(steps)
     return count.sums
 
 
+@torch.no_grad()
+def calibrated(model, gpu: Gpu, segments: int, length: int, **settings) -> Counter:
+    """The counts of calibrating a model's first block, where both streams are one, on half masked segments."""
+    x, state, rope, _ = model.prepare(torch.empty(segments, length, dtype=torch.long, device="meta"))
+    with pretended(count := Count(gpu, segments * length // 2)):
+        for tensor in (x, *model.blocks[0].parameters()):
+            count.hold(tensor.untyped_storage())
+        quantize_block(model.blocks[0], x, x, state, rope, QuantConfig(**settings), 0)
+    return count.sums
+
+
+def calibration(name: str, gpu: str) -> list[dict]:
+    """Counts and floors of calibrating a block of the published model. All epochs of a training are alike, but that
+    the first makes the optimizer's moments; each counts as the first."""
+    one, known = models(name, 1)["16-bit"], json.loads(MEASURED.with_name("calib.json").read_text())
+    plus, start, first = (calibrated(one, GPUS[gpu], SEGMENTS, LENGTH, **settings)
+                          for settings in ({"method": "starquant+"}, {"epochs": 0}, {"epochs": 1}))
+    known = known | {"starquant+": known["starquant+ again"]} if (name, gpu) == ("llada-8b", "h200") else {}
+    rows = {"starquant+": plus} | {
+        f"starquant, {n} epochs": {key: start[key] + n * (first[key] - start[key]) for key in first}
+        | {"peak_bytes": first["peak_bytes"]} for n in (2, QuantConfig().epochs)}
+    return [{"method": label, **counts, "measured": known.get(label)} for label, counts in rows.items()]
+
+
 def predict(name: str, gpu: str, points) -> dict:
-    """Counts and floors of a step of the published model, for points of batch, length and tokens per step. All blocks
-    are alike, so each counts as the difference between a model of two blocks and a model of one."""
+    """Counts and floors of a step of the published model, for points of batch, length and tokens per step, and of the
+    calibration of a block. All blocks are alike, so each counts as the difference between a model of two blocks and a
+    model of one."""
     c, rows, results = read_config(published(name)), [], json.loads(MEASURED.read_text())
     known = results["denoising"] if (name, gpu) == (results["model"], "h200") else []
     with pretended(Count(GPUS[gpu])):
@@ -171,22 +254,32 @@ def predict(name: str, gpu: str, points) -> dict:
             counts = {key: few[key] + (c.n_layers - 1) * (more[key] - few[key]) for key in more}
             counts["peak_bytes"] += tables[kind]["total"] if kind in tables else tables["starquant"]["sixteen_bit"]
             rows.append({"batch": batch, "length": length, "model": kind, **counts, "measured": measured.get(kind)})
-    return {"predicted": True, "model": name, "gpu": GPUS[gpu].name, "steps": rows}
+    return {"predicted": True, "model": name, "gpu": GPUS[gpu].name, "steps": rows,
+            "calibration": calibration(name, gpu)}
 
 
 def table(result: dict) -> str:
     """The result of `predict` as Markdown."""
     gpu = next(g for g in GPUS.values() if g.name == result["gpu"])
-    header = ("batch x length", "model", "launches", "waits", "GB moved", "TFLOP", "peak GB (measured)", "ms: bytes",
-              "ms: FLOP", "ms: launches", "ms: floor", "ms: measured")
-    rows = []
-    for row in result["steps"]:
-        flop, measured = {kind: row.get(f"{kind}_flop", 0) for kind in gpu.rates}, row["measured"]
-        ms = (row["bytes"] / gpu.bytes_per_s, sum(n / gpu.rates[kind] for kind, n in flop.items()),
-              row["launches"] * SMALLEST_S, row["floor_s"], measured and measured["step_s"]["median"])
-        peak = f"{row['peak_bytes'] / 1e9:.2f}" + (f" ({measured['peak_bytes'] / 1e9:.2f})" if measured else "")
-        rows.append((f"{row['batch']} x {row['length']}", row["model"], row["launches"], row["waits"],
-                     f"{row['bytes'] / 1e9:.2f}", f"{sum(flop.values()) / 1e12:.2f}", peak,
-                     *("" if s is None else f"{1e3 * s:.2f}" for s in ms)))
+
+    def counts(rows, unit, *what):
+        """A table of rows, which begin with the columns `what`."""
+        cells = []
+        for *first, row in rows:
+            flop, measured = {kind: row.get(f"{kind}_flop", 0) for kind in gpu.rates}, row["measured"] or {}
+            times = (row["bytes"] / gpu.bytes_per_s, sum(n / gpu.rates[kind] for kind, n in flop.items()),
+                     row["launches"] * SMALLEST_S, row["floor_s"],
+                     measured.get("seconds") or measured.get("step_s", {}).get("median"))
+            peak = f"{row['peak_bytes'] / 1e9:.2f}" + (f" ({measured['peak_bytes'] / 1e9:.2f})" if measured else "")
+            cells.append((*first, row["launches"], row["waits"], f"{row['bytes'] / 1e9:.2f}",
+                          f"{sum(flop.values()) / 1e12:.2f}", peak,
+                          *("" if s is None else f"{s * {'ms': 1e3, 's': 1}[unit]:.2f}" for s in times)))
+        return markdown_table((*what, "launches", "waits", "GB moved", "TFLOP", "peak GB (measured)", *(
+            f"{unit}: {part}" for part in ("bytes", "FLOP", "launches", "floor", "measured"))), cells)
+
+    steps = [(f"{row['batch']} x {row['length']}", row["model"], row) for row in result["steps"]]
+    blocks = [(row["method"], row) for row in result["calibration"]]
     return (f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted without it.\n\n"
-            + markdown_table(header, rows))
+            f"{counts(steps, 'ms', 'batch x length', 'model')}\n\n"
+            f"PREDICTED, NOT MEASURED: one of its blocks, calibrated on {SEGMENTS} segments of {LENGTH} tokens. Every "
+            f"epoch of a training counts as the first.\n\n{counts(blocks, 's', 'method')}")

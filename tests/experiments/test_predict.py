@@ -1,4 +1,5 @@
-"""A denoising step counted without a GPU: exact where that can be worked out by hand, and beside an H200's numbers."""
+"""A step and a calibration counted without a GPU: exact where that can be worked out by hand, and beside an H200's
+numbers."""
 
 import json
 
@@ -11,12 +12,22 @@ from model import load_model
 
 D, FFN, HEAD = 4096, 12288, 128  # of LLaDA-8B
 SHAPES = ((3 * D, D), (D, D), (2 * FFN, D), (D, FFN))  # C, d of its linears
+WEIGHTS = sum(C * d for C, d in SHAPES)
 
 
 @pytest.fixture(scope="module")
-def rows():
-    result = predict.predict("llada-8b", "h200", [(1, 32, 1), (4, 1024, 4)])
+def result():
+    return predict.predict("llada-8b", "h200", [(1, 32, 1), (4, 1024, 4)])
+
+
+@pytest.fixture(scope="module")
+def rows(result):
     return {(row["batch"], row["length"], row["model"]): row for row in result["steps"]}
+
+
+@pytest.fixture(scope="module")
+def calibrated(result):
+    return {row["method"]: row for row in result["calibration"]}
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +57,18 @@ def test_bytes_of_a_16_bit_block_are_those_of_every_operation(blocks):
     elements += M * 3 * D + 4 * M * HEAD + M * 2 * D + 4 * M * D  # rope: qkv, cos and sin in fp32, q and k; attention
     elements += 3 * M * FFN  # SiLU
     assert blocks["16-bit"]["bytes"] == 2 * elements
-    assert blocks["16-bit"]["bf16_flop"] == 2 * M * sum(C * d for C, d in SHAPES) + 4 * M * M * D
+    assert blocks["16-bit"]["bf16_flop"] == 2 * M * WEIGHTS + 4 * M * M * D
 
 
 def test_quantized_weights_take_a_quarter(blocks):
-    weights = sum(C * d for C, d in SHAPES)
-    more = {name: blocks[name]["bytes"] - size * weights
+    more = {name: blocks[name]["bytes"] - size * WEIGHTS
             for name, size in (("16-bit", 2), ("starquant", 0.5), ("starquant+", 0.5))}
-    assert 0 < more["16-bit"] < more["starquant"] < more["starquant+"] < 0.6 * weights  # sums of split tiles among them
-    assert blocks["starquant"]["int8_flop"] == 2 * 32 * weights
+    assert 0 < more["16-bit"] < more["starquant"] < more["starquant+"] < 0.6 * WEIGHTS  # sums of split tiles among them
+    assert blocks["starquant"]["int8_flop"] == 2 * 32 * WEIGHTS
 
 
 @pytest.mark.parametrize(("point", "launches"), [
-    ((1, 32), (1293, 390, 557, 813)), ((4, 1024), (1293, 390, 815, 1071))])
+    ((1, 32), (1290, 387, 554, 810)), ((4, 1024), (1290, 387, 812, 1068))])
 def test_launches_of_a_step(rows, point, launches):
     assert tuple(row["launches"] for key, row in rows.items() if key[:2] == point) == launches
 
@@ -70,7 +80,50 @@ def test_peaks_are_those_measured_and_floors_are_never_above_the_time(rows):
         assert row["waits"] == 1  # at which positions the head runs
 
 
-def test_dream_on_an_a40_by_the_command(tmp_path, capsys):
+def test_an_epoch_of_training():
+    gpu, L = predict.GPUS["h200"], 256
+    with predict.pretended(predict.Count(gpu)):
+        model = predict.models("llada-8b", 1)["16-bit"]
+    none, one, two = (predict.calibrated(model, gpu, 8, L, epochs=epochs) for epochs in range(3))
+    epoch, second = one - none, two - one
+    # the first epoch also makes AdamW's count and two moments, of two factors of four linears
+    assert epoch["launches"] == second["launches"] + 4 * 2 * 3
+    assert epoch["bytes"] == pytest.approx(second["bytes"], rel=1e-4)
+    assert all(epoch[key] == second[key] for key in ("fp32_flop", "waits"))
+    flop = 0
+    for (C, d), (n1, n2) in zip(SHAPES, [(64, 64)] * 3 + [(96, 128)], strict=True):
+        # of 8 segments one is held out, and batches of 4 and 3 are trained on: P, its products with X and W, Eq. 15
+        P = 8 / 3 + 2  # n³: (I + S)⁻¹ (I − S), and the start times that
+        forward = 2 * 8 * L * C * d + 2 * (8 * L + 3 * C) * d * (n1 + n2) + 3 * P * (n1**3 + n2**3)
+        # of W̃ and Φ(X); of P1, and of P2 and what it is multiplied by; of A
+        backward = 4 * 7 * L * C * d + (7 * L + 2 * C) * d * (2 * n1 + 4 * n2) + 2 * 6 * (n1**3 + n2**3)
+        flop += forward + backward
+    assert epoch["fp32_flop"] == pytest.approx(flop, rel=1e-9)  # thirds are rounded
+    # rows of x, y and the state, for two steps and what is held out, whose loss is read
+    assert epoch["waits"] == 4 * (3 * 3 + 1)
+
+
+def test_products_of_a_calibrated_block(calibrated):
+    N, quantized = 128 * 256, [C * d for C, d in SHAPES]
+    for row in calibrated.values():  # qkv runs before the three other linears, and so on; 16 segments for the error
+        assert row["int8_flop"] - 2 * 16 * 256 * WEIGHTS == pytest.approx(
+            2 * N * sum(n * size for n, size in zip((3, 2, 1, 0), quantized, strict=True))
+            + (row["method"] != "starquant+") * N * quantized[0])  # TAC is estimated on half of the segments
+    # the factor of H⁻¹; every column's error onto the others; three second moments of blocks of 64
+    fp64 = sum(4 / 3 * d**3 + C * d * (d - 1) + 3 * 2 * 64 * C * d for C, d in SHAPES)
+    assert calibrated["starquant+"]["fp64_flop"] == pytest.approx(fp64, rel=0.01)
+
+
+def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
+    measured = [row for row in calibrated.values() if row["measured"]]
+    assert [row["method"] for row in measured] == ["starquant+", "starquant, 2 epochs"]
+    for row in measured:
+        assert row["peak_bytes"] == pytest.approx(row["measured"]["peak_bytes"], rel=0.04)
+        assert 0.5 * row["measured"]["seconds"] < row["floor_s"] < row["measured"]["seconds"]
+
+
+def test_dream_on_an_a40_by_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "SEGMENTS", 16)
     out = tmp_path / "predicted.json"
     command = ["--model", "dream-7b", "--predict", "--gpu", "a40", "--points", "1x64x4", "--out", str(out)]
     assert bench.main(command) == 0
@@ -79,6 +132,9 @@ def test_dream_on_an_a40_by_the_command(tmp_path, capsys):
     assert result["predicted"]
     steps = {row["model"]: row for row in result["steps"]}
     assert not any(row["measured"] for row in steps.values())
+    plus, *_ = result["calibration"]
+    assert plus["measured"] is None
+    assert 0.5 * plus["floor_s"] < plus["fp64_flop"] / predict.GPUS["a40"].rates["fp64"] < plus["floor_s"]
     assert 2 * steps["starquant"]["floor_s"] < steps["16-bit"]["floor_s"] < steps["16-bit, eager glue"]["floor_s"]
 
 
