@@ -72,8 +72,8 @@ def inherited(folder: Path) -> dict:
     except Exception:  # no card, or one that cannot be read: the library has many types for it
         said = {}
     out = {k: said[k] for k in ("license", "license_name", "license_link", "language") if said.get(k)}
-    for path in sorted(folder.glob("LICENSE*"))[: "license" not in out]:
-        text = path.read_text(encoding="utf-8", errors="replace")[:200]
-        known = {"MIT License": "mit", "Apache License": "apache-2.0"}
-        out["license"] = next((known[words] for words in known if words in text), "other")
+    files = sorted(folder.glob("LICENSE*"))
+    if files and "license" not in out:
+        text = files[0].read_text(encoding="utf-8", errors="replace")[:200]
+        out["license"] = "mit" if "MIT License" in text else "apache-2.0" if "Apache License" in text else "other"
     return out

@@ -140,7 +140,7 @@ class Output:
     def finish(self, block) -> None:
         """The last shard, the index, the config, the tokenizer's files and the model card; `block` is any block."""
         c, config = self.source.config, self.run["config"]
-        outer = dict.fromkeys(sorted(storage.outer(c)))
+        outer = dict.fromkeys(sorted(storage.outer(c)))  # in 16 bit all of it comes from the source
         if config["head_bits"] < 16:
             model = load_outer(self.source, dtype=torch.bfloat16)
             outer = outer_tensors(quantize_outer(model, config["head_bits"], config["embed_bits"] or None))
@@ -175,8 +175,8 @@ class Output:
         return view
 
     def _write_state(self, complete: bool) -> None:
-        disk.write_json(self.folder / STATE, {"complete": complete, "run": self.run,
-                                         "blocks": [self.records[i] for i in sorted(self.records)]})
+        blocks = [self.records[i] for i in sorted(self.records)]
+        disk.write_json(self.folder / STATE, {"complete": complete, "run": self.run, "blocks": blocks})
 
 
 def gates(block) -> dict:
@@ -185,7 +185,10 @@ def gates(block) -> dict:
 
 
 def quantization_config(config: dict, c: ModelConfig, gates: dict) -> dict:
-    """What config.json says about a quantized model: settings (by name), the model's config, `gates(block)`."""
+    """What config.json says about a quantized model.
+
+    config: the settings by name. c: the model's config. gates: what `gates` says of a block.
+    """
     names, head_bits = NAMES[c.family], config["head_bits"]
     outer = {"head_bits": head_bits, "embed_bits": config["embed_bits"] or head_bits} if head_bits < 16 else {}
     return {"quant_method": "starquant", "format": "int4-packed" if config["wbits"] <= 4 else "int8", **outer,

@@ -52,8 +52,8 @@ class Reached(Exception):  # noqa: N818 (not an error)
 
 
 @contextmanager
-def watching(block, names, see, stop: bool = False):
-    """While it is open, see(name, x) is called with the input x of each named submodule of a block that runs."""
+def watching(block, names, see, stop: bool):
+    """While it is open, see(name, x) is called with the input of each named submodule; `stop` then raises Reached."""
     def hook(name, x):
         see(name, x)
         if stop:
@@ -69,13 +69,17 @@ def watching(block, names, see, stop: bool = False):
 
 
 @torch.no_grad()
-def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...] = (), spill: Path | None = None):
-    """x (S, L, D) -> the output of a block (S, L, D) and the input of each submodule in `watch`, {name: (S, L, d)}."""
+def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...] = (), spill: Path | None = None,
+              stop: bool = False):
+    """x (S, L, D) -> the output of a block (S, L, D) and the input of each submodule in `watch`, {name: (S, L, d)}.
+
+    stop: the block runs up to the first of these submodules, and the output is None.
+    """
     kept = Kept(len(x), spill)
     for now in batches(len(x), rows):
-        with watching(block, watch, partial(kept.put, now)):
+        with watching(block, watch, partial(kept.put, now), stop), suppress(Reached):
             kept.put(now, "output", block(x[now].to(state.device), state[now], rope))
-    return kept.pop("output"), kept
+    return kept.pop("output", None), kept
 
 
 @torch.no_grad()
@@ -89,11 +93,6 @@ def inputs_of(model, ids, names=FUSED) -> list[dict]:
     return out
 
 
-@torch.no_grad()
 def input_of(name: str, block, x, state, rope, spill: Path | None = None):
     """Input (S, L, d) of the submodule `name` of a block, which runs up to it and no further."""
-    kept = Kept(len(x), spill)
-    for now in batches(len(x), SEGMENTS):
-        with watching(block, (name,), partial(kept.put, now), stop=True), suppress(Reached):
-            block(x[now].to(state.device), state[now], rope)
-    return kept[name]
+    return run_block(block, x, state, rope, watch=(name,), spill=spill, stop=True)[1][name]

@@ -71,12 +71,19 @@ class Run:
             defaults = dataclasses.asdict(config_of({"method": setting.get("method", "starquant")}, seed))
             defaults["method"] = "starquant"
             setting = {k: v for k, v in setting.items() if defaults.get(k) != v}
-        sequences = {} if self.sequences in (None, self.problems) else {"sequences": self.sequences}
-        return {"weights": weights_digest(resolve(self.name)), "stress": self.c, "problems": self.problems,
-                "seed": seed, "setting": setting,
-                **({"nelbo": self.nelbo, **sequences} if threshold is None else {"threshold": threshold}),
-                **({} if self.segments == 128 else {"segments": self.segments}),
-                **({} if self.kind == "cpu" else {"device": self.kind})}
+        key = {"weights": weights_digest(resolve(self.name)), "stress": self.c, "problems": self.problems, "seed": seed,
+               "setting": setting}
+        if threshold is not None:
+            key["threshold"] = threshold
+        else:
+            key["nelbo"] = self.nelbo
+            if self.sequences not in (None, self.problems):
+                key["sequences"] = self.sequences
+        if self.segments != 128:
+            key["segments"] = self.segments
+        if self.kind != "cpu":
+            key["device"] = self.kind
+        return key
 
     @property
     def kind(self) -> str:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from matplotlib import ticker
 
 from calibrate import quantize_model
@@ -85,9 +86,8 @@ def plain_numbers(axis, subs=(1, 2, 5), form: str = "{x:g}"):
 
 def denoising_states(model, prompts):
     """Token ids before every step of a greedy run that writes WRITTEN tokens behind prompts (n, PROMPT)."""
-    start = torch.full((len(prompts), WRITTEN), model.mask_id, device=prompts.device)
     steps = [step.ids for step in denoise(model, prompts, WRITTEN, WRITTEN)]
-    return [torch.cat((prompts, start), 1), *steps[:-1]]
+    return [F.pad(prompts, (0, WRITTEN), value=model.mask_id), *steps[:-1]]
 
 
 def prompts_for(model):

@@ -29,6 +29,8 @@ MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math"
 def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
     """A Markdown table of means with 95 % intervals (and paired differences), and the same as numbers."""
     header, rows, numbers = ["measure", "value", "95 % interval"], [], {}
+    if reference:
+        header += ["against it", "95 % interval"]
     for key, per_example in values.items():
         mean, low, high = numbers[key] = measures.bootstrap(per_example)
         rows.append([MEASURES[key], f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
@@ -37,7 +39,7 @@ def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] |
             rows[-1] += [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
         elif reference:
             rows[-1] += ["", ""]
-    return measures.markdown_table(header + ["against it", "95 % interval"] * bool(reference), rows), numbers
+    return measures.markdown_table(header, rows), numbers
 
 
 def checkpoints(args) -> dict[str, Checkpoint]:

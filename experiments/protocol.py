@@ -29,7 +29,7 @@ class Setting:
     task: str  # the harness' name
     shots: int | None = None  # None: as the task says
     mc_num: int = 128  # masks per likelihood
-    mc_batch: int = 8  # of which so many are one stratified batch
+    mc_batch: int = 8  # masks in a stratified batch
     cfg: float = 0.0  # classifier-free guidance
     generation: dict = field(default_factory=dict)  # options of `sampling.generate`
     chat: bool = False  # apply the chat template

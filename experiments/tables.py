@@ -44,7 +44,9 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     """Measure what is missing of one table (fresh: all of it) and write it to the folder `out` as .json and .md."""
     run.check()
     # what is measured of a setting: likelihoods and tasks (None), and decoding by each threshold
-    kinds = [None] * (number not in DECODING) + [*THRESHOLDS.get(number, ())] * (quick or not run.nelbo)
+    kinds = [] if number in DECODING else [None]
+    if quick or not run.nelbo:
+        kinds += THRESHOLDS.get(number, ())
     if not kinds:
         raise Refused(f"table {number} has no likelihoods; leave --nelbo out.")
     out.mkdir(parents=True, exist_ok=True)
@@ -61,11 +63,11 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
         values = {at(k, threshold): v for threshold, cell in zip(kinds, of_kinds, strict=True)
                   for k, v in cell["values"].items() if threshold or not run.nelbo or k in ("nelbo", "kl")}
         rows.setdefault(label, []).append(values)
-    command = f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}"
-    command += f" --sequences {run.sequences}" if run.sequences not in (None, run.problems) else ""
-    command += (f" --stress {run.c:g}" if run.c != 1 else "") + (" --quick" if quick else " --nelbo" * run.nelbo)
+    command = [f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}",
+               "" if run.sequences in (None, run.problems) else f"--sequences {run.sequences}",
+               "" if run.c == 1 else f"--stress {run.c:g}", "--quick" if quick else "--nelbo" if run.nelbo else ""]
     counterparts = {row.label: row.against for row in TABLES[number] if row.against != ABOVE}
-    record = {"command": command, "commit": ", ".join(sorted({c["commit"] for c in used})),
+    record = {"command": " ".join(filter(None, command)), "commit": ", ".join(sorted({c["commit"] for c in used})),
               "torch": ", ".join(sorted({c["torch"] for c in used})), "model": run.name, "device": run.kind,
               "seeds": seeds, "first_seed": FIRST_SEED, "problems": run.problems,
               "sequences": run.sequences or run.problems, "stress": run.c, "thresholds": [t for t in kinds if t],
@@ -93,7 +95,7 @@ def file_name(number: str, run: Run, seeds: int, quick: bool) -> str:
     size = f"{seeds}x{run.problems}" + (f"x{run.sequences}" if run.sequences not in (None, run.problems) else "")
     published = {f"{SEEDS}x{SEQUENCES}" if run.nelbo else f"{SEEDS}x{PROBLEMS}x{SEQUENCES}"}
     parts = [f"table-{number}", "" if run.name == "tiny" else Path(run.name).name,
-             "" if run.c == 1 else f"stress{run.c:g}", "quick" if quick else "nelbo" * run.nelbo,
+             "" if run.c == 1 else f"stress{run.c:g}", "quick" if quick else "nelbo" if run.nelbo else "",
              "" if size in published else size]
     return "-".join(filter(None, parts))
 
@@ -202,7 +204,8 @@ def against(row: dict, above: str, measure: str, scale: float, zero: float) -> s
     if measure not in other:
         return ""
     difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(scale * (value - zero) for value in other[measure]))
-    return difference + " *" * other.get("significant", False) + f" {other['setting']}" * (other["setting"] != above)
+    star = " *" if other.get("significant") else ""
+    return difference + star + ("" if other["setting"] == above else f" {other['setting']}")
 
 
 def markdown(record: dict) -> str:

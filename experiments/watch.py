@@ -36,7 +36,7 @@ def encode_prompt(model, text: str, chat: bool) -> torch.Tensor:
     if not chat:
         return torch.tensor([model.tokenizer.encode(text + "\n").ids])
     if not has_template(model):
-        raise Refused(f"the tokenizer has no token {END_OF_TURN[model.config.family]} and the family no chat template; "
+        raise Refused(f"the tokenizer has no token {END_OF_TURN[model.config.family]} or the family no chat template; "
                       f"leave --chat out.")
     conversation = chat_prompt(model.config.family, [{"role": "user", "content": text}])
     return torch.tensor([model.tokenizer.encode(conversation, add_special_tokens=False).ids])
@@ -131,8 +131,15 @@ def marks_of(answers: list[list[int]], steps, mask_ids, start: int) -> list[list
     """The mark of every token of every answer."""
     differ = [len(set(tokens)) > 1 and not set(tokens) & mask_ids for tokens in zip(*answers, strict=True)]
     new = [step.committed[0, start:].tolist() if step else [False] * len(differ) for step in steps]
-    return [[DIM if t in mask_ids else "1;" * n + OTHER if d else NEW * n for t, n, d in zip(*row, differ, strict=True)]
-            for row in zip(answers, new, strict=True)]
+
+    def mark(token, is_new, differs):
+        if token in mask_ids:
+            return DIM
+        if differs:
+            return f"1;{OTHER}" if is_new else OTHER
+        return NEW if is_new else ""
+
+    return [list(map(mark, tokens, fresh, differ)) for tokens, fresh in zip(answers, new, strict=True)]
 
 
 def show_denoising(models: dict, ids: torch.Tensor, out=None, seed: int = 0, **options) -> dict:
@@ -140,7 +147,7 @@ def show_denoising(models: dict, ids: torch.Tensor, out=None, seed: int = 0, **o
 
     options: of `denoise`. Returns what each model wrote, and in how many passes.
     """
-    out = sys.stdout if out is None else out
+    out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     coloured = live and not os.environ.get("NO_COLOR")
     start, mask_ids, steps = ids.shape[1], {m.mask_id for m in models.values()}, options.get("steps")

@@ -37,6 +37,7 @@ METHODS = {
     "flatquant": Method(sgat.Trained, flat.fit_flatquant, flat.stored_flat),
     "freeact": Method(sgat.Gated, flat.fit_freeact, flat.stored_flat),
 }
+FLAGS = ("method", "wbits", "abits", "seed", "inputs", "states")  # settings that are flags of `calibrate.py`
 
 
 def settings_of(method: str) -> dict:
@@ -63,7 +64,7 @@ def QuantConfig(method: str = "starquant", **values) -> Settings:
 
 def config_from(args) -> Settings:
     """The settings that the flags of `calibrate.py` ask for."""
-    values = {name: getattr(args, name) for name in ("method", "wbits", "abits", "seed", "inputs", "states")}
+    values = {name: getattr(args, name) for name in FLAGS}
     kinds = {name: type(f.default) for m in METHODS for name, f in settings_of(m).items() if name not in values}
     flags = dict(values)
     for item in args.set:
@@ -82,11 +83,13 @@ def config_from(args) -> Settings:
 
 def settings_help() -> str:
     """What --set takes, for --help: every setting under the methods that have it."""
-    groups = {}
-    for f in {(name, f.default): f for m in METHODS for name, f in settings_of(m).items()}.values():
-        if "text" in f.metadata and f.name not in ("wbits", "abits", "seed", "inputs", "states"):
-            mine = [m for m in METHODS if settings_of(m).get(f.name) and settings_of(m)[f.name].default == f.default]
-            groups.setdefault("every method" if len(mine) == len(METHODS) else ", ".join(mine), []).append(f)
+    owners, groups = {}, {}
+    for method in METHODS:
+        for name, f in settings_of(method).items():
+            if name not in FLAGS:
+                owners.setdefault((name, f.default), (f, []))[1].append(method)
+    for f, methods in owners.values():
+        groups.setdefault("every method" if len(methods) == len(METHODS) else ", ".join(methods), []).append(f)
     lines = ["settings of --set NAME=VALUE, by the methods that have them:"]
     for methods, group in groups.items():
         lines.append(f"  {methods}")

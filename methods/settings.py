@@ -45,13 +45,14 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata.get("range", (None, None))
+            value, kind = getattr(self, f.name), type(f.default)
             if "choices" in f.metadata and value not in f.metadata["choices"]:
                 raise Refused(f"{f.name} {value!r} is not one of {', '.join(map(str, f.metadata['choices']))}.")
-            kind = type(f.default)
-            if low is not None and not (type(value) is kind or (kind is float and type(value) is int)):
-                raise Refused(f"{f.name} {value!r} is no {kind.__name__}.")
-            if low is not None and not low <= value <= high:
-                raise Refused(f"{f.name} {value} is not between {low} and {high}.")
+            if "range" in f.metadata:
+                low, high = f.metadata["range"]
+                if type(value) is not kind and not (kind is float and type(value) is int):
+                    raise Refused(f"{f.name} {value!r} is no {kind.__name__}.")
+                if not low <= value <= high:
+                    raise Refused(f"{f.name} {value} is not between {low} and {high}.")
         if self.embed_bits and self.head_bits == 16:
             raise Refused(f"embed_bits {self.embed_bits} needs head_bits 8 or 4.")

@@ -5,10 +5,12 @@ weight, its scales and the bias (`methods/__init__.py`).
 """
 
 from dataclasses import replace
+from math import prod
 
 from checkpoint import storage
 from checkpoint.families import NAMES, ModelConfig, linear_shapes
 from checkpoint.folder import Checkpoint
+from checkpoint.loading import expected_tensors
 from methods import METHODS, QuantConfig
 from methods.hadamard import exists
 from methods.settings import Settings
@@ -49,8 +51,8 @@ def output_bytes(source: Checkpoint, config: Settings) -> tuple[list[int], int]:
     return blocks, outer
 
 
-def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embed_bits: int | None = None,
-                 method: str = "starquant", weights: str = "packed") -> dict[str, int]:
+def memory_table(c: ModelConfig, head_bits: int = 16, embed_bits: int | None = None, method: str = "starquant",
+                 weights: str = "packed") -> dict[str, int]:
     """Bytes of a quantized model in memory by part, their `total`, and `sixteen_bit`, the same model in bf16.
 
     Weights only, with the method's default settings (the right half of Table 4). Activations and scratch come on top
@@ -58,7 +60,7 @@ def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embe
     stored, a linear keeps an int32 sum for each row of its weight. A head tied to an integer embedding keeps its scales
     and these sums.
     """
-    block = stored_block(c, QuantConfig(method, wbits=weight_bits))
+    block = stored_block(c, QuantConfig(method))
     if weights == "int8":
         block = replace(block, linears={name: replace(linear, bits=8) for name, linear in block.linears.items()})
     table = dict.fromkeys(("linears", "scales", "transforms", "centring", "tac", "attention", "embedding", "head",
@@ -67,13 +69,10 @@ def memory_table(c: ModelConfig, weight_bits: int = 4, head_bits: int = 16, embe
         part, _, suffix = name.partition(".")
         key = {"tac": "tac", "softmax_value": "attention"}.get(part) or PARTS.get(suffix, "transforms")
         table[key] += c.n_layers * tensor.nbytes
-    shapes, V = linear_shapes(c), c.vocab_size
-    table["scales"] += c.n_layers * 4 * sum(C for C, _ in shapes.values())
+    table["scales"] += c.n_layers * 4 * sum(C for C, _ in linear_shapes(c).values())
     names, outer = NAMES[c.family], storage.outer(c, head_bits, embed_bits)
     for part, module in {"embedding": names.embed, "head": names.head, "norms": names.final_norm}.items():
         table[part] += sum(tensor.nbytes for name, tensor in outer.items() if name.startswith(f"{module}."))
     if head_bits < 16:
-        table["head"] += 4 * V + 4 * V * c.tied
-    total = sum(table.values())
-    linears = c.n_layers * (sum(C * d for C, d in shapes.values()) + shapes["qkv"][0] * c.qkv_bias)
-    return table | {"total": total, "sixteen_bit": 2 * (linears + V * c.d_model * (2 - c.tied)) + table["norms"]}
+        table["head"] += 4 * c.vocab_size * (2 if c.tied else 1)
+    return table | {"total": sum(table.values()), "sixteen_bit": 2 * sum(map(prod, expected_tensors(c).values()))}

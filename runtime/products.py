@@ -42,9 +42,11 @@ class Way(NamedTuple):
 
 def serves(layer, x) -> bool:
     """Whether the kernels serve a QuantLinear and x (..., d): `checks.usable`, C a multiple of 16, feedback of 64."""
-    V = layer.feedback
-    return len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK) and (
-        checks.usable(x, "linear", *["feedback"] * (V is not None)))
+    V, parts = layer.feedback, ["linear"]
+    if V is not None:
+        parts.append("feedback")
+    return (len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK)
+            and checks.usable(x, *parts))
 
 
 def linear(layer, x, state):
@@ -78,12 +80,13 @@ def codes(layer, x, state, order: str = "plain"):
 
 def rotation_of(x, P: list) -> cuda.Rotation | None:
     """The sizes of `cuda.rotated_codes` for rows x (M, K) and the factors P, or None where it does not serve."""
+    # for many wide rows, and for n1 above 128, two passes are faster (results/gpu-h200.md)
     if x.dtype != torch.bfloat16 or len(P) != 1 or (x.shape[1] > 8192 and len(x) > 1024):
-        return None  # the last: two passes are faster then (results/gpu-h200.md)
+        return None
     factor, kronecker = P[0], isinstance(P[0], Kronecker)
     n1, n2 = len(factor[0]), len(factor.P2) if kronecker else 64
     fits = n2 in (64, 128) if kronecker else isinstance(factor, Across) and x.shape[1] == 64 * n1
-    sizes = cuda.Rotation(n1, n2, int(kronecker))  # wider ones than 128 are slower than two passes
+    sizes = cuda.Rotation(n1, n2, int(kronecker))
     return sizes if fits and n1 <= 128 and n1 % 8 == 0 and checks.ready(x.device.index, x.dtype, sizes) else None
 
 
@@ -195,13 +198,13 @@ def fastest(calls: dict, key: tuple) -> str:
     return _FASTEST[key]
 
 
-def _gpu_seconds(call, device, repeats: int = 5) -> float:
-    """Median seconds of a call on the GPU alone, which is kept busy until all repeats are queued; before each of them
-    the L2 cache is overwritten, since in a model the weights come from memory."""
+def _gpu_seconds(call, device) -> float:
+    """Median seconds of five calls on the GPU alone, which is kept busy until all of them are queued. Before each, the
+    L2 cache is overwritten, since in a model the weights come from memory."""
     with torch.cuda.device(device):
         call()
         other = torch.empty(2**27, dtype=torch.uint8, device=device)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(5)]
         torch.cuda._sleep(10_000_000)  # cycles, some 6 ms
         for start, end in events:
             other.zero_()
@@ -209,4 +212,4 @@ def _gpu_seconds(call, device, repeats: int = 5) -> float:
             call()
             end.record()
         end.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] / 1000
+        return sorted(start.elapsed_time(end) for start, end in events)[2] / 1000

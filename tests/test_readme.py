@@ -211,7 +211,7 @@ def test_memory_table_is_the_exact_count():
     assert len(found) == 4
     for model, method, cells in found:
         for cell, (head, embed) in zip(cells.split("|")[1:], ((16, 16), (8, 8), (8, 4)), strict=True):
-            sizes = memory_table(read_config(published.SHAPES[model.lower()]), 4, head, embed, method)
+            sizes = memory_table(read_config(published.SHAPES[model.lower()]), head, embed, method)
             saving = sizes["sixteen_bit"] / sizes["total"]
             assert cell.strip() == f"{sizes['total'] / 1e9:.2f} GB, {saving:.2f}x"
 
