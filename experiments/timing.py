@@ -15,6 +15,7 @@ import torch
 import kernels
 from runtime.processes import Refused, synchronize
 
+WARM_UPS = 2  # calls of every function before those that count
 REPLAYS = 4  # of a CUDA graph per measurement
 
 
@@ -33,25 +34,16 @@ def attempt(function, device) -> str | None:
 
 def measure(functions: dict, repeats: int, device) -> dict:
     """Seconds of each function, called in turns: {name: {"median", "low", "high"} | {"failed": why}}; quartiles."""
-    times, out = {}, {}
-    for name, function in functions.items():
-        why = attempt(function, device) or attempt(function, device)  # both to warm up
-        if why:
-            out[name] = {"failed": why}
-        else:
-            times[name] = []
-    for _ in range(repeats):
-        for name in list(times):
+    times, out = {name: [] for name in functions}, {}
+    for _ in range(WARM_UPS + repeats):
+        for name in [name for name in functions if name not in out]:
             synchronize(device)
             start = time.perf_counter()
-            why = attempt(functions[name], device)
-            if why:
+            if why := attempt(functions[name], device):
                 out[name] = {"failed": why}
-                del times[name]
-            else:
-                times[name].append(time.perf_counter() - start)
-    for name, seconds in times.items():
-        low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(
+            times[name].append(time.perf_counter() - start)
+    for name in [name for name in functions if name not in out]:
+        low, median, high = torch.tensor(times[name][WARM_UPS:], dtype=torch.float64).quantile(
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         out[name] = {"median": median, "low": low, "high": high}
     return out
@@ -112,4 +104,4 @@ def roofline(top: dict, size: float, ops: float, kind: str) -> float:
 def busy() -> str:
     """A sentence about other work on this machine's processors, "" where there is little or the system does not say."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    return f"The machine was busy: {load:.1f} threads wanted its {os.cpu_count()} processors." * (load > 0.5)
+    return f"The machine was busy: {load:.1f} threads wanted its {os.cpu_count()} processors." if load > 0.5 else ""
