@@ -19,8 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 
 from checkpoint.folder import Checkpoint, json_lines, offline, resolve
 from checkpoint.tokenizer import chat_prompt
@@ -28,8 +26,16 @@ from experiments import protocol
 from model import DiffusionLM, load_model
 from runtime import processes
 from runtime.likelihood import log_likelihoods, request_generator, suffix_greedy_prediction
-from runtime.processes import Refused, pick_device
+from runtime.processes import Parser, Refused, pick_device
 from runtime.sampling import END_OF_TURN, generate, pad_left
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    if __name__ == "__main__":
+        Parser().exit(2, "python -m experiments.harness: lm-evaluation-harness is missing; pip install lm-eval.\n")
+    raise
 
 MAX_LENGTH = {"llada": 4096, "dream": 2048}  # tokens, as the authors evaluate; longer prompts lose their beginning
 DREAM_BOS = "<|beginoftext|>"  # Dream's evaluation puts it before every context (add_bos_token=true)

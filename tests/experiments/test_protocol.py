@@ -1,6 +1,7 @@
 """The protocol table and the paper's numbers; what `--tasks` refuses without lm-eval."""
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -118,6 +119,12 @@ class TestRefusals:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
         assert "pip install lm-eval" in self.refused(capsys, "--tasks", "piqa")
+
+        with pytest.raises(SystemExit) as stop:  # the harness' own command
+            runpy.run_module("experiments.harness", run_name="__main__")
+        assert stop.value.code == 2
+        said = "lm-evaluation-harness is missing; pip install lm-eval."
+        assert capsys.readouterr().err == f"python -m experiments.harness: {said}\n"
 
     @pytest.mark.parametrize("flag", ["--limit", "--mc-num", "--batch-size", "--gen-length"])
     def test_numbers_below_one(self, flag, capsys):
