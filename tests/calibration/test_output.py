@@ -25,12 +25,12 @@ class Runner:
     def __init__(self, model):
         self.model = model
         server = Path(__file__).parents[1] / "tools" / "interrupted.py"
-        self.server = subprocess.Popen([sys.executable, server], text=True,
+        self.server = subprocess.Popen([sys.executable, server, model], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, out, *more, model=None, **end):
-        size = ["--segments", "9", "--length", "24", *([] if "--method" in more else ["--set", "batch=8"])]
-        argv = ["--model", str(model or self.model), "--out", str(out), *size, *fast(*more)]
+        argv = ["--model", str(model or self.model), "--out", str(out), "--segments", "9", "--length", "24",
+                *fast(*more, epochs=0)]
         job = {"argv": argv, "out": str(out), **end}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()

@@ -1,6 +1,6 @@
 """Calibrations that end badly, each in a forked child of one process that has torch loaded (for test_output.py).
 
-Reads one JSON object a line: {"argv": [...], "out": folder, ...} with at most one of
+Called with a model's folder. Reads one JSON object a line, {"argv": [...], "out": folder, ...}, with at most one of
     "after": s          SIGKILL after s seconds
     "sight": true       SIGKILL as soon as a temporary file is seen in the folder
     "event": [name, n]  SIGKILL before the n-th file operation of a kind ("open" to write, "os.rename") in the folder
@@ -15,18 +15,19 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
+from arguments import fast
 from tqdm import tqdm
 
 import calibrate
-from checkpoint.folder import resolve
-from checkpoint.tokenizer import load_tokenizer
-from tiny import tasks
 
 
 def limit_files(size: int, deadly: bool) -> None:
@@ -103,16 +104,16 @@ def run(job: dict) -> dict:
                 "error": errors.read()}
 
 
-def warm_up() -> None:
+def warm_up(model: str) -> None:
     """What a process imports and caches on first use, done once; without threads, which a fork would lose."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tqdm.monitor_interval = 0
-    tasks.calibration_set(load_tokenizer(resolve("tiny")), 3, 16, 0)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        calibrate.main(["--model", model, "--out", f"{folder}/q", "--segments", "9", "--length", "24", *fast(epochs=0)])
 
 
 if __name__ == "__main__":
-    warm_up()
+    warm_up(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
