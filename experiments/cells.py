@@ -72,18 +72,13 @@ class Run:
             defaults["method"] = "starquant"
             setting = {k: v for k, v in setting.items() if defaults.get(k) != v}
         key = {"weights": weights_digest(resolve(self.name)), "stress": self.c, "problems": self.problems, "seed": seed,
-               "setting": setting}
-        if threshold is not None:
-            key["threshold"] = threshold
+               "setting": setting, "segments": self.segments, "device": self.kind}
+        if threshold is None:
+            key |= {"nelbo": self.nelbo, "sequences": self.sequences or self.problems}
         else:
-            key["nelbo"] = self.nelbo
-            if self.sequences not in (None, self.problems):
-                key["sequences"] = self.sequences
-        if self.segments != 128:
-            key["segments"] = self.segments
-        if self.kind != "cpu":
-            key["device"] = self.kind
-        return key
+            key["threshold"] = threshold
+        usual = {"segments": 128, "device": "cpu", "sequences": self.problems}  # left out
+        return {name: value for name, value in key.items() if name not in usual or value != usual[name]}
 
     @property
     def kind(self) -> str:
