@@ -12,7 +12,6 @@ last line of standard output is JSON.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -268,7 +267,9 @@ def measure_all(args, keep=lambda result: None) -> dict:
               "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
                                and checks.ready(torch.cuda.current_device(), dtype, part)],
               "busy": busy(), "ceilings": (top := ceilings(device, dtype, repeats))}
-    log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; measured", {k: f"{v:.3g}" for k, v in top.items()})
+    log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; the machine reaches "
+        f"{top['bytes_per_s'] / 1e9:.3g} GB/s, {top['float_ops_per_s'] / 1e12:.3g} TFLOP/s and "
+        f"{top['integer_ops_per_s'] / 1e12:.3g} T/s of integers")
     keep(result)
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
     plus = plus_twin(packed, args.seed)
@@ -292,7 +293,8 @@ def measure_all(args, keep=lambda result: None) -> dict:
         if device.type == "cpu":
             entry["blocks"] = blocks_alone(models, engines, (batch, length), repeats)
         points.append(entry)
-        log(json.dumps(entry))
+        log(f"{batch} x {length}, ms per step (least possible): "
+            + "; ".join(f"{name} {cell(measured, 1e3, 2)}" for name, measured in entry["models"].items()))
         keep(result)
     result |= {"linear_models": list(models), "linears": linears(models, top, repeats)}
     keep(result)

@@ -184,7 +184,10 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     arguments = ["--model", FIXTURES["dream"], "--repeats", "1", "--points", "1x16x1", "2x16x2", "--out", str(out),
                  "--device", "cpu"]
     assert bench.main(arguments) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    machine, first, _ = progress.splitlines()  # sentences, no structures of Python
+    assert machine.startswith(f"{FIXTURES['dream']}: 3 blocks on cpu, torch.float32; the machine reaches ")
+    assert first.startswith("1 x 16, ms per step (least possible): 16-bit ")
     result = json.loads(text.splitlines()[-1])
     assert result == json.loads(out.read_text())
     assert [p["tokens_per_step"] for p in result["denoising"]] == [1, 2]
