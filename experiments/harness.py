@@ -220,7 +220,8 @@ class HarnessLM(LM):
 def hugging_face_evaluate():
     """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
     ours, here = sys.modules.pop("evaluate", None), Path(__file__).parents[1].resolve()
-    hidden = [p for p in sys.path if Path(p or ".").resolve() == here]
+    installed = here == Path(torch.__file__).resolve().parents[1]  # among the libraries, whose package comes before
+    hidden = [p for p in sys.path if Path(p or ".").resolve() == here and not installed]
     sys.path[:] = [p for p in sys.path if p not in hidden]
     try:
         yield

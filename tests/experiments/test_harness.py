@@ -5,8 +5,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +175,12 @@ class TestRealHarness:
         import evaluate as command
 
         assert command is evaluate
+
+    def test_installed_beside_the_libraries_none_of_them_is_hidden(self, monkeypatch):
+        monkeypatch.setattr(torch, "__file__", str(Path(harness.__file__).parents[1] / "torch" / "__init__.py"))
+        before = list(sys.path)
+        with harness.hugging_face_evaluate():
+            assert sys.path == before
 
 
 class TestRequests:
