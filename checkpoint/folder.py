@@ -297,7 +297,7 @@ class Checkpoint:
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise Refused(f"{index} has no usable weight_map.")
         shards = set(files.values())
-        bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or f[-12:] != ".safetensors"]
+        bad = [f for f in files.values() if not f.isprintable() or Path(f).name != f or not f.endswith(".safetensors")]
         if bad:
             raise Refused(f"{index} names {bad[0]!r}, which is not a safetensors file in this folder.")
         missing = sorted(f for f in shards if not (folder / f).is_file())

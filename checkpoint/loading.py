@@ -108,39 +108,37 @@ def fill_block(block, checkpoint: Checkpoint, i: int, device, dtype, weights: st
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
     prefix = names.block.format(i)
     for ours, theirs in norm_names(c).items():
-        _fill(getattr(block, ours), "weight", checkpoint, [f"{prefix}.{theirs}.weight"], device, dtype)
+        _fill(getattr(block, ours), checkpoint, [f"{prefix}.{theirs}"], device, dtype)
     if checkpoint.quantization:
         return _quantized_block(block, checkpoint, i, device, weights)
     for fused, parts in names.linears.items():
-        linear = getattr(block, fused)
-        for kind in ("weight", "bias") if linear.bias is not None else ("weight",):
-            _fill(linear, kind, checkpoint, [f"{prefix}.{part}.{kind}" for part in parts], device, dtype)
+        _fill(getattr(block, fused), checkpoint, [f"{prefix}.{part}" for part in parts], device, dtype)
     return block
 
 
 def fill_outer(model, checkpoint: Checkpoint, device, dtype, head: bool = True):
     """A `DiffusionLM` on the meta device, filled with embedding, final norm and, on request, head."""
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
-    _fill(model.norm, "weight", checkpoint, [f"{names.final_norm}.weight"], device, dtype)
+    _fill(model.norm, checkpoint, [names.final_norm], device, dtype)
     if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
         return _quantized_outer(model, checkpoint, device, dtype)
-    _fill(model.embed, "weight", checkpoint, [f"{names.embed}.weight"], device, dtype)
+    _fill(model.embed, checkpoint, [names.embed], device, dtype)
     if c.tied:
         model.head.weight = model.embed.weight
     elif head:
-        _fill(model.head, "weight", checkpoint, [f"{names.head}.weight"], device, dtype)
+        _fill(model.head, checkpoint, [names.head], device, dtype)
     return model
 
 
-def _fill(module, kind: str, checkpoint: Checkpoint, names: list[str], device, dtype) -> None:
-    """A parameter from checkpoint tensors stacked along rows, without a second copy of the whole."""
-    out = torch.empty(getattr(module, kind).shape, device=device, dtype=dtype)
-    row = 0
-    for name in names:
-        tensor = checkpoint.get(name)
-        out[row : row + len(tensor)] = tensor
-        row += len(tensor)
-    setattr(module, kind, nn.Parameter(out, requires_grad=False))
+def _fill(module, checkpoint: Checkpoint, names: list[str], device, dtype) -> None:
+    """Weight and bias of a module: those of the checkpoint's, stacked along rows without a second copy of the whole."""
+    for kind, parameter in list(module.named_parameters()):
+        out, row = torch.empty(parameter.shape, device=device, dtype=dtype), 0
+        for name in names:
+            tensor = checkpoint.get(f"{name}.{kind}")
+            out[row : row + len(tensor)] = tensor
+            row += len(tensor)
+        setattr(module, kind, nn.Parameter(out, requires_grad=False))
 
 
 def _quantized_block(block, checkpoint: Checkpoint, i: int, device, weights: str):
@@ -181,18 +179,14 @@ def block_tensors(block, i: int) -> dict[str, torch.Tensor]:
     c, names = block.config, NAMES[block.config.family]
     prefix = names.block.format(i)
     out = {f"{prefix}.{theirs}.weight": getattr(block, ours).weight.detach() for ours, theirs in norm_names(c).items()}
-    for fused, parts in names.linears.items():
-        linear = getattr(block, fused)
-        if isinstance(linear, QuantLinear):
-            out |= {f"{prefix}.{fused}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
-            continue
-        for kind, tensor in linear.state_dict().items():
-            split = tensor.split(part_sizes(c)[fused])
-            out |= {f"{prefix}.{part}.{kind}": rows for part, rows in zip(parts, split, strict=True)}
-    for name in ("tac", "softmax_value"):
+    for name in (*FUSED, "tac", "softmax_value"):
         module = getattr(block, name)
-        if module is not None:
-            out |= {f"{prefix}.{name}.{kind}": tensor for kind, tensor in module.state_dict().items()}
+        for kind, tensor in (module.state_dict() if module is not None else {}).items():
+            if isinstance(module, nn.Linear):
+                parts = zip(names.linears[name], tensor.split(part_sizes(c)[name]), strict=True)
+                out |= {f"{prefix}.{part}.{kind}": rows for part, rows in parts}
+            else:
+                out[f"{prefix}.{name}.{kind}"] = tensor
     return out
 
 

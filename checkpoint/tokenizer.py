@@ -20,11 +20,11 @@ def load_tokenizer(folder: Path):
 
     Raises Refused with one sentence if its files are broken or disagree about ids.
     """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    source = next((folder / n for n in ("tokenizer.json", "vocab.json") if (folder / n).is_file()), None)
+    if source is None:
         return None
     from tokenizers import AddedToken, Tokenizer
 
-    source = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
     try:
         tokenizer = Tokenizer.from_file(str(source)) if source.name == "tokenizer.json" else _qwen2_bpe(folder)
     except Exception as error:  # the library raises a bare Exception

@@ -1,23 +1,10 @@
 """The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 4] [--seeds 3]
 
-`rows.py` has the rows, `cells.py` measures. Tables and cells go to the folder of --out, `out/tables` unless given.
+`rows.py` has the rows, `cells.py` measures, and `docs/results.md` says how to read the numbers. Tables and cells go to
+the folder of --out, `out/tables` unless given. Settings were chosen on calibration seeds and examples 0-9; tables
+report seeds from 10 on.
 
-Parallel decoding
-    Table 1 also decodes `math` and `code` by a confidence threshold (the rule is in `runtime/sampling.py`). An answer
-    is one block. The table counts the passes that an answer took. "Right answers per pass" are those of both tasks
-    together, as a share of 16 bit's. Table `passes` does the same for several thresholds. Those values are cells of
-    their own.
-
-Statistics
-    ± is half a 95 % bootstrap interval. For what is counted from 16 bit (KL, penalty, mean of the tasks) the bootstrap
-    draws calibration seeds and, within each, its examples; for the accuracy on a task it draws from all its problems.
-    Every row is compared with another one, example by example, in KL divergence from the 16-bit model, which is less
-    noisy than NELBO. Three seeds are few. So * marks a difference only if its interval is clear of 0 and all seeds
-    agree on its sign.
-
-Seeds
-    Settings were chosen on calibration seeds and examples 0-9. Tables report seeds from 10 on.
-
+Table 1 also decodes by a confidence threshold, and table `passes` by several; those values are cells of their own.
 `--stress c` gives the model outlier channels first. `--nelbo` leaves the tasks out. `--quick` is for a first look: the
 likelihoods of few examples, one seed, and one epoch on a sixth of the segments.
 """
