@@ -99,8 +99,8 @@ def test_an_epoch_of_training():
         backward = 4 * 7 * L * C * d + (7 * L + 2 * C) * d * (2 * n1 + 4 * n2) + 2 * 6 * (n1**3 + n2**3)
         flop += forward + backward
     assert epoch["fp32_flop"] == pytest.approx(flop, rel=1e-9)  # thirds are rounded
-    # rows of x, y and the state, for two steps and what is held out, whose loss is read
-    assert epoch["waits"] == 4 * (3 * 3 + 1)
+    # numbers of the rows, for two steps and for what is held out, whose loss is read
+    assert epoch["waits"] == 4 * (3 + 1)
 
 
 def test_products_of_a_calibrated_block(calibrated):
