@@ -33,7 +33,7 @@ class Setting:
     cfg: float = 0.0  # classifier-free guidance
     generation: dict = field(default_factory=dict)  # options of `sampling.generate`
     chat: bool = False  # apply the chat template
-    source: str = ""
+    source: str = "L"
     runs_code: bool = False  # judging it executes what the model wrote
 
 
@@ -46,21 +46,17 @@ def _dream(n: int, temperature: float, top_p: float) -> dict:
     return {"gen_length": n, "steps": n, "temperature": temperature, "top_p": top_p, "algorithm": "entropy"}
 
 
-def _settings(source: str, *settings: Setting) -> dict[str, Setting]:
-    return {s.task: replace(s, source=s.source or source) for s in settings}
-_LLADA_BASE = _settings(
-    "L",
+_LLADA_BASE = {s.task: s for s in (
     Setting("truthfulqa_mc2", 0, cfg=2.0), Setting("arc_challenge", 0, cfg=0.5), Setting("hellaswag", 0, cfg=0.5),
     Setting("winogrande", 5), Setting("piqa", 0, cfg=0.5),
     # one-token answers: one mask is exact
     Setting("mmlu", 5, mc_num=1, mc_batch=1), Setting("ceval-valid", 5, mc_num=1, mc_batch=1),
-    Setting("humaneval", 0, generation=_length(1024), runs_code=True), Setting("gsm8k", 5, generation=_length(1024)))
+    Setting("humaneval", 0, generation=_length(1024), runs_code=True), Setting("gsm8k", 5, generation=_length(1024)))}
 _BORROWED = {t: replace(s, source="-") for t, s in _LLADA_BASE.items()}
 _CODE = Setting("humaneval_instruct", 0, source="O", chat=True, runs_code=True)
 _MATH = Setting("gsm8k", 4, source="O", chat=True)
-_DREAM_BASE = _settings("D", *(Setting(t, s, mc_batch=32, source="-" if t in ("truthfulqa_mc2", "ceval-valid") else "D")
-                          for t, s in (("truthfulqa_mc2", 0), ("arc_challenge", 0), ("hellaswag", 0), ("winogrande", 5),
-                                       ("piqa", 0), ("mmlu", 5), ("ceval-valid", 5))))
+_DREAM_BASE = {t: replace(_LLADA_BASE[t], mc_num=128, mc_batch=32, cfg=0.0,  # with as many shots
+                          source="-" if t in ("truthfulqa_mc2", "ceval-valid") else "D") for t in BENCHMARKS[:7]}
 PROTOCOLS = {
     "llada-8b": _LLADA_BASE,
     "llada-8b-instruct": _BORROWED | {
@@ -137,8 +133,7 @@ def source_name(name: str, folder: Path) -> str:
 
 def protocol_of(name: str, family: str) -> str:
     """The protocol of a model by its alias, hub id or folder name; an unknown name gets its family's base model's."""
-    known = {**{a: a for a in ALIASES}, **{h: a for a, h in ALIASES.items()},
-             **{h.split("/")[1]: a for a, h in ALIASES.items()}}
+    known = {spelled: alias for alias, hub in ALIASES.items() for spelled in (alias, hub, hub.split("/")[1])}
     return known.get(name) or known.get(Path(name).name) or ("dream-7b" if family == "dream" else "llada-8b")
 
 
@@ -148,8 +143,8 @@ def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) 
     if mc_num:
         s = replace(s, mc_num=min(mc_num, s.mc_num), mc_batch=min(mc_num, s.mc_batch))
     if gen_length:
-        lengths = {"gen_length": gen_length, "steps": gen_length, "block_length": gen_length}
-        s = replace(s, generation=s.generation | {k: min(n, s.generation.get(k, n)) for k, n in lengths.items()})
+        s = replace(s, generation=s.generation | {name: min(gen_length, s.generation.get(name, gen_length))
+                                                  for name in ("gen_length", "steps", "block_length")})
     return replace(s, generation=s.generation | {"steps": steps}) if steps else s
 
 
