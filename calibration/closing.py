@@ -28,6 +28,7 @@ PROBLEMS, SEQUENCES, SEGMENTS = 16, 24, 16  # unless --problems is given: per ta
 SEED = 1  # of problems, segments and masks
 COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token",
            **{task: f"{task} %" for task in metrics.TASKS}}
+# of README
 QUESTION = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?"
 
 

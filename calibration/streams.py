@@ -34,17 +34,11 @@ def activations(shape, like, spill: Path | None):
         return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
 
 
-class Kept(dict):
-    """Activations by name, one tensor (S, ...) each, filled segments by segments."""
-
-    def __init__(self, segments: int, spill: Path | None):
-        super().__init__()
-        self.segments, self.spill = segments, spill
-
-    def put(self, now: slice, name: str, part) -> None:
-        if name not in self:  # the first part shows the width
-            self[name] = activations((self.segments, *part.shape[1:]), part, self.spill)
-        self[name][now] = part
+def keep(kept: dict, segments: int, spill: Path | None, now: slice, name: str, part) -> None:
+    """Write the activations of the segments `now` into kept[name] (S, ...), whose width the first of them show."""
+    if name not in kept:
+        kept[name] = activations((segments, *part.shape[1:]), part, spill)
+    kept[name][now] = part
 
 
 class Reached(Exception):  # noqa: N818 (not an error)
@@ -75,10 +69,11 @@ def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...
 
     stop: the block runs up to the first of these submodules, and the output is None.
     """
-    kept = Kept(len(x), spill)
+    kept = {}
     for now in batches(len(x), rows):
-        with watching(block, watch, partial(kept.put, now), stop), suppress(Reached):
-            kept.put(now, "output", block(x[now].to(state.device), state[now], rope))
+        see = partial(keep, kept, len(x), spill, now)
+        with watching(block, watch, see, stop), suppress(Reached):
+            see("output", block(x[now].to(state.device), state[now], rope))
     return kept.pop("output", None), kept
 
 

@@ -53,21 +53,14 @@ class Linear:
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by their names behind the linear's own."""
         C, d, b = self.C, self.d, self.feedback
-        out = {**integers(C, d, self.bits)}
-        if self.zero:
-            out["weight_zero"] = Tensor((C,), "I32")
-        if self.bias:
-            out["bias"] = Tensor((C,))
-        if self.clip:
-            out["clip"] = Tensor((2,))
-        if self.centred:
-            out |= {"mean": Tensor((2, d)), "shift": Tensor((2, C))}
-        if b:
-            out["feedback"] = Tensor((d // b, b, b), "BF16")
+        parts = {**integers(C, d, self.bits),
+                 "weight_zero": self.zero and Tensor((C,), "I32"), "bias": self.bias and Tensor((C,)),
+                 "clip": self.clip and Tensor((2,)), "mean": self.centred and Tensor((2, d)),
+                 "shift": self.centred and Tensor((2, C)), "feedback": b and Tensor((d // b, b, b), "BF16")}
         for i, factor in enumerate(self.factors):
             names = factor_names(i, type(factor))
-            out |= {name: Tensor(shape, self.factor_dtype) for name, shape in zip(names, factor, strict=True)}
-        return out
+            parts |= {name: Tensor(shape, self.factor_dtype) for name, shape in zip(names, factor, strict=True)}
+        return {name: tensor for name, tensor in parts.items() if tensor}
 
     @classmethod
     def read(cls, shapes: dict, C: int, d: int, bits: int) -> "Linear":

@@ -9,7 +9,6 @@ They are read, unless --fresh asks to measure everything again, and written only
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from functools import cache, lru_cache
@@ -144,11 +143,8 @@ def stored_cells(*files: Path) -> dict[str, dict]:
 
 
 def store(cell: dict, file: Path) -> None:
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:  # one write, so that processes may append side by side
-        os.write(handle, (json.dumps(cell) + "\n").encode())
-    finally:
-        os.close(handle)
+    with open(file, "ab", buffering=0) as out:  # a line is one write, so that processes may append side by side
+        out.write((json.dumps(cell) + "\n").encode())
 
 
 def measured(run: Run, todo: list[tuple], kinds: list, out: Path, fresh: bool = False, desc: str = "") -> list[list]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from matplotlib import ticker
 
 from calibrate import quantize_model
+from calibration.closing import QUESTION
 from calibration.segments import masked_copies
 from calibration.streams import inputs_of
 from checkpoint.families import FUSED
@@ -36,6 +37,7 @@ from experiments.rows import SETTINGS
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
+from runtime.measures import trajectory
 from runtime.processes import Refused
 from runtime.sampling import denoise
 from starquant import state_gate, transform
@@ -68,7 +70,7 @@ STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.
          "lines.linewidth": 1.2, "figure.constrained_layout.use": True}
 PROMPT, WRITTEN, PASSAGES = 40, 24, 48  # tokens given, tokens written one a step, english passages
 SEED = 20
-QUESTION, ANSWER = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?", "19"  # README's
+ANSWER = "19"  # to README's question
 
 
 def style(label: str) -> dict:
@@ -279,9 +281,7 @@ def figure_denoising(model):
     ids = watch.encode_prompt(model, QUESTION, chat=False).to(model.device)
     panels, reference = [], None
     for label, writer in writers.items():
-        steps = list(denoise(writer, ids, WRITTEN, WRITTEN))
-        answer = steps[-1].ids[0, ids.shape[1] :].tolist()
-        when = torch.stack([step.committed[0, ids.shape[1] :] for step in steps]).int().argmax(0).tolist()
+        (answer,), (when,) = (t.tolist() for t in trajectory(writer, ids, WRITTEN, WRITTEN))
         reference = reference or answer
         shown = ["".join(watch.visible(model.tokenizer.decode([token]))) or "·" for token in answer]
         right = model.tokenizer.decode(answer).rpartition("#### ")[2].strip() == ANSWER

@@ -15,7 +15,7 @@ from checkpoint.published import published
 from methods.hadamard import spread
 from methods.rtn import quantize_outer
 from methods.sgat import initial_basis
-from model import DiffusionLM, Linear, RMSNorm
+from model import DiffusionLM
 from runtime import checks
 from runtime.layers import TAC, Centre, Grid, QuantLinear, Weight, rebuilt
 from starquant import Across, Blocks, Dense, tac_block_size
@@ -27,13 +27,11 @@ def random_model(name: str, device, dtype, seed: int, blocks: int | None = None)
         model = DiffusionLM(read_config(published(name, blocks))).to(dtype)
     model.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, Linear | nn.Embedding):
-            module.weight.normal_(std=0.02, generator=generator)
-        if isinstance(module, RMSNorm):
-            module.weight.fill_(1)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(0 if name.endswith("bias") else 1)  # 1: the gain of a norm
     return model.eval()
 
 
@@ -111,11 +109,6 @@ def unpacked(model) -> DiffusionLM:
 
 def eager(model) -> DiffusionLM:
     """The 16-bit model with PyTorch's own operations for norms, rope and SiLU instead of one kernel each."""
-    twin, hidden = copy.copy(model), model.hidden
-
-    def plain(*args, **kwargs):
-        with checks.eager_glue():
-            return hidden(*args, **kwargs)
-
-    twin.hidden = plain
+    twin = copy.copy(model)
+    twin.hidden = checks.eager_glue()(model.hidden)
     return twin

@@ -31,7 +31,7 @@ def glues(x, *others) -> bool:
 
 
 def eager_glue():
-    """A context in which norms, rope and SiLU are the lines of model.py."""
+    """A context, or a decorator, in which norms, rope and SiLU are the lines of model.py."""
     return mock.patch(f"{__name__}.FUSED_GLUE", False)
 
 
