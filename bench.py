@@ -32,7 +32,8 @@ from runtime import checks, cuda, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.measures import markdown_table
-from runtime.processes import Parser, Refused, pick_device, pick_dtype, writable
+from runtime.processes import Parser, Refused, at_least, pick_device, pick_dtype, positive, writable_file
+from runtime.sampling import check_length
 
 # Table 4 (A40): tokens/s of the 16-bit and of the quantized model, and their GB
 TABLE_4 = {"llada-8b": (34.59, 57.07, 15.89, 5.20), "llada-1.5": (35.55, 58.30, 15.88, 5.20),
@@ -258,6 +259,8 @@ def measure_all(args, keep=lambda result: None) -> dict:
     if is_quantized(model):
         raise Refused(f"{args.model} is quantized already; bench.py takes a 16-bit model and quantizes it.")
     c = model.config
+    for _, length, _ in asked:
+        check_length(c, length)
     result = {"command": args.command, "model": args.model, "random_weights": args.random_weights,
               "blocks": args.blocks, "seed": args.seed, "dtype": str(dtype)[6:],
               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -314,9 +317,9 @@ def point(text: str) -> tuple[int, int, int]:
     try:
         batch, length, tokens = (int(n) for n in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxLENGTHxTOKENS, as in 1x512x4.") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxLENGTHxTOKENS, as in 1x512x4") from None
     if min(batch, length, tokens) < 1 or length < STEPS * tokens:
-        raise argparse.ArgumentTypeError(f"{text}: each number is at least 1, the length at least {STEPS} x tokens.")
+        raise argparse.ArgumentTypeError(f"{text}: each number is at least 1, the length at least {STEPS} x tokens")
     return batch, length, tokens
 
 
@@ -327,11 +330,12 @@ def parse(argv=None):
     parser.add_argument("--blocks", type=int, help="blocks of --random-weights (as many as the published model has)")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the --random-weights as a checkpoint with "
                         "outlier channels, to rehearse on, and measure nothing")
-    parser.add_argument("--gain", type=float, help="size of the outlier channels of --write (30)")
+    parser.add_argument("--gain", type=positive, help="size of the outlier channels of --write (30)")
     parser.add_argument("--points", type=point, nargs="+", help="BATCHxLENGTHxTOKENS_PER_STEP, as in 1x512x4")
     parser.add_argument("--head-bits", type=int, choices=(8, 16), default=8, help="of embedding and head (default: 8)")
     parser.add_argument("--embed-bits", type=int, choices=(4, 8), help="of the embedding (default: --head-bits)")
-    parser.add_argument("--repeats", type=int, help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
+    parser.add_argument("--repeats", type=at_least(1),
+                        help="measurements of each time (default: 7 on a GPU, 5 on a CPU)")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False,
                         help="also torch.compile and torchao, where they install; takes minutes more")
     parser.add_argument("--predict", action="store_true", help="count launches, bytes and operations of a step and of "
@@ -341,7 +345,7 @@ def parse(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the 16-bit model: bf16 on a GPU and for "
                         "--random-weights, else fp32, unless given")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (0)")
+    parser.add_argument("--seed", type=at_least(0, 2**63), default=0, help="of random weights and inputs (0)")
     args = parser.parse_args(argv)
     args.kept = ""  # what an interrupted run leaves
     args.command = "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
@@ -352,8 +356,8 @@ def parse(argv=None):
         "--write measures nothing": args.write and (args.points or args.repeats or args.peers or args.out),
         "--gpu needs --predict": args.gpu and not args.predict,
         "--predict knows --model, --gpu, --points and --out alone": args.predict and (
-            args.random_weights or args.repeats or args.peers or args.embed_bits or args.head_bits == 16 or args.dtype),
-        "--repeats must be at least 1": args.repeats is not None and args.repeats < 1,
+            args.random_weights or args.repeats or args.peers or args.embed_bits or args.head_bits == 16 or args.dtype
+            or args.device != "auto" or args.seed),
         "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
         f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}
     for sentence in (sentence for sentence, holds in wrong.items() if holds):
@@ -362,9 +366,8 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
-    for flag, folder in (("--out", args.out and args.out.parent), ("--write", args.write)):
-        if folder:
-            writable(folder, flag)
+    if args.out:
+        writable_file(args.out, "--out")
     if args.write:
         size = write_checkpoint(args.model, args.write, args.blocks, args.gain or 30.0, args.seed)
         return {"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.write)}

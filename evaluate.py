@@ -29,7 +29,7 @@ from experiments.judge import checkpoints, judge
 from experiments.rows import TABLES
 from model import load_model
 from runtime import processes
-from runtime.processes import Parser, Refused, pick_device, writable
+from runtime.processes import Parser, Refused, at_least, pick_device, positive, writable, writable_file
 from tiny import tasks
 
 # the flags of each use of this command, and their defaults
@@ -98,27 +98,11 @@ def benchmarks(args) -> dict:
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def at_least(least: int, below: int = 10**6):
-    """The type of a flag that takes a whole number. So many things as the usual bound forbids would fill the memory."""
-    def number(text: str) -> int:
-        if not least <= int(text) < below:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
-        return int(text)
-
-    return number
-
-
 def names(text: str) -> list[str]:
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError("names nothing; give names with commas between them")
     return found
-
-
-def probability(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return float(text)
 
 
 def parse(argv=None):
@@ -147,7 +131,7 @@ def parse(argv=None):
     parser.add_argument("--gen-length", type=at_least(1), help="tokens to write with --prompt (24), --data (32, at "
                         "most half a segment) or --tasks (protocol)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps with --prompt or --tasks (--gen-length)")
-    parser.add_argument("--threshold", type=probability, help="decode in parallel: a pass commits every token of this "
+    parser.add_argument("--threshold", type=positive, help="decode in parallel: a pass commits every token of this "
                         "probability or more (0.9; with --prompt one token a pass unless given)")
     group = parser.add_argument_group("with --data")
     group.add_argument("--segments", type=at_least(2), help="segments of the text (64)")
@@ -158,7 +142,8 @@ def parse(argv=None):
     group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="ask in the model's chat template (if the "
                        "model's name says instruct or chat)")
     group = parser.add_argument_group("with --table and --figure")
-    group.add_argument("--stress", type=float, metavar="C", help="give the model outlier channels of scale C (1: off)")
+    group.add_argument("--stress", type=positive, metavar="C",
+                       help="give the model outlier channels of scale C (1: off)")
     group = parser.add_argument_group("with --table")
     group.add_argument("--seeds", type=at_least(1), help="calibration seeds (3)")
     group.add_argument("--sequences", type=at_least(1), help="sequences of each kind for likelihoods (--problems, 100)")
@@ -187,9 +172,9 @@ def run(args) -> dict:
     if args.use in ("judge", "data", "prompt", "figure") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Refused("torchrun shares --table and --tasks among processes; start everything else without it.")
     file = args.out if args.use in ("judge", "data", "prompt", "tasks") else None
-    if file and file.is_dir():
-        raise Refused(f"--out {file} is a folder; give a file.")
-    for flag, folder in (("--out", file.parent if file else args.out), ("--cache", getattr(args, "cache", None))):
+    if file:
+        writable_file(file, "--out")
+    for flag, folder in (("--out", None if file else args.out), ("--cache", getattr(args, "cache", None))):
         if folder:
             writable(folder, flag)
     record = {"judge": judge, "data": judge, "prompt": prompt, "table": table, "figure": figure,

@@ -152,7 +152,12 @@ def mask_token_id(folder: Path) -> int:
 
 
 def write_file(path: Path, write) -> None:
-    """Call write(temporary path), flush it to disk, and only then give it its final name."""
+    """Call write(temporary path), flush it to disk, and only then give it its final name.
+
+    A device or a pipe is written to as it is: /dev/null would be a file from then on, for all programs.
+    """
+    if path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file()):
+        return write(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)

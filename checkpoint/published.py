@@ -1,6 +1,7 @@
 """The published shapes of LLaDA-8B and Dream-7B, and checkpoints of those shapes with random weights."""
 
 import shutil
+from math import prod
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from checkpoint.families import NAMES, read_config
 from checkpoint.folder import resolve, shard_name, write_index, write_json, write_tensors
 from checkpoint.loading import expected_tensors
-from runtime.processes import Refused
+from runtime.processes import Refused, writable
 
 LLADA_8B = {
     "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
@@ -47,8 +48,11 @@ def write_checkpoint(model: str, folder: Path, blocks: int | None = None, gain: 
     raw = published(model, blocks)
     if folder.exists() and any(folder.iterdir()):
         raise Refused(f"{folder} is not empty; choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     config, generator = read_config(raw), torch.Generator().manual_seed(seed)
+    size, home = 2 * sum(map(prod, expected_tensors(config).values())), writable(folder, "--write")
+    if size > (free := shutil.disk_usage(home).free):
+        raise Refused(f"--write takes {size / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; lower --blocks.")
+    folder.mkdir(parents=True, exist_ok=True)
     prefixes = [NAMES[config.family].block.format(i) + "." for i in range(config.n_layers)]
     shards: dict[str, dict] = {p: {} for p in (*prefixes, "")}
     for name, shape in expected_tensors(config).items():

@@ -14,6 +14,7 @@ import atexit
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -34,16 +35,43 @@ class Refused(ValueError):  # noqa: N818 (a verdict on the input, not a fault of
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage text in front of its errors."""
+    """argparse without the usage text in front of its errors. It refuses arguments that are empty or no UTF-8."""
+
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        for flag, text in zip(["", *given], given, strict=False):
+            if re.fullmatch(r"(--[\w-]+=)?", text):  # what an unset variable of the shell leaves
+                self.error(f"nothing is given for {text[:-1] or flag}")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                self.error(f"{text!r} is no text in UTF-8")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists what there is.\n")
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}; --help lists what there is.\n")
+
+
+def at_least(least: int, below: int = 10**6):
+    """The type of a flag that takes a whole number. So many things as the usual bound forbids would fill the memory."""
+    def number(text: str) -> int:
+        if not least <= int(text) < below:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
+        return int(text)
+
+    return number
+
+
+def positive(text: str) -> float:
+    """The type of a flag that takes a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0 and finite")
+    return float(text)
 
 
 def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -> int:
     """Exit code of the command `function(args)`, whose result is printed as the last line of standard output, as JSON.
 
-    A refusal, a failure of the file system and lost memory give 2 and one sentence on standard error; Ctrl-C gives 130.
+    A refusal, a failure of the file system and lost memory give 2 and one sentence on standard error; Ctrl-C gives 130,
+    and a pipe that nobody reads any more gives 141 without a word.
     smaller: the flags that lower the memory a run needs. kept(): a sentence that says what an interrupted run leaves.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -51,6 +79,13 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
             stream.reconfigure(errors="replace")  # a terminal may lack a character, such as ░
     try:
         result = function(args)
+        if rank() == 0:
+            print(json.dumps(result))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # whoever read the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
+        return 141  # as the shell says of SIGPIPE
     except Refused as error:
         return _end(program, str(error), 2)
     except (MemoryError, RuntimeError) as error:
@@ -64,9 +99,6 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
         return _end(program, f"{error.strerror or error}{where}. {kept()}", 2)
     except KeyboardInterrupt:
         return _end(program, f"interrupted. {kept()}", 130)
-    if rank() == 0:
-        print(json.dumps(result))
-    return 0
 
 
 def _end(program: str, message: str, code: int) -> int:
@@ -207,6 +239,13 @@ def writable(path: Path, flag: str) -> Path:
     return home
 
 
+def writable_file(path: Path, flag: str) -> None:
+    """Refused if no file can be written there. The folder may be missing."""
+    if path.is_dir():
+        raise Refused(f"{flag} {path} is a folder; give a file.")
+    writable(path.parent, flag)
+
+
 def pick_device(device: str) -> torch.device:
     """The device of that name; "auto" is cuda if there is one, else cpu. Refused if it is not there."""
     if device == "auto":
@@ -222,8 +261,8 @@ def pick_dtype(dtype, device: torch.device) -> torch.dtype:
     """The type of 16-bit weights, by its name (bf16, fp32) or as torch has it; None is bf16 on a GPU, fp32 on a CPU."""
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = {None: usual, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise Refused(f"dtype {dtype!r} is neither bf16 nor fp32, nor another floating-point type of torch.")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise Refused(f"dtype {dtype!r} is neither bf16 nor fp32, nor another floating-point type of 16 bits or more.")
     return found
 
 

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -402,3 +404,11 @@ def test_probe_reads_what_int_mm_accepts():
         accepted = probe_int_mm(torch.device("cpu"))
     assert accepted == {"column-major": {"M": [32, 64, 96, 1024], "K": [16, 32, 64], "N": [16, 32, 64]},
                         "row-major": {"M": [], "K": [], "N": []}}
+
+
+def test_a_disk_too_small_for_the_weights_is_named_before_they_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    assert bench.main(["--model", "llada-8b", "--blocks", "1", "--write", str(tmp_path / "w")]) == 2
+    said = f"--write takes 2.508 GB, but {tmp_path} has 1 GB left; lower --blocks.\n"
+    assert capsys.readouterr().err == f"bench.py: {said}"
+    assert not (tmp_path / "w").exists()

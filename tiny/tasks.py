@@ -193,7 +193,7 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     batch = problems(task, split, n, seed)
     prompts = [e.ids for e in tokenizer.encode_batch([p.prompt for p in batch])]
     answers = [e.ids for e in tokenizer.encode_batch([p.answer for p in batch])]
-    length = max(map(len, prompts)) + gen_length
+    length = max(map(len, prompts)) + max(gen_length, *map(len, answers))  # another tokenizer may need more
     ids, region = torch.full((n, length), eos), torch.zeros(n, length, dtype=torch.bool)
     for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         ids[i, : len(p) + len(a)] = torch.tensor(p + a)

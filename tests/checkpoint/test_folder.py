@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from checkpoint import folder as folder_module
-from checkpoint.folder import INDEX, resolve, sha256
+from checkpoint.folder import INDEX, resolve, sha256, write_json
 from runtime.processes import Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -174,3 +174,12 @@ def test_every_spelling_of_a_model_is_one_name(tmp_path, monkeypatch):
     assert folder_module.model_name("tiny") == "tiny"
     monkeypatch.chdir("M")
     assert folder_module.model_name(".") == "M"
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", {"x": 1})
+    assert json.loads(os.read(reader, 99)) == {"x": 1}
+    os.close(reader)
+    assert [p.name for p in tmp_path.iterdir() if p.is_fifo()] == ["pipe"]

@@ -228,6 +228,13 @@ def test_sharded_bf16_equals_one_file(tmp_path):
     assert torch.equal(stored.embed.weight, tensors["model.transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "fp8"])
+def test_a_model_is_saved_in_no_type_that_does_not_load(dtype, tmp_path):
+    with pytest.raises(Refused, match="is neither bf16 nor fp32, nor another floating-point type of 16 bits or more"):
+        load_model("tiny", "cpu").save(tmp_path / "m", dtype)
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(("name", "shards"), [("LLaDA-8B-Instruct", 6), ("Dream-7B-Instruct", 4)])
 def test_missing_shards_are_named(name, shards):
     with pytest.raises(Refused, match=rf"lacks {shards} of {shards} shards.*model-00001-of-0000{shards}"):

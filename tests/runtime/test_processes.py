@@ -59,6 +59,22 @@ def two(commands):
     return done.stdout
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--x", ""], "nothing is given for --x"), (["--x="], "nothing is given for --x"),
+    (["--x", "a\udcff"], r"'a\udcff' is no text in UTF-8"), (["--n", "0"], "--n: must be at least 1 and below 1000000"),
+    (["--n", "1000000"], "--n: must be at least 1 and below 1000000"),
+    (["--n", "1.0"], "--n: invalid number value: '1.0'"),
+    *((["--c", c], "--c: must be above 0 and finite") for c in ("0", "-1", "nan", "inf"))])
+def test_arguments_are_refused_in_a_sentence(arguments, said, capsys):
+    parser = processes.Parser("p.py")
+    parser.add_argument("--x")
+    parser.add_argument("--n", type=processes.at_least(1))
+    parser.add_argument("--c", type=processes.positive)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(arguments)
+    assert capsys.readouterr().err == f"p.py: {'argument ' * (': ' in said)}{said}; --help lists what there is.\n"
+
+
 class TestRun:
     """One sentence and an exit code for what a user can mend; a traceback for everything else."""
 
@@ -76,6 +92,15 @@ class TestRun:
 
         assert processes.run("p.py", fail, None, smaller="--rows", kept=lambda: "Go on.") == code
         assert capsys.readouterr() == ("", said)
+
+    def test_a_pipe_that_nobody_reads_ends_without_a_word(self, tmp_path):
+        program = ("import sys; from runtime import processes\n"
+                   "sys.exit(processes.run('p.py', lambda args: print('x\\n' * 10**5), None))")
+        run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert run.stdout.readline() == b"x\n"
+        run.stdout.close()
+        assert (run.wait(), run.stderr.read()) == (141, b"")
+        run.stderr.close()
 
     def test_memory_that_the_cpu_does_not_have(self, capsys):
         assert processes.run("p.py", lambda args: torch.empty(2**60, dtype=torch.uint8), None) == 2
