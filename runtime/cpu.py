@@ -19,13 +19,18 @@ result. Its operations walk over the data many times, and rounding by feedback t
 
 The compiled path
 -----------------
-`cpu_kernels.c` does steps 2 to 4 in three walks. It gives the same bits, because it takes the same IEEE operations in
-the same order. The system's C compiler compiles it at first use, for the processor that it runs on, and the result is
-kept in the user's cache folder. `compiled` compares it with the readable path once in every process before it serves.
-Where there is no compiler, or no integer dot product in the processor, or any bit differs, the readable path serves and
-one warning says so.
+`cpu_kernels.c` does all four steps in one call. Steps 2 to 4 give the same bits, because they take the same IEEE
+operations in the same order. Step 1 sums in the order of the channels, without rounding a product before it is added,
+as matrix libraries mostly do; where one sums in another order, a sum may differ in its last bit, and the codes of a few
+channels by one. The system's C compiler compiles the file at first use, for the processor that it runs on, and the
+result is kept in the user's cache folder. `compiled` compares it with the readable path once in every process before it
+serves. Where there is no compiler, or no integer dot product in the processor, or any bit differs, the readable path
+serves and one warning says so.
 
-A weight of four bits stays packed in memory, two codes a byte:
+A thread takes 16 tokens at a time through steps 1 and 2, so that a vector holds the same channel of all of them. Then
+it takes 32 rows of the weight at a time, lays them out so that one instruction reads four channels of 16 rows, and
+multiplies all tokens by them while they are in its cache. A weight of four bits stays packed in memory, two codes a
+byte, and keeps its order:
 
     a row of the weight    [w1|w0] [w3|w2] [w5|w4] [w7|w6] …      the even channel is the lower half of a byte
     four bytes, << 4       [w0| 0] [w2| 0] [w4| 0] [w6| 0]        16 times the even codes, with their signs
@@ -33,8 +38,7 @@ A weight of four bits stays packed in memory, two codes a byte:
     a token's codes         x0 x2 x4 x6   x1 x3 x5 x7 …           in the same order; the sums are 16 times too large
 
 The instruction multiplies unsigned codes by signed ones. A token's codes are therefore X_int of Eq. 2, 0 to 2^b − 1,
-where the readable path has X_int − 2^(b−1). A thread takes 32 rows of the weight at a time, lays them out so that one
-instruction reads four channels of 16 rows, and multiplies all tokens by them while they are in its cache.
+where the readable path has X_int − 2^(b−1).
 
 A library does more: it lays the weight out once, when it loads a model, which saves the time of about eight tokens at
 every call and costs a second copy or a format of its own.
@@ -57,12 +61,12 @@ import torch
 from einops import rearrange
 
 import kernels
-from starquant import apply_basis
+from starquant import Across, Blocks, Diagonal, Kronecker, apply_basis
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # IEEE arithmetic as it stands in the source: no fused multiply-add of the compiler's own, integers that wrap around
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
-         "-fwrapv", "-w", "-shared", "-fPIC")
+         "-fwrapv", "-w", "-shared", "-fPIC", "-fopenmp")
 WIDEST = 2**16  # channels: 16 · 8 · 255 times as much stays within int32
 SMALL = 2**22  # multiplications that are not worth a second thread
 
@@ -139,43 +143,52 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
 # ---- the compiled path ---------------------------------------------------------------------------------------------
 
 
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_long
+TENSORS = ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift", "weight_sum", "weight_zero", "feedback")
+
+
+class Factor(ctypes.Structure):
+    """`Factor` of cpu_kernels.c: the address of its matrices, how many channels they mix, and which."""
+
+    _fields_ = [("T", POINTER), *((name, NUMBER) for name in ("n", "step", "several", "half"))]
+
+
 class Layer(ctypes.Structure):
     """`Layer` of cpu_kernels.c: sizes of a QuantLinear and the addresses of its tensors, null for one that it lacks."""
 
-    _fields_ = [*((name, ctypes.c_long) for name in ("K", "N", "d_m", "d_u", "block")),
-                *((name, ctypes.c_int) for name in ("bits", "packed")),
-                *((name, ctypes.c_void_p) for name in ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift",
-                                                       "weight_sum", "weight_zero", "feedback"))]
+    _fields_ = [*((name, NUMBER) for name in ("K", "N", "d_m", "d_u", "block", "bits", "packed", "factors")),
+                *((name, POINTER) for name in ("P", *TENSORS))]
 
 
 def serves(layer, x, state) -> bool:
     """Whether cpu_kernels.c is written for these tokens x (M, d) of this layer."""
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or layer.in_features > WIDEST:
         return False
-    about = described(layer)
-    needs_state = about.d_m or about.d_u or about.mean or about.shift
+    needs_state = layer.d_m or layer.d_u or layer.mean is not None or layer.shift is not None
     return not needs_state or (state is not None and state.dtype == torch.bool and len(state) == len(x))
 
 
 def run(library, layer, x, state):
-    """`readable` by the compiled functions."""
-    about, half = described(layer), x.dtype == torch.bfloat16
-    M, K, N = len(x), about.K, about.N
-    threads = torch.get_num_threads() if M * K * N > SMALL else 1
+    """`readable` by the compiled function."""
+    about, M = described(layer), len(x)
     x, state = x.contiguous(), None if state is None else state.contiguous()
-    states = None if state is None else state.data_ptr()
-    if about.mean:
-        rows = torch.empty(M, K)
-        library.centre(about.address, x.data_ptr(), states, rows.data_ptr(), M, half, threads)
-    else:
-        rows = x.float()
-    rows = apply_basis(rows, layer.basis(rows)).contiguous()
-    if (about.d_m or about.d_u) and rows.data_ptr() == x.data_ptr():
-        rows = rows.clone()  # which the gates change in place
-    y = torch.empty(M, N, dtype=x.dtype)
-    if library.linear(about.address, rows.data_ptr(), states, y.data_ptr(), M, half, threads):
-        raise MemoryError(f"no memory for the codes of {M} tokens of {K} channels.")
+    y = torch.empty(M, about.N, dtype=x.dtype)
+    threads = torch.get_num_threads() if M * about.K * about.N > SMALL else 1
+    if library.linear(about.address, x.data_ptr(), None if state is None else state.data_ptr(), y.data_ptr(), M,
+                      x.dtype == torch.bfloat16, threads):
+        raise MemoryError(f"no memory for the codes of {M} tokens of {about.K} channels.")
     return y
+
+
+def turns(P, K: int):
+    """Matrices (n, n) or (K / n, n, n) of the factors of P, and how far apart the n channels are that they mix."""
+    for factor in P:
+        if isinstance(factor, Kronecker):
+            yield from ((factor.P1, len(factor.P2)), (factor.P2, 1))
+        elif isinstance(factor, Diagonal):
+            yield factor.d[:, None, None], 1
+        else:
+            yield factor[0], K // len(factor[0]) if isinstance(factor, Across) else 1
 
 
 def described(layer) -> Layer:
@@ -188,20 +201,24 @@ def described(layer) -> Layer:
     about = layer._converted.get("C")
     if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
-        block = 0 if layer.feedback is None else layer.feedback.shape[-1]
-        sizes = {"weight_packed": N * ((K + 1) // 2 if packed else K), "weight_scale": N, "bias": N, "clip": 2,
-                 "mean": 2 * K, "shift": 2 * N, "weight_sum": N, "weight_zero": N, "feedback": K * block}
-        dtypes = dict.fromkeys(sizes, torch.float32) | {"weight_sum": torch.int32, "weight_zero": torch.int32,
-                  "weight_packed": torch.uint8 if packed else torch.int8, "feedback": torch.bfloat16}
-        given = {name: getattr(layer, name) for name in sizes if getattr(layer, name) is not None}
-        kept = {name: tensor.to("cpu", dtypes[name]).contiguous() for name, tensor in given.items()}
-        for name, tensor in kept.items():
-            if tensor.numel() != sizes[name]:
-                raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit a linear of {K} to {N} channels.")
-        about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed,
+        block, P = 0 if layer.feedback is None else layer.feedback.shape[-1], layer._stored()
+        apply_basis(torch.empty(0, K), layer.P)  # ValueError for a factor that does not fit
+        sizes = (N * ((K + 1) // 2 if packed else K), N, N, 2, 2 * K, 2 * N, N, N, K * block)
+        dtypes = {"weight_sum": torch.int32, "weight_zero": torch.int32, "feedback": torch.bfloat16,
+                  "weight_packed": torch.uint8 if packed else torch.int8}
+        given = {name: getattr(layer, name) for name in TENSORS if getattr(layer, name) is not None}
+        kept = {name: tensor.to("cpu", dtypes.get(name, torch.float32)).contiguous() for name, tensor in given.items()}
+        for name, size in zip(TENSORS, sizes, strict=True):
+            if name in kept and kept[name].numel() != size:
+                shape = tuple(kept[name].shape)
+                raise ValueError(f"{name} of shape {shape} does not fit a linear of {K} to {N} channels.")
+        matrices = [(T.contiguous(), step) for T, step in turns(P, K)]
+        array = (Factor * len(matrices))(*((T.data_ptr(), T.shape[-1], step, T.ndim == 3, T.dtype == torch.bfloat16)
+                                           for T, step in matrices))
+        about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed, len(array), ctypes.addressof(array),
                       **{name: tensor.data_ptr() for name, tensor in kept.items()})
         about.address, about.identity = ctypes.addressof(about), identity
-        about.tensors = given, kept  # they live as long as their addresses are used
+        about.tensors = given, kept, matrices, array  # they live as long as their addresses are used
         layer._converted["C"] = about
     return about
 
@@ -252,22 +269,17 @@ def load():
                 built.write_bytes(built.read_bytes() + hashlib.sha256(built.read_bytes()).digest())
                 built.replace(path)
         library = ctypes.CDLL(path)
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.centre.argtypes = [pointer, pointer, pointer, pointer, number, ctypes.c_int, ctypes.c_int]
-    library.linear.argtypes = library.centre.argtypes
-    library.centre.restype = None
+    library.linear.argtypes = [POINTER, POINTER, POINTER, POINTER, NUMBER, ctypes.c_int, ctypes.c_int]
     return library
 
 
 def build(command, path):
-    """Compile the source, with threads if the compiler has OpenMP. RuntimeError with the compiler's first message."""
-    for threads in (["-fopenmp"], []):
-        result = subprocess.run([*command, *threads, str(SOURCE), "-o", str(path), "-lm"], capture_output=True,
-                                text=True, errors="replace", timeout=300)
-        if result.returncode == 0:
-            return
-    messages = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit code {result.returncode}"]
-    raise RuntimeError(f"{command[0]}: {messages[0]}")
+    """Compile the source. RuntimeError with the compiler's first message."""
+    result = subprocess.run([*command, str(SOURCE), "-o", str(path), "-lm"], capture_output=True, text=True,
+                            errors="replace", timeout=300)
+    if result.returncode:
+        messages = [line for line in result.stderr.splitlines() if "error" in line]
+        raise RuntimeError(f"{command[0]}: {(messages or [f'exit code {result.returncode}'])[0]}")
 
 
 def intact(path) -> bool:
@@ -303,7 +315,10 @@ def cache_folder():
 
 
 def agrees(library) -> bool:
-    """Whether the library gives the bits of `readable`, for awkward shapes and all tensors that a layer may have."""
+    """Whether the library gives the bits of `readable`, for awkward shapes and all tensors that a layer may have.
+
+    Whole numbers go through the transform, whose sums are then exact in every order.
+    """
     from runtime import layers  # which takes `linear` from here
 
     g = torch.Generator().manual_seed(0)
@@ -311,13 +326,18 @@ def agrees(library) -> bool:
     def normal(*shape):
         return torch.randn(shape, generator=g)
 
-    for M, K, N, bits, symmetric, b in ((37, 144, 70, 4, True, 24), (5, 45, 33, 8, False, 0)):
+    def whole(*shape):
+        return torch.randint(-2, 3, shape, generator=g).float()
+
+    factors = [Diagonal(whole(144)), Kronecker(whole(9, 9), whole(16, 16)), Blocks(whole(6, 24, 24).bfloat16())]
+    for M, K, N, bits, symmetric, b, P, draw in ((37, 144, 70, 4, True, 24, factors, whole),
+                                                 (5, 45, 33, 8, False, 0, [], normal)):
         layer = layers.QuantLinear(
-            weight=layers.quantize_weight(normal(N, K), bits, symmetric), d_m=K // 8, d_u=K // 16, bias=normal(N),
+            weight=layers.quantize_weight(normal(N, K), bits, symmetric), P=P, d_m=K // 8, d_u=K // 16, bias=normal(N),
             grid=layers.Grid(bits, torch.tensor([0.8, 0.9]), 0.1 * normal(K // b, b, b) if b else None),
-            centre=layers.Centre(normal(2, K), normal(2, N)))
+            centre=layers.Centre(draw(2, K), normal(2, N)))
         state = torch.rand(M, generator=g) < 0.5
-        for x in (normal(M, K), normal(M, K).bfloat16()):
+        for x in (draw(M, K), draw(M, K).bfloat16()):
             if not torch.equal(run(library, layer, x, state), readable(layer, x, state)):
                 return False
     return True

@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from test_kernels import integers, randn, seeds
 
 from runtime import cpu
 from runtime.layers import Centre, Grid, QuantLinear, Weight, quantize_weight
-from starquant import Kronecker
+from starquant import Across, Blocks, Dense, Diagonal, Kronecker
 
 ROOT = Path(cpu.__file__).parents[1]
 FLAGS, AT_ONCE = cpu.FLAGS, ("-O0", *cpu.FLAGS[1:])  # which say what the bits are; compiling takes a sixth of the time
@@ -76,9 +77,29 @@ class TestBits:
     def test_of_wide_layers(self, M, wbits):
         check(linear(576, 200, wbits=wbits, block=64, clip=True, centre=True), randn(M, 576).bfloat16(), states(M))
 
-    def test_behind_a_transform(self):
-        P = [Kronecker(randn(6, 6), randn(8, 8, seed=1))]
-        check(linear(48, 20, gates=True, P=P), randn(9, 48), states(9))
+    @given(n=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 24]), b=st.sampled_from([1, 5, 8, 12, 16, 64]),
+           kinds=st.lists(st.sampled_from(["dense", "diagonal", "kronecker", "blocks", "across"]), max_size=3),
+           M=st.integers(1, 40), half=st.booleans(), options=st.booleans(), seed=seeds)
+    def test_behind_a_transform_of_whole_numbers(self, n, b, kinds, M, half, options, seed):
+        """Whose sums are exact in every order."""
+        draw = partial(integers, -2, 2, dtype=np.float32)
+        P = [{"dense": lambda s: Dense(draw(n * b, n * b, seed=s)), "diagonal": lambda s: Diagonal(draw(n * b, seed=s)),
+              "kronecker": lambda s: Kronecker(draw(n, n, seed=s), draw(b, b, seed=s + 9)),
+              "blocks": lambda s: Blocks(draw(n, b, b, seed=s)), "across": lambda s: Across(draw(n, n, seed=s))
+              }[kind](seed + i).to(torch.bfloat16 if half else torch.float32) for i, kind in enumerate(kinds)]
+        layer = linear(n * b, 20, block=b * options, gates=options, P=P, seed=seed)
+        check(layer, draw(M, n * b, seed=seed).to(torch.bfloat16 if half else torch.float32), states(M, seed))
+
+    def test_behind_a_transform_of_real_numbers(self):
+        """Sums that differ in their last bits move a code that stands between two."""
+        layer = linear(576, 20, gates=True, P=[Kronecker(randn(24, 24), randn(24, 24, seed=1))])
+        x, state = randn(100, 576), states(100)
+        got, want = cpu.run(cpu.compiled(), layer, x, state), cpu.readable(layer, x, state)
+        assert (got != want).any(1).sum() < 10
+
+    def test_a_factor_that_does_not_fit_is_refused(self):
+        with pytest.raises(ValueError, match=r"a Kronecker factor of \(6, 6\), \(8, 8\) does not fit a width of 50"):
+            cpu.linear(linear(50, 20, P=[Kronecker(randn(6, 6), randn(8, 8, seed=1))]), randn(9, 50))
 
     def test_of_packed_and_unpacked_weights(self):
         layer, x = linear(95, 40, bias=True), randn(10, 95)
@@ -251,10 +272,11 @@ class TestCompiling:
 
     @compiled
     @pytest.mark.parametrize(("line", "wrong"), [
-        ("rintf(-low / s)", "floorf(-low / s)"), ("u > highest ? u", "u > 0 ? u"),
-        ("V[(j + i) * B + j + p]", "V[(j + i) * B + j]"),
-        ("v[j] += shift[n + j]", "v[j] += 0 * shift[n + j]"), ("rest[m] += codes", "rest[m] -= codes"),
-        ("l->mean + (state[m] ? K : 0)", "l->mean")])
+        ("z = rounded(-low / s)", "z = (-low / s)"), ("high = larger(high, x[k])", "high = larger(low, x[k])"),
+        ("V[(k + i) * B + k + j]", "V[(k + i) * B + k]"), ("v += (floats)load(l->shift", "v -= (floats)load(l->shift"),
+        ("to->rest += code", "to->rest -= code"), ("masked & l->mean[K + k]", "masked & l->mean[k]"),
+        ("? m : u", "? u : m"), ("if (!T || f->several)", "if (!T)"),
+        ("old[k] = part[k * f->step]", "old[k] = part[k]")])
     def test_a_library_that_differs_does_not_serve(self, line, wrong, monkeypatch, tmp_path):
         text, source = cpu.SOURCE.read_text(), tmp_path / "wrong.c"
         assert line in text
