@@ -1,11 +1,14 @@
 """How a command ends; and two processes give what one gives: calibration shares blocks, evaluation shares requests."""
 
 import importlib.util
+import io
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,11 @@ import torch
 from arguments import fast
 
 import calibrate
-import evaluate
 from checkpoint.folder import INDEX, sha256
 from runtime import processes
 
 ROOT = Path(__file__).parents[2]
-FAST = ["--segments", "9", "--length", "40", *fast("--problems", "1")]
-
-
+SMALL = ["--segments", "9", "--length", "40", *fast("--method", "starquant+", "--problems", "1")]
 PROGRAM = """
 import importlib, json, sys
 for name, arguments in json.loads(sys.argv[1]):
@@ -28,35 +28,60 @@ for name, arguments in json.loads(sys.argv[1]):
 """
 
 
+def rank_0(commands, said, environment):
+    """The commands in this process, a fork of the tests' one; `said` gets standard output."""
+    os.environ.update(environment)
+    with open(said, "w") as file, redirect_stdout(file):
+        codes = [importlib.import_module(name).main(arguments) for name, arguments in commands]
+    torch.distributed.destroy_process_group()
+    assert codes == [0] * len(commands)
+
+
 @pytest.fixture(scope="module")
-def commands(small_folder, tmp_path_factory):
-    """(folder for results, name -> arguments of what two processes run one after another)."""
+def runs(small_folder, tmp_path_factory):
+    """(folder for results, standard output of one process, of two): each runs calibrate.py and then evaluate.py.
+
+    torchrun would start two new processes. Here the first is a fork, which has torch and the harness loaded, and only
+    the second is new: its sets and dictionaries have another order of hashes.
+    """
     folder = tmp_path_factory.mktemp("two")
-    commands = {"calibrate": ["--model", str(small_folder), *FAST, "--inputs", "fp"]}
+    commands = {"calibrate": ["--model", str(small_folder), *SMALL, "--inputs", "fp", "--out"]}
     if importlib.util.find_spec("lm_eval"):
         from local_tasks import write_tasks
 
         write_tasks(folder / "tasks")
-        commands["evaluate"] = ["--tasks", "winogrande,gsm8k", "--include", str(folder / "tasks"), "--device", "cpu",
-                                "--mc-num", "8", "--batch-size", "8", "--gen-length", "24", "--limit", "2"]
-    return folder, commands
+        commands["evaluate"] = ["--model", str(small_folder), "--tasks", "winogrande,gsm8k", "--include",
+                                str(folder / "tasks"), "--device", "cpu", "--mc-num", "8", "--batch-size", "8",
+                                "--gen-length", "24", "--limit", "2", "--cache"]
+    one, two = ([(name, [*arguments, str(folder / f"{name} {n}")]) for name, arguments in commands.items()]
+                for n in ("one", "two"))
+    with redirect_stdout(io.StringIO()) as said:
+        assert [importlib.import_module(name).main(arguments) for name, arguments in one] == [0] * len(one)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = {**os.environ, **places, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT),
+                   "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}  # an abort says where
+    new = subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(two)], cwd=folder, env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    fork = multiprocessing.get_context("fork").Process(
+        target=rank_0, args=(two, folder / "said", places | {"RANK": "0", "LOCAL_RANK": "0"}))
+    try:
+        fork.start()
+        out, err = new.communicate(timeout=300)
+        fork.join(timeout=60)
+    finally:
+        new.kill()
+        fork.kill()
+    assert (new.returncode, out) == (0, ""), err  # one process speaks
+    assert fork.exitcode == 0
+    return folder, said.getvalue(), (folder / "said").read_text()
 
 
-@pytest.fixture(scope="module")
-def two(commands):
-    """Standard output of two processes."""
-    folder, commands = commands
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT),
-                   "PYTHONFAULTHANDLER": "1"}  # an abort says where
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    places = {"calibrate": ["--out", str(folder / "two")], "evaluate": ["--cache", str(folder / "two answers")]}
-    both = json.dumps([(name, [*arguments, *places[name]]) for name, arguments in commands.items()])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(program), both], cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def record(said, key) -> dict:
+    """The line of JSON of the command whose result has this key."""
+    (line,) = (line for line in said.splitlines() if line.startswith("{") and key in json.loads(line))
+    return json.loads(line)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -129,38 +154,35 @@ class TestRun:
 
 
 class TestCalibrate:
-    def test_two_processes_write_the_bytes_of_one(self, commands, two, capsys):
-        folder, arguments = commands[0], commands[1]["calibrate"]
-        assert calibrate.main([*arguments, "--out", str(folder / "one")]) == 0
-        one = json.loads(capsys.readouterr().out.splitlines()[-1])
-        (line,) = (line for line in two.splitlines() if line.startswith('{"out"'))  # one process speaks
-        assert json.loads(line)["table"] == one["table"]
-        index = json.loads((folder / "one" / INDEX).read_text())
-        assert json.loads((folder / "two" / INDEX).read_text()) == index
+    def test_two_processes_write_the_bytes_of_one(self, runs):
+        folder, *said = runs
+        one, two = folder / "calibrate one", folder / "calibrate two"
+        assert record(said[0], "out")["table"] == record(said[1], "out")["table"]
+        index = json.loads((one / INDEX).read_text())
+        assert json.loads((two / INDEX).read_text()) == index
         for name in {*index["weight_map"].values(), "config.json", "README.md"}:
-            assert sha256(folder / "one" / name) == sha256(folder / "two" / name), name
-        one, two = (json.loads((folder / n / "starquant.json").read_text()) for n in ("one", "two"))
+            assert sha256(one / name) == sha256(two / name), name
+        one, two = (json.loads((out / "starquant.json").read_text()) for out in (one, two))
         assert two["complete"]
         assert [b.pop("seconds") and b for b in two["blocks"]] == [b.pop("seconds") and b for b in one["blocks"]]
 
     def test_blocks_that_wait_for_one_another_are_not_shared(self, small_folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(processes, "world", lambda: 2)
-        assert calibrate.main(["--model", str(small_folder), *FAST, "--out", str(tmp_path / "q")]) == 2
+        assert calibrate.main(["--model", str(small_folder), *SMALL, "--out", str(tmp_path / "q")]) == 2
         assert "--inputs fp" in capsys.readouterr().err
         assert not (tmp_path / "q").exists()
 
 
 class TestEvaluate:
-    def test_two_processes_give_the_scores_of_one_and_share_them(self, commands, two, capsys):
+    def test_two_processes_give_the_scores_of_one_and_share_them(self, runs):
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-        folder, arguments = commands[0], commands[1]["evaluate"]
-        assert evaluate.main([*arguments, "--cache", str(folder / "one answers")]) == 0
-        one, two = (json.loads(text.splitlines()[-1]) for text in (capsys.readouterr().out, two))
+        folder, *said = runs
+        one, two = (record(text, "processes") for text in said)
         assert (two["processes"], one["processes"]) == (2, 1)
         scores = [{t: {k: v for k, v in r.items() if "," in k} for t, r in x["tasks"].items()} for x in (one, two)]
         assert scores[0] == scores[1]
         assert all(scores[0][t] for t in ("winogrande", "gsm8k"))
-        assert stored(folder / "one answers", 1) == stored(folder / "two answers", 2)
+        assert stored(folder / "evaluate one", 1) == stored(folder / "evaluate two", 2)
 
 
 def stored(folder, processes: int) -> dict:
