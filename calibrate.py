@@ -320,8 +320,8 @@ def calibrate(args) -> dict:
     if args.problems != 0:
         result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if ours else
                            closing.table_of_text(args, source, config, texts, device, dtype))
-        print(closing.described(args, result["table"]))
         out.write_card(result["table"])
+        print(closing.described(args, result["table"]))
     print(closing.farewell(args, source, config, ours))
     return result
 

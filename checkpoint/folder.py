@@ -166,6 +166,9 @@ def write_file(path: Path, write) -> None:
         os.umask(mask := os.umask(0))
         os.chmod(temporary, 0o666 & ~mask)  # the safetensors library makes files that only their owner may read
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -74,9 +75,12 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
     and a pipe that nobody reads any more gives 141 without a word.
     smaller: the flags that lower the memory a run needs. kept(): a sentence that says what an interrupted run leaves.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what stands in for a terminal may not have it
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process lives)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):  # what stands in for a terminal may not have it
             stream.reconfigure(errors="replace")  # a terminal may lack a character, such as ░
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: {message}\n"  # without a line of the source
     try:
         result = function(args)
         if rank() == 0:

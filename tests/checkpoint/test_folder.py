@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from checkpoint import folder as folder_module
-from checkpoint.folder import INDEX, resolve, sha256, write_json
+from checkpoint.folder import INDEX, resolve, sha256, write_file, write_json
 from runtime.processes import Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -183,3 +183,11 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     assert json.loads(os.read(reader, 99)) == {"x": 1}
     os.close(reader)
     assert [p.name for p in tmp_path.iterdir() if p.is_fifo()] == ["pipe"]
+
+
+def test_a_full_disk_is_named_by_the_file_it_did_not_take(tmp_path):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=f"No space left on device: '?{tmp_path / 'x.json'}"):
+        write_file(tmp_path / "x.json", full)

@@ -118,14 +118,23 @@ class TestRun:
         assert processes.run("p.py", fail, None, smaller="--rows", kept=lambda: "Go on.") == code
         assert capsys.readouterr() == ("", said)
 
-    def test_a_pipe_that_nobody_reads_ends_without_a_word(self, tmp_path):
-        program = ("import sys; from runtime import processes\n"
-                   "sys.exit(processes.run('p.py', lambda args: print('x\\n' * 10**5), None))")
-        run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert run.stdout.readline() == b"x\n"
-        run.stdout.close()
-        assert (run.wait(), run.stderr.read()) == (141, b"")
-        run.stderr.close()
+    def test_a_pipe_that_nobody_reads_ends_without_a_word_when_the_work_is_done(self, tmp_path):
+        program = ("import pathlib, sys, warnings; from runtime import processes\n"
+                   "def work(args):\n    print('a table')\n    warnings.warn('slow')\n"
+                   "    pathlib.Path(sys.argv[1]).touch()\n"
+                   "sys.exit(processes.run('p.py', work, None))")
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, "-c", program, tmp_path / "done"], stdout=write, stderr=subprocess.PIPE,
+                              cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""}, check=False)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, b"p.py: slow\n")
+        assert (tmp_path / "done").exists()
+
+    @pytest.mark.parametrize("name", ["stdout", "stderr"])
+    def test_what_was_closed_takes_nothing(self, name, monkeypatch):
+        monkeypatch.setattr(sys, name, None)
+        assert processes.run("p.py", lambda args: print(sys.stdout.isatty(), sys.stderr.isatty()), None) == 0
 
     def test_memory_that_the_cpu_does_not_have(self, capsys):
         assert processes.run("p.py", lambda args: torch.empty(2**60, dtype=torch.uint8), None) == 2
