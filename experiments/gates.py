@@ -13,9 +13,9 @@ outlier and so makes the grid finer.
 
 Of a 16-bit model of the embedded tasks this program prints three tables.
     The balance of every gate, for P drawn, trained (App. B) or allocated in closed form, with exact weights.
-    The same for trained P where tokens live in fewer directions. The construction: in the channels that their gate
+    The same for drawn P where tokens live in fewer directions. The construction: in the channels that their gate
     zeroes, their energy is cut to a share ρ. The function of the model changes with it.
-    KL from 16 bit of the trained models with all gates, with those that pay, and with none.
+    KL from 16 bit of trained models (Kronecker P, no TAC) with all gates, with those that pay, and with none.
 Of a quantized model with gates it prints the balance of each of its own, so that it can be measured on any checkpoint.
 All is measured on held-out text. Which gates pay is decided on calibration text of another seed.
 """
@@ -34,6 +34,7 @@ from calibration.streams import inputs_of, run_block
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, resolve
 from experiments.cells import Run, current_commit
+from experiments.rows import NO_TAC
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
@@ -101,7 +102,7 @@ def measure(model) -> dict[str, list[dict]]:
     seen, state = inputs_of(model, unseen), (unseen == model.mask_id).flatten().to(model.device)
     out = {}
     for kind, chosen in bases(model, tokens, region, noisy).items():
-        for left in (1, *LEFT) if "trained" in kind else (1,):
+        for left in (1, *LEFT) if "random" in kind else (1,):
             rows = out[kind if left == 1 else f"{kind}, ρ = {left:g}"] = []
             for (i, name), P in chosen.items():
                 weight, x = getattr(model.blocks[i], name).weight.float(), seen[i][name].flatten(0, 1).float()
@@ -156,11 +157,11 @@ def keeping(model, kept):
     return rebuilt(model, blocks=nn.ModuleList(blocks))
 
 
-def end_to_end(job: Run, transform: str) -> list[str]:
-    """A row: KL from 16 bit with all gates of SGAT's trained P, with those that pay on text of seed 0, with none."""
+def end_to_end(job: Run) -> str:
+    """A table: KL from 16 bit with all gates of SGAT's trained P, with those that pay on text of seed 0, with none."""
     found, counts = {"all": [], "paying": [], "none": []}, []
     for seed in KL_SEEDS:
-        model = job.calibrated(json.dumps({"tac": "none", "transform": transform}), seed)
+        model = job.calibrated(json.dumps(NO_TAC), seed)
         gates = own_gates(model, text(model, 0, "calib"))
         kept = {"all": gates, "paying": [row for row in gates if row["with_gate"] < row["noise"]], "none": []}
         counts.append(str(len(kept["paying"])))
@@ -169,8 +170,10 @@ def end_to_end(job: Run, transform: str) -> list[str]:
             found[which].append(metrics.scores(chosen, SEQUENCES, seed, True, which, job.model())[0]["kl"])
     kl = {which: torch.stack(values) for which, values in found.items()}  # (seeds, examples)
     differences = [interval(bootstrap(kl["paying"] - kl[other]), 1000, 1, "+") for other in ("all", "none")]
-    return [f"trained, {transform}", f"{', '.join(counts)} of {len(gates)}",
-            *(interval(bootstrap(value), 1000, 1) for value in kl.values()), *differences]
+    return markdown_table(["gates that pay, by seed", "KL, all gates", "KL, those that pay", "KL, none",
+                           "those that pay - all", "those that pay - none"],
+                          [[f"{', '.join(counts)} of {len(gates)}",
+                            *(interval(bootstrap(value), 1000, 1) for value in kl.values()), *differences]])
 
 
 def summarize(measured: dict[str, list[dict]]) -> str:
@@ -218,12 +221,9 @@ def of_16_bit(args, ours: bool):
                       f"calibrate.py --method starquant makes of it.")
     job = Run(args.model, args.stress, SEQUENCES, True, args.device)
     measured = measure(job.model())
-    fewer = {kind: rows for kind, rows in measured.items() if "trained" in kind}
+    fewer = {kind: rows for kind, rows in measured.items() if "random" in kind}
     rows = {kind: of_kind for kind, of_kind in measured.items() if "ρ" not in kind}
-    kl = markdown_table(["P", "gates that pay, by seed", "KL, all gates", "KL, those that pay", "KL, none",
-                         "those that pay - all", "those that pay - none"],
-                        [end_to_end(job, transform) for transform in ("kronecker", "dense")])
-    return "\n\n".join((summarize(rows), summarize(fewer), kl)), rows
+    return "\n\n".join((summarize(rows), summarize(fewer), end_to_end(job))), rows
 
 
 def run(args) -> dict:
@@ -233,10 +233,11 @@ def run(args) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     table, rows = (of_quantized if checkpoint.quantization else of_16_bit)(args, tasks.knows_our_tasks(
         checkpoint.folder))
-    name = f"-{checkpoint.folder.name}" if checkpoint.quantization else ""
-    stem = args.out / f"gates{name}{'' if args.stress == 1 else f'-stress{args.stress:g}'}"
-    note = (f"`python -m experiments.gates --model {args.model} --stress {args.stress:g}`: torch {torch.__version__}, "
-            f"{args.device}, commit {current_commit()}.")
+    name, stressed = f"-{checkpoint.folder.name}" if checkpoint.quantization else "", args.stress != 1
+    stem = args.out / f"gates{name}{f'-stress{args.stress:g}' * stressed}"
+    note = (f"`python -m experiments.gates --model {args.model}{f' --data {args.data}' if args.data else ''}"
+            f"{f' --stress {args.stress:g}' * stressed}`: torch {torch.__version__}, {args.device}, commit "
+            f"{current_commit()}.")
     stem.with_suffix(".md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(table)

@@ -93,12 +93,18 @@ def test_a_model_keeps_the_gates_it_is_told_to(gated, noisy):
     assert len(every) == 16
     off = copy.deepcopy(model)
     switch_gates_off(off)
-    assert torch.allclose(gates.keeping(model, every)(noisy), model(noisy), atol=1e-4)
-    assert torch.allclose(gates.keeping(model, set())(noisy), off(noisy), atol=1e-4)
+
+    def apart(a, b):  # sums in another order round a few values of many to the other side
+        return float((a - b).square().mean() / b.square().mean())
+
+    with_gates, without = model(noisy), off(noisy)
+    assert apart(with_gates, without) > 0.02
+    assert apart(gates.keeping(model, every)(noisy), with_gates) < 1e-3
+    assert apart(gates.keeping(model, set())(noisy), without) < 1e-3
     x, state = draw(2, 5, 64), torch.tensor([[True, False, True, False, False]] * 2)
     one = gates.keeping(model, {(0, "qkv", "masked")}).blocks[0].qkv(x, state)
-    assert torch.allclose(one[state], model.blocks[0].qkv(x, state)[state], atol=1e-4)
-    assert torch.allclose(one[~state], off.blocks[0].qkv(x, state)[~state], atol=1e-4)
+    assert apart(one[state], model.blocks[0].qkv(x, state)[state]) < 1e-3
+    assert apart(one[~state], off.blocks[0].qkv(x, state)[~state]) < 1e-3
 
 
 def test_the_command_lists_the_gates_of_a_quantized_folder(gated, tmp_path, capsys):
