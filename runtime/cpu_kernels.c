@@ -109,12 +109,15 @@ static const float *widened(const void *T, long i, int half, long n, int32_t *to
     return (float *)to;
 }
 
-static void add_products(floats a[8], const floats *x, const float *T, long n, long stride) {  // a_j += sum_i x_i T_ij
+// a_j += sum_i x_i T_ij, summed and rounded as torch's libraries mostly do, which fuse from four channels on
+static void add_products(floats a[8], const floats *x, const float *T, long n, long stride) {
     floats sum[8];
     memcpy(sum, a, sizeof sum);
     for (long i = 0; i < n; i++, T += stride)
         #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) sum[j] = plus_product(sum[j], x[i], T[j]);
+        for (int j = 0; j < 8; j++)
+            if (n < 4) sum[j] += x[i] * T[j];
+            else sum[j] = plus_product(sum[j], x[i], T[j]);
     memcpy(a, sum, sizeof sum);
 }
 
