@@ -104,6 +104,11 @@ def head_rows(point) -> int:
     return batch * tokens * (STEPS + 1) // 2
 
 
+def linear_roofline(top, weight: float, tokens: int, C: int, d: int, element: int, integer: bool) -> float:
+    """Least seconds of tokens (tokens, d) times a weight (C, d) of so many bytes; element: bytes of an activation."""
+    return roofline(top, weight + tokens * (C + d) * element, 2 * tokens * C * d, "integer" if integer else "float")
+
+
 def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: int) -> float:
     """Least seconds of one denoising step: linears, attention and head, each at its own roofline.
 
@@ -111,17 +116,14 @@ def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: i
     """
     batch, length, _ = point
     tokens, quantized = batch * length, weight_bytes <= 1
-    seconds = 0
-    for C, d in linear_shapes(c).values():
-        size = C * d * weight_bytes + tokens * (C + d) * element
-        seconds += c.n_layers * roofline(top, size, 2 * tokens * C * d, "integer" if quantized else "float")
+    block = sum(linear_roofline(top, C * d * weight_bytes, tokens, C, d, element, quantized)
+                for C, d in linear_shapes(c).values())
     # Q Kᵀ and A V
     heads = c.n_heads * c.head_dim
-    seconds += c.n_layers * roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
-    eight = quantized and head_bits < 16
-    rows = head_rows(point)
-    size = c.vocab_size * c.d_model * (1 if eight else element) + rows * (c.vocab_size + c.d_model) * element
-    return seconds + roofline(top, size, 2 * rows * c.vocab_size * c.d_model, "integer" if eight else "float")
+    block += roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
+    V, D, eight = c.vocab_size, c.d_model, quantized and head_bits < 16
+    head = linear_roofline(top, V * D * (1 if eight else element), head_rows(point), V, D, element, eight)
+    return c.n_layers * block + head
 
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
@@ -137,8 +139,8 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
             for name in models:
                 weight = getattr(models[name].blocks[0], fused)
                 integer = isinstance(weight, QuantLinear)
-                size = (weight.weight_packed if integer else weight.weight).nbytes + tokens * (C + d) * x.element_size()
-                row[name]["roofline"] = roofline(top, size, 2 * tokens * C * d, "integer" if integer else "float")
+                size = (weight.weight_packed if integer else weight.weight).nbytes
+                row[name]["roofline"] = linear_roofline(top, size, tokens, C, d, x.element_size(), integer)
             out.append(row)
     return out
 

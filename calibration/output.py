@@ -6,8 +6,6 @@
     README.md                           the model card; beside it the source's LICENSE
     starquant.json                      arguments, seed, versions, checksums, losses and seconds of each block
 
-What survives
--------------
 A shard is written atomically. It carries the hash of its run and a checksum of its tensors. So the shards that exist
 are the finished blocks, and `--resume` computes only the others. The index, config.json and `"complete": true` in
 starquant.json come last. While a run writes, it locks the folder. The lock ends with its process.

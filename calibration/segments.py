@@ -121,8 +121,9 @@ def _text_rows(path: Path) -> list[str]:
         raise Refused(f"{path} holds no text.")
     if path.suffix not in (".txt", ".jsonl"):
         raise Refused(f"{path} is none of .txt, .jsonl and .parquet.")
-    return [content] if path.suffix == ".txt" else list(filter(None, map(
-        str.strip, content.removeprefix("\ufeff").split("\n"))))
+    if path.suffix == ".txt":
+        return [content]
+    return [line.strip() for line in content.removeprefix("\ufeff").split("\n") if line.strip()]
 
 
 def _parquet_rows(path: Path) -> list[dict]:

@@ -2,8 +2,6 @@
 
 One switchable Llama-type block (`model.py`) serves every family. A family is a table of keys and a list of names.
 
-How a config is read
---------------------
 A key in the family's table must have a value of its type, or one of the values that are implemented. If it is absent,
 the default of the family's official code counts. Any other key is accepted if it cannot change what is computed
 (`HARMLESS`), or if its value is null, false or empty: then what it names is off. All keys that are left are refused by

@@ -1,16 +1,11 @@
 """What a quantized model stores: the names, shapes and types of its tensors, described once.
 
-Who reads this description
---------------------------
-`check_tensors` compares it with the headers of a folder before the loader fills a model (`checkpoint/loading.py`). The
-plan of a calibration and the table of memory sum its bytes (`methods/storage.py`). What a method stores besides the
-weight is said beside its fit, in fields of `Linear`.
+`check_tensors` compares this description with the headers of a folder before the loader fills a model
+(`checkpoint/loading.py`). The plan of a calibration and the table of memory sum its bytes (`methods/storage.py`). What
+a method stores besides the weight is said beside its fit, in fields of `Linear`.
 
-How a folder is laid out
-------------------------
 Every quantized linear is a `Linear` here. A block is its norms, its four linears and what attention stores. The outer
-part is embedding, final norm and head. A folder of this project has one shard for each block and one for the outer
-part, and `shards` describes them in this order.
+part is embedding, final norm and head. A folder has a shard for each block and one for the outer part, as `shards` has.
 """
 
 from dataclasses import dataclass, field

@@ -64,12 +64,12 @@ class Tile(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return 128 * self.GROUPS or self.TM // self.WM * (self.TN // self.WN) * 32
+        return 128 * self.GROUPS if self.GROUPS else self.TM // self.WM * (self.TN // self.WN) * 32
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory; tiles of groups begin at a multiple of 1024."""
-        return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2) + 1024 * (self.GROUPS > 0)
+        return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2) + (1024 if self.GROUPS else 0)
 
 
 class Rotation(NamedTuple):
@@ -125,8 +125,8 @@ def _machine_code(dtype, part: str | Sizes, capability: tuple) -> bytes:
     # PyTorch's compiler call asks for the toolkit's folder, which wheel-only installations lack and we never use
     with mock.patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or "."):
         name, *_ = kernels_of(part)
-        target = "".join(map(str, capability)) + "a" * (name == "grouped_product")  # instructions that only Hopper has
-        return torch.cuda._utils._nvrtc_compile(source(dtype, part), name, target)[0]
+        hopper = "a" if name == "grouped_product" else ""  # instructions that only Hopper has
+        return torch.cuda._utils._nvrtc_compile(source(dtype, part), name, f"{capability[0]}{capability[1]}{hopper}")[0]
 
 
 @cache
