@@ -1,10 +1,12 @@
 """The benchmark on the CPU, the memory table against real tensors, and embedding and head in integers."""
 
 import copy
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from experiments import peers, timing, twins
 from methods import QuantConfig
 from methods.rtn import quantize_outer
 from methods.storage import memory_table, stored_linear
-from model import load_model
+from model import DiffusionLM, load_model
 from runtime.layers import QuantEmbedding, QuantLinear, quantize_weight
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +63,7 @@ def test_memory_table_counts_the_bytes_of_a_real_model(name, head_bits, embed_bi
 
 @pytest.mark.parametrize("name", [*FIXTURES, "tiny"])
 def test_memory_table_counts_the_bytes_of_a_calibrated_model(name):
-    model = load_model(FIXTURES.get(name, name), device="cpu").requires_grad_(False)
+    model = DiffusionLM(replace(load_model(FIXTURES.get(name, name), device="cpu").config, n_layers=1))
     tokens = torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(0))
     for method in ("starquant", "starquant+"):
         calibrated = quantize_model(model, tokens, quick(method, epochs=0))
@@ -181,6 +183,14 @@ def test_peak_while_loading(tmp_path):
 # ---- bench.py ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ceilings_once():
+    """The limits of this machine are measured once for all runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "ceilings", functools.cache(bench.ceilings))
+        yield
+
+
 def test_one_run_ends_in_json(tmp_path, capsys):
     out = tmp_path / "r.json"
     arguments = ["--model", FIXTURES["dream"], "--repeats", "1", "--points", "1x16x1", "2x16x2", "--out", str(out),
@@ -265,7 +275,7 @@ def test_peers_are_left_out_unless_asked_for():
     (["--blocks", "2"], "needs --random-weights"), (["--gain", "40"], "--gain needs --write"),
     (["--model", "llada-8b", "--write", "new", "--repeats", "3"], "--write measures nothing"),
     (["--model", "llada-8b", "--random-weights", "--blocks", "33"], "between 1 and 32"),
-    (["--repeats", "0"], "--repeats must be at least 1"), (["--head-bits", "16", "--embed-bits", "4"], "needs"),
+    (["--repeats", "0"], "--repeats: must be at least 1"), (["--head-bits", "16", "--embed-bits", "4"], "needs"),
     (["--out", "missing-folder/x.json"], "does not exist"), (["--points", "1x8x4"], "at least"),
     (["--points", "abc"], "is not BATCHxLENGTHxTOKENS")])
 def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, sentence):
@@ -311,6 +321,7 @@ def test_a_peer_that_fails_costs_its_own_cell_alone(tmp_path, capsys, monkeypatc
         return {"peer": twin}
 
     monkeypatch.setattr(bench.peers, "models", stubborn)
+    monkeypatch.setattr(bench, "linears", lambda *_: [])
     out = tmp_path / "r.json"
     assert bench.main(["--model", FIXTURES["llada"], "--repeats", "1", "--points", "1x16x1", "1x24x1", "--out",
                        str(out), "--device", "cpu", "--peers"]) == 0

@@ -59,16 +59,21 @@ def compiler() -> str:
                                                        check=True).stdout
 
 
-@cache
-def compiled(source: str, architecture: str) -> dict:
-    """The kernels of a source by name. The compiler takes longer than most runs, so what it gives is kept."""
-    file = KEPT / hashlib.sha256(repr((source, architecture, compiler())).encode()).hexdigest()
+def kept(compile_, *given) -> str:
+    """compile_(*given), a text. The compiler takes longer than most runs, so what it gives is kept."""
+    file = KEPT / hashlib.sha256(repr((*given, compiler())).encode()).hexdigest()
     if not file.is_file():
         KEPT.mkdir(parents=True, exist_ok=True)
         begun = file.with_suffix(f".{os.getpid()}")
-        begun.write_text(compile_ptx(source, architecture))
+        begun.write_text(compile_(*given))
         begun.replace(file)
-    return parse(file.read_text())
+    return file.read_text()
+
+
+@cache
+def compiled(source: str, architecture: str) -> dict:
+    """The kernels of a source by name."""
+    return parse(kept(compile_ptx, source, architecture))
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 

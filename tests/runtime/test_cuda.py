@@ -4,6 +4,7 @@ the block sizes of a GPU. On a GPU: `test_cuda_on_gpu.py`."""
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import ptx
@@ -18,7 +19,7 @@ from kernel_checks import (
     check_tac,
     layer,
 )
-from ptx_reader import by_nvrtc, nvrtc
+from ptx_reader import by_nvrtc, kept, nvrtc
 
 import kernels
 import model
@@ -35,20 +36,25 @@ ROTATIONS = [cuda.Rotation(64, 64, 1), cuda.Rotation(96, 128, 1), cuda.Rotation(
 # ---- the sources compile -------------------------------------------------------------------------------------------
 
 
-def compile_cubin(tmp_path, source, architecture) -> str:
+def ptxas(source, *options) -> str:
     """What ptxas says of every kernel; warnings are errors."""
-    file = tmp_path / "kernels.cu"
-    file.write_text(source)
-    done = subprocess.run(["nvcc", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
-                           "-o", str(tmp_path / "out"), str(file)], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.cu"
+        file.write_text(source)
+        done = subprocess.run(["nvcc", *options, "-o", f"{folder}/out", str(file)], capture_output=True, text=True,
+                              check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
+def compile_cubin(source, architecture) -> str:
+    return kept(ptxas, source, f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings")
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 @pytest.mark.parametrize(("dtype", "architecture"), [(torch.float32, "sm_80"), (torch.bfloat16, "sm_90")])
-def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architecture):
-    said = compile_cubin(tmp_path, cuda.source(dtype, *cuda.PARTS), architecture)
+def test_sources_compile_without_warnings_or_spills(dtype, architecture):
+    said = compile_cubin(cuda.source(dtype, *cuda.PARTS), architecture)
     for name in NAMES:
         assert f"entry function '{name}'" in said
     assert said.count("0 bytes spill stores, 0 bytes spill loads") == len(NAMES)
@@ -56,8 +62,8 @@ def test_sources_compile_without_warnings_or_spills(tmp_path, dtype, architectur
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 @pytest.mark.parametrize("rotation", ROTATIONS)
-def test_rotations_compile_without_warnings_or_spills(tmp_path, rotation):
-    said = compile_cubin(tmp_path, cuda.source(torch.bfloat16, rotation), "sm_90")
+def test_rotations_compile_without_warnings_or_spills(rotation):
+    said = compile_cubin(cuda.source(torch.bfloat16, rotation), "sm_90")
     assert sum(map(int, re.findall(r"(\d+) bytes spill", said))) < 32  # a few, so that another block fits beside it
     assert rotation.shared < 227 * 1024
     assert rotation.threads <= 1024
