@@ -26,9 +26,9 @@ from tiny import metrics
 
 PROBLEMS, SEQUENCES, SEGMENTS = 16, 24, 16  # unless --problems is given: per task, of each domain, of a text
 SEED = 1  # of problems, segments and masks
-COLUMNS = {"kl": "KL from 16 bit, nats/token", "nelbo": "NELBO, nats/token",
-           **{task: f"{task} %" for task in metrics.TASKS}}
-# of README
+# of the table: heading, and scale and digits of its numbers
+COLUMNS = {"kl": ("KL from 16 bit, nats/token", 1, 4), "nelbo": ("NELBO, nats/token", 1, 4),
+           **{task: (f"{task} %", 100, 1) for task in metrics.TASKS}}
 QUESTION = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?"
 
 
@@ -92,15 +92,10 @@ def with_intervals(values: dict[str, torch.Tensor]) -> dict:
 
 def table(rows: list[dict]) -> str:
     """What was measured of every model as Markdown, with 95 % intervals, and its size."""
-    shown = [k for k in COLUMNS if any(k in row for row in rows)]
-
-    def cell(row, k):
-        if k not in row:
-            return ""
-        return measures.interval(row[k], 100, 1) if k in metrics.TASKS else measures.interval(row[k])
-
-    return measures.markdown_table(("model", *(COLUMNS[k] for k in shown), "MB"), [
-        (row["model"], *(cell(row, k) for k in shown), f"{row['bytes'] / 1e6:.2f}") for row in rows])
+    shown = {k: column for k, column in COLUMNS.items() if any(k in row for row in rows)}
+    return measures.markdown_table(("model", *(heading for heading, *_ in shown.values()), "MB"), [
+        (row["model"], *(measures.interval(row[k], *form) if k in row else "" for k, (_, *form) in shown.items()),
+         f"{row['bytes'] / 1e6:.2f}") for row in rows])
 
 
 def described(args, rows: list[dict]) -> str:

@@ -28,8 +28,8 @@ from runtime.processes import Refused, free_memory, rank, synchronize, watched, 
 from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
-# How many whole passes through a block calibration takes. The 16-bit and the quantized stream pass the whole block; the
-# inputs of the four linears and TAC's two representations pass it up to where they are.
+# passes through a block that calibration takes: two whole ones of the streams; for the inputs of the four linears and
+# for TAC's two representations parts, which add up to three
 FORWARDS = 5
 
 # ---- memory, from below ----------------------------------------------------------------------------------------------
