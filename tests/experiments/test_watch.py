@@ -242,7 +242,7 @@ class TestCommand:
         assert lines[1].endswith("░░")
 
     @pytest.mark.parametrize(("arguments", "says"), [
-        (["--prompt", ""], "--prompt holds no text"), (["--prompt", " \n"], "--prompt holds no text"),
+        (["--prompt", " \n"], "--prompt holds no text"),
         (["--prompt", "Ann", "--chat"], "leave --chat out"),
         (["--prompt", "Ann", "--threshold", ".9", "--steps", "4"], "leave --steps out"),
         (["--prompt", "Ann", "--block-length", "5"], "not a multiple of block_length 5")])
