@@ -47,7 +47,7 @@ from model import DiffusionLM, load_block, load_model, load_outer
 from runtime import processes
 from runtime.attention import QuantAttention, softmax_scores
 from runtime.layers import TAC, QuantLinear, rebuilt
-from runtime.processes import Parser, Refused, batches, pick_device, pick_dtype
+from runtime.processes import Parser, Refused, at_least, batches, pick_device, pick_dtype
 from starquant import fold_weight, linear, tac_fit
 from tiny.stress import write_stressed
 from tiny.tasks import knows_our_tasks
@@ -256,8 +256,8 @@ def parse(argv):
     text = parser.add_argument_group("calibration text")
     text.add_argument("--data", help="a .txt, .jsonl or .parquet file (winogrande, as in the paper, downloaded; "
                       "the embedded model has its own text)")
-    text.add_argument("--segments", type=int, default=128, help="calibration segments (128, Section 4.1)")
-    text.add_argument("--length", type=int, help="tokens per segment (256; 64 for the embedded model)")
+    text.add_argument("--segments", type=at_least(1), default=128, help="calibration segments (128, Section 4.1)")
+    text.add_argument("--length", type=at_least(2), help="tokens per segment (256; 64 for the embedded model)")
     text.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
                       "states of the model's own denoising (masked)")
     text.add_argument("--seed", type=int, default=0, help="seed of segments, masks and all else that is drawn (0)")
@@ -267,9 +267,9 @@ def parse(argv):
     again.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     where.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
                        "write nothing (a model of the hub is downloaded)")
-    where.add_argument("--problems", type=int, help="size of the closing table: problems per embedded task (16); for "
-                       "a model that does not know these, segments of the text that it was not calibrated on (16); "
-                       "0: no table")
+    where.add_argument("--problems", type=at_least(0), help="size of the closing table: problems per embedded task "
+                       "(16); for a model that does not know these, segments of the text that it was not calibrated "
+                       "on (16); 0: no table")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda")
     machine.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
@@ -336,10 +336,6 @@ def choose_device(args, config: Settings):
 
 def open_source(args):
     """The 16-bit checkpoint, checked, and the documents to calibrate with (None: the embedded model's own)."""
-    for name, low in (("segments", 1), ("length", 2), ("problems", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise Refused(f"--{name} {value} is below {low}.")
     early = args.data or hub_id(args.model)
     texts = calibration_texts(args.data) if early else None  # before gigabytes are downloaded
     source = Checkpoint(resolve(args.model))

@@ -17,7 +17,6 @@ Tables go to standard output, whose last line is JSON; progress goes to standard
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -169,7 +168,7 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
-    if args.use in ("judge", "data", "prompt", "figure") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.use in ("judge", "data", "prompt", "figure") and processes.launched() > 1:
         raise Refused("torchrun shares --table and --tasks among processes; start everything else without it.")
     file = args.out if args.use in ("judge", "data", "prompt", "tasks") else None
     if file:

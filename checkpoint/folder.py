@@ -115,12 +115,14 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
 
 
 def json_lines(*files: Path):
-    """The values in files of one JSON value a line; a line that an interruption cut short is left out."""
-    for line in (line for file in files if file.exists() for line in file.read_text(encoding="utf-8").split("\n")):
+    """The objects in files of one JSON object a line; any other, as an interruption leaves it, is left out."""
+    for line in (line for file in files if file.exists() for line in file.read_bytes().split(b"\n")):
         try:
-            yield json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
+        if isinstance(value, dict):
+            yield value
 
 
 def added_tokens(folder: Path) -> dict[int, dict]:

@@ -139,7 +139,7 @@ def digest(key: dict) -> str:
 
 def stored_cells(*files: Path) -> dict[str, dict]:
     """Finished cells by digest, the later of two."""
-    return {cell["digest"]: cell for cell in json_lines(*files)}
+    return {cell["digest"]: cell for cell in json_lines(*files) if "digest" in cell}
 
 
 def store(cell: dict, file: Path) -> None:

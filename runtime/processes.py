@@ -118,9 +118,15 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched() -> int:
+    """How many processes torchrun started; other programs set a part of its variables."""
+    names = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return int(os.environ["WORLD_SIZE"]) if names <= os.environ.keys() else 1
+
+
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun started (gloo on a CPU, nccl on GPUs); returns the device of this process."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

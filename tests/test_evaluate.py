@@ -82,7 +82,8 @@ class TestCommand:
 
     @pytest.mark.parametrize("use", [[], ["--data", "x.txt"], ["--prompt", "x"], ["--figure", "hero"]])
     def test_what_several_processes_would_do_alike_is_refused(self, use, monkeypatch, capsys):
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
         assert evaluate.main(use) == 2
         assert "start everything else without it" in capsys.readouterr().err
 

@@ -164,7 +164,8 @@ class TestMake:
         again = make(fresh=True)
         assert again["rows"][1]["kl"][0] == 0.5
         assert make()["rows"] == again["rows"]  # of two lines of one key the later counts
-        (results / "cells.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
+        spoilt = "\n".join([*lines[:2], "[]", "3", "{}", lines[2][:50]])
+        (results / "cells.jsonl").write_bytes(spoilt.encode() + b"\xff")
         assert len(stored_cells(results / "nowhere", results / "cells.jsonl")) == 2
 
     def test_published_tables_come_from_published_cells(self):

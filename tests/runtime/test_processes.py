@@ -100,6 +100,13 @@ def test_arguments_are_refused_in_a_sentence(arguments, said, capsys):
     assert capsys.readouterr().err == f"p.py: {'argument ' * (': ' in said)}{said}; --help lists what there is.\n"
 
 
+@pytest.mark.parametrize("size", ["2", "many"])
+def test_a_variable_alone_is_not_torchrun(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert processes.launched() == 1
+    assert processes.start(torch.device("cpu")) == torch.device("cpu")
+
+
 class TestRun:
     """One sentence and an exit code for what a user can mend; a traceback for everything else."""
 
