@@ -63,7 +63,7 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
                                  (args.segments, args.seed))
     if len(segments) < 2:
         return []
-    copies = measures.masked_copies(segments, None, outer.mask_id, seed=SEED)
+    copies = measures.judged_copies(segments, None, outer.mask_id, seed=SEED)
     written, rtn = Checkpoint(args.out), QuantConfig("rtn", wbits=config.wbits, abits=config.abits)
 
     def blocks(checkpoint):

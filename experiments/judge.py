@@ -86,7 +86,7 @@ def on_text(args, found: dict[str, Checkpoint]):
         raise Refused(f"{args.data} is too short for two segments of {length} tokens; lower --length.")
     print(f"{len(segments)} segments of {length} tokens from {args.data}; {answer} tokens are written after the first "
           f"{answer} of each, in parallel at τ = {args.threshold:g}")
-    copies = measures.masked_copies(segments, None, last.config.mask_id, seed=args.seed)
+    copies = measures.judged_copies(segments, None, last.config.mask_id, seed=args.seed)
     measured, reference = {}, None
     for name in found:
         model = load_model(name, args.device, args.dtype, args.weights)

@@ -44,7 +44,7 @@ class Copies(NamedTuple):
     weight: torch.Tensor  # (N,) 1 / (samples · t · |region|)
 
 
-def masked_copies(ids, region, mask_id: int, samples: int = 2, seed: int = 0) -> Copies:
+def judged_copies(ids, region, mask_id: int, samples: int = 2, seed: int = 0) -> Copies:
     """`samples` copies of every segment ids (n, L), each with a share t of its region masked; t is stratified.
 
     region (n, L) bool: where [MASK] may stand, None for everywhere.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime import measures
-from runtime.measures import Trajectory, fidelity, likelihoods, masked_copies, predictions, progress_bar
+from runtime.measures import Trajectory, fidelity, judged_copies, likelihoods, predictions, progress_bar
 from runtime.processes import batches
 from runtime.sampling import pad_left
 from tiny import tasks
@@ -16,7 +16,7 @@ from tiny import tasks
 
 def losses(model, ids, region, samples: int = 4, seed: int = 0, reference=None) -> dict[str, torch.Tensor]:
     """`nelbo` and, given a reference model, `kl` of the segments ids (n, L) on masks of `seed` (`likelihoods`)."""
-    copies = masked_copies(ids, region, model.mask_id, samples, seed)
+    copies = judged_copies(ids, region, model.mask_id, samples, seed)
     predicted = [predictions(m, m.blocks, copies.noisy) for m in (model, reference) if m is not None]
     return likelihoods(copies, *predicted)
 

@@ -9,7 +9,7 @@ from official import FIXTURES
 from checkpoint.folder import Checkpoint
 from model import load_block, load_model, load_outer
 from runtime import measures, sampling
-from runtime.measures import bootstrap, fidelity, likelihoods, masked_copies, predictions
+from runtime.measures import bootstrap, fidelity, judged_copies, likelihoods, predictions
 from tiny import metrics
 
 
@@ -64,7 +64,7 @@ class TestMemory:
             folder = FIXTURES / family
             model, checkpoint = load_model(folder, "cpu"), Checkpoint(folder)
             ids = torch.randint(200, (5, 12), generator=torch.Generator().manual_seed(0))
-            copies = masked_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id)
+            copies = judged_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id)
             blocks = (load_block(checkpoint, i) for i in range(checkpoint.config.n_layers))
             predicted = predictions(load_outer(checkpoint), blocks, copies.noisy)
             with torch.no_grad():
@@ -75,7 +75,7 @@ class TestMemory:
         model, reference = load_model(small_folder, "cpu"), load_model(small_folder, "cpu")
         model.head.weight.data.mul_(0.5)
         ids = torch.randint(1000, (4, 16), generator=torch.Generator().manual_seed(0))
-        copies = masked_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id)
+        copies = judged_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id)
         both = [predictions(m, m.blocks, copies.noisy) for m in (model, reference)]
         want, rows = likelihoods(copies, *both), []
         monkeypatch.setattr(measures, "SCORES", 3 * 1024 + 5)
@@ -89,7 +89,7 @@ class TestMemory:
     def test_a_segment_without_a_mask_counts_zero(self, small_folder):
         model = load_model(small_folder, "cpu")
         ids = torch.randint(1000, (40, 2), generator=torch.Generator().manual_seed(0))
-        copies = masked_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id, samples=1)
+        copies = judged_copies(ids, torch.ones_like(ids, dtype=torch.bool), model.mask_id, samples=1)
         values = likelihoods(copies, predictions(model, model.blocks, copies.noisy))["nelbo"]
         masked = (copies.noisy == model.mask_id).any(-1)
         assert torch.equal(values > 0, masked)
