@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from calibration import closing, preflight
-from calibration.output import Output, default_folder, gates, left_by, quantization_config, run_key, survey
+from calibration.output import Output, default_folder, gate_sizes, left_by, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
 from calibration.streams import activations, input_of, run_block
 from checkpoint.families import ALIASES, FUSED
@@ -88,7 +88,7 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings = QuantConfig(),
             blocks.append(block)
             if progress:
                 progress(i + 1, len(model.blocks), max(found["error"] for found in record["linears"].values()))
-    about = quantization_config(asdict(config), model.config, gates(blocks[0]))
+    about = quantization_config(asdict(config), model.config, gate_sizes(blocks[0]))
     quantized.config = replace(model.config, raw=model.config.raw | {"quantization_config": about})
     quantized.blocks = nn.ModuleList(blocks)
     return quantized.eval()

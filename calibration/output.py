@@ -111,7 +111,7 @@ class Output:
         """The shard of block i; record: what `starquant.json` says about it."""
         tensors = self._as_in_source(block_tensors(block, i))
         timeless = {k: v for k, v in record.items() if k != "seconds"}  # the same seed gives the same bytes
-        about = {"run": self.run["hash"], "record": timeless, "gates": gates(block)}
+        about = {"run": self.run["hash"], "record": timeless, "gates": gate_sizes(block)}
         about["sha256"] = checksum(tensors, about)
         disk.write_tensors(self.folder / self.shard(i), tensors, {"starquant": json.dumps(about)})
         self.records[i] = record
@@ -151,7 +151,7 @@ class Output:
         for path in (*map(self.source.folder.joinpath, TOKENIZER_FILES), *self.source.folder.glob("LICENSE*")):
             if path.is_file():
                 disk.write_file(self.folder / path.name, lambda temporary, path=path: shutil.copy(path, temporary))
-        disk.write_config(self.folder, c.raw | {"quantization_config": quantization_config(config, c, gates(block))})
+        disk.write_config(self.folder, c.raw | {"quantization_config": quantization_config(config, c, gate_sizes(block))})
         self.write_card()
         self._write_state(complete=True)
 
@@ -177,7 +177,7 @@ class Output:
         disk.write_json(self.folder / STATE, {"complete": complete, "run": self.run, "blocks": blocks})
 
 
-def gates(block) -> dict:
+def gate_sizes(block) -> dict:
     """d_m and d_u of each linear of a quantized block."""
     return {name: {"d_m": getattr(block, name).d_m, "d_u": getattr(block, name).d_u} for name in FUSED}
 
