@@ -151,7 +151,8 @@ class Output:
         for path in (*map(self.source.folder.joinpath, TOKENIZER_FILES), *self.source.folder.glob("LICENSE*")):
             if path.is_file():
                 disk.write_file(self.folder / path.name, lambda temporary, path=path: shutil.copy(path, temporary))
-        disk.write_config(self.folder, c.raw | {"quantization_config": quantization_config(config, c, gate_sizes(block))})
+        about = quantization_config(config, c, gate_sizes(block))
+        disk.write_config(self.folder, c.raw | {"quantization_config": about})
         self.write_card()
         self._write_state(complete=True)
 
@@ -185,7 +186,7 @@ def gate_sizes(block) -> dict:
 def quantization_config(config: dict, c: ModelConfig, gates: dict) -> dict:
     """What config.json says about a quantized model.
 
-    config: the settings by name. c: the model's config. gates: what `gates` says of a block.
+    config: the settings by name. c: the model's config. gates: what `gate_sizes` says of a block.
     """
     names, head_bits = NAMES[c.family], config["head_bits"]
     outer = {"head_bits": head_bits, "embed_bits": config["embed_bits"] or head_bits} if head_bits < 16 else {}
