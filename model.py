@@ -25,7 +25,7 @@ from torch import nn
 from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, expected_tensors, fill_block, fill_outer, save_model, stored_bytes
-from checkpoint.tokenizer import chat_prompt, load_tokenizer
+from checkpoint.tokenizer import load_tokenizer, question
 from runtime import checks, cuda
 from runtime.processes import Refused, pick_device, pick_dtype
 from runtime.sampling import END_OF_TURN, denoise, generate, pad_left
@@ -279,7 +279,7 @@ def stream(model: DiffusionLM, texts, gen_length: int = 128, steps: int | None =
     if tokenizer is None:
         raise Refused("the model's folder has no tokenizer.json, which text needs; generate takes token ids.")
     if chat:
-        given = [chat_prompt(model.config.family, [{"role": "user", "content": text}]) for text in given]
+        given = [question(tokenizer, model.config.family, text) for text in given]
     encoded = tokenizer.encode_batch(list(given), add_special_tokens=not chat)
     ids, attention_mask = (t.to(model.device) for t in pad_left([e.ids for e in encoded], model.config.eos_id or 0))
     if steps is None and options.get("threshold") is None and options.get("factor") is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoint.folder import added_tokens
 from runtime.processes import Refused
+from runtime.sampling import END_OF_TURN
 
 # Qwen2's splitting before BPE: contractions, words with one leading symbol, single digits, punctuation, ends of line
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -27,7 +28,9 @@ def load_tokenizer(folder: Path):
 
     try:
         tokenizer = Tokenizer.from_file(str(source)) if source.name == "tokenizer.json" else _qwen2_bpe(folder)
-    except Exception as error:  # the library raises a bare Exception
+    except BaseException as error:  # the library raises a bare Exception, or panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise Refused(f"{source} is not a tokenizer ({error}).") from None
     tokenizer.no_truncation()  # a saved training length must not cut prompts
     tokenizer.no_padding()
@@ -84,3 +87,16 @@ def chat_prompt(family: str, messages: list[dict]) -> str:
         if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
             raise Refused(f"message {m!r} needs a role (system, user or assistant) and a text as content.")
     return _CHAT[family](messages)
+
+
+def has_template(tokenizer, family: str) -> bool:
+    """Whether the chat template of a family is known here, and its tokens to the tokenizer."""
+    return family in _CHAT and tokenizer.token_to_id(END_OF_TURN[family]) is not None
+
+
+def question(tokenizer, family: str, text: str) -> str:
+    """A text as the question of a user, in the chat template; Refused if there is none."""
+    if not has_template(tokenizer, family):
+        raise Refused(f"the tokenizer has no token {END_OF_TURN[family]} or the family no chat template; ask without "
+                      f"chat.")
+    return chat_prompt(family, [{"role": "user", "content": text}])

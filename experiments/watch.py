@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.folder import resolve
-from checkpoint.tokenizer import chat_prompt
+from checkpoint.tokenizer import has_template, question
 from experiments.protocol import source_name
-from runtime.processes import Refused
-from runtime.sampling import END_OF_TURN, denoise
+from runtime.sampling import denoise
 
 MASK, PART = "░", "▒"
 DIM, NEW, OTHER = "2", "1;32", "31"  # codes of a terminal: faint, bold green, red
@@ -35,22 +34,15 @@ def encode_prompt(model, text: str, chat: bool) -> torch.Tensor:
     """Token ids (1, P) of a line of text, or of a question in the chat template of the model's family."""
     if not chat:
         return torch.tensor([model.tokenizer.encode(text + "\n").ids])
-    if not has_template(model):
-        raise Refused(f"the tokenizer has no token {END_OF_TURN[model.config.family]} or the family no chat template; "
-                      f"leave --chat out.")
-    conversation = chat_prompt(model.config.family, [{"role": "user", "content": text}])
+    conversation = question(model.tokenizer, model.config.family, text)
     return torch.tensor([model.tokenizer.encode(conversation, add_special_tokens=False).ids])
-
-
-def has_template(model) -> bool:
-    family = model.config.family
-    return family in ("llada", "dream") and model.tokenizer.token_to_id(END_OF_TURN[family]) is not None
 
 
 def is_chat_model(model, name: str) -> bool:
     """Whether the name of the 16-bit model says that it was trained to chat. Base models have the template, too."""
     source = source_name(name, resolve(name))
-    return has_template(model) and bool(re.search(r"instruct|chat|LLaDA-1\.5", source, re.I))
+    return (has_template(model.tokenizer, model.config.family)
+            and bool(re.search(r"instruct|chat|LLaDA-1\.5", source, re.I)))
 
 # ---- what a terminal shows -----------------------------------------------------------------------------------------
 

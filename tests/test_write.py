@@ -3,6 +3,7 @@
 import pytest
 import torch
 from official import MODELS
+from tokenizers import Tokenizer
 
 import model
 from model import generate, load_model, stream, write
@@ -34,7 +35,11 @@ def test_a_stream_fills_in_what_is_masked(tiny):
 
 
 def test_a_question_goes_through_the_chat_template(tiny, monkeypatch):
-    seen = []
+    seen, tokenizer = [], Tokenizer.from_str(tiny.tokenizer.to_str())
+    with pytest.raises(Refused, match="ask without chat"):
+        write(tiny, "How many?", chat=True)
+    tokenizer.add_special_tokens(["<|eot_id|>"])
+    monkeypatch.setattr(tiny, "tokenizer", tokenizer)
     monkeypatch.setattr(model, "denoise", lambda m, ids, *a, **k: seen.append(ids) or iter(()))
     list(stream(tiny, "How many?", chat=True))
     want = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|><|start_header_id|>" \

@@ -130,6 +130,10 @@ def test_no_tokenizer_and_broken_ones(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(Refused, match=r"vocab\.json is not a tokenizer"):
         load_tokenizer(tmp_path)  # merges.txt is missing
+    (tmp_path / "merges.txt").write_text("h i\n")
+    (tmp_path / "vocab.json").write_text('{"h": 0, "i": 1, "hi": "x"}')  # the library panics
+    with pytest.raises(Refused, match=r"vocab\.json is not a tokenizer"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(Refused, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)

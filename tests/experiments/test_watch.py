@@ -243,7 +243,7 @@ class TestCommand:
 
     @pytest.mark.parametrize(("arguments", "says"), [
         (["--prompt", " \n"], "--prompt holds no text"),
-        (["--prompt", "Ann", "--chat"], "leave --chat out"),
+        (["--prompt", "Ann", "--chat"], "ask without chat"),
         (["--prompt", "Ann", "--threshold", ".9", "--steps", "4"], "leave --steps out"),
         (["--prompt", "Ann", "--block-length", "5"], "not a multiple of block_length 5")])
     def test_refused_in_one_sentence(self, arguments, says, capsys):
