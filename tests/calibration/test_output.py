@@ -215,6 +215,19 @@ def test_another_model_file_is_refused(stopped, calibration):
     assert f"cannot resume {out}: model.safetensors is another file now." in result["error"]
 
 
+def test_a_block_of_another_run_is_refused(stopped, calibration, tmp_path):
+    """Whole as it is, but calibrated with another seed."""
+    model, out = stopped
+    shard = "model-00002-of-00006.safetensors"
+    content = (out / shard).read_bytes()
+    assert calibration(tmp_path / "q", "--seed", "7", model=model, event=("os.rename", 3))["code"] == -9
+    shutil.copy(tmp_path / "q" / shard, out)
+    result = calibration(out, "--resume", model=model)
+    (out / shard).write_bytes(content)
+    assert result["code"] == 2
+    assert f"{out / shard} belongs to another run; delete it, --resume makes it anew." in result["error"]
+
+
 def test_a_second_run_in_the_folder_is_refused_by_a_lock(stopped, calibration):
     """The lock is the open folder, so that a run that was killed, as this one was, leaves none behind."""
     model, out = stopped

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,8 @@ class TestGPTQ:
             best = torch.stack([loss(f * full) for f in grid]).amin(0)
             assert torch.allclose(loss(found), best)
             assert (best < loss(full)).any()
+        found = shrunk_scale(weight, 3) / quant_params(weight, 3, True)[0]
+        assert 0.2 < float(found.min()) < float(found.max()) <= 1  # GPTQ's own grid shrinks
 
 
 class TestAWQ:
@@ -414,8 +417,11 @@ class TestFlat:
         assert float(((got - want).abs() / scale).max()) < 1 + 1e-4
 
 
-def test_confidence_is_that_of_the_model():
+@pytest.mark.parametrize("shift", [False, True])
+def test_confidence_is_that_of_the_model(shift):
+    """Dream's logits are shifted by a position."""
     model, ids = small_model(), tokens()
+    model.config = replace(model.config, logit_shift=shift)
     noisy = torch.where(torch.rand(ids.shape, generator=generator(2)) < 0.5, 63, ids)
     got = calibrate.prediction_confidence(model, model.blocks, noisy)
     assert torch.allclose(got, torch.softmax(model(noisy), -1).amax(-1), atol=1e-5)

@@ -130,8 +130,8 @@ class TestQuantLinear:
         half = 2 ** (wbits - 1)
         zero = integers(-half, half - 1, 7, dtype=np.int32) if asymmetric else None
         weight = Weight(integers(-half, half - 1, 7, 24), randn(7).abs(), zero, wbits)
-        layer = QuantLinear(weight=weight, grid=Grid(), P=factors(kind), d_m=2, d_u=3,
-                            bias=randn(7, seed=3) if with_bias else None)
+        more = {"bias": randn(7, seed=3), "centre": Centre(randn(2, 24, seed=4), randn(2, 7, seed=5))}
+        layer = QuantLinear(weight=weight, grid=Grid(), P=factors(kind), d_m=2, d_u=3, **more if with_bias else {})
         tensors = {k: v.clone() for k, v in layer.state_dict().items()}
         assert "weight_sum" not in tensors
         again = QuantLinear.from_tensors(tensors, 24, 2, 3, 4, wbits)

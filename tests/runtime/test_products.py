@@ -94,6 +94,28 @@ def test_a_whole_linear_of_starquant_plus_by_every_product(launch, monkeypatch):
     assert torch.allclose(y["fp8"].float(), y["slices"].float(), rtol=2**-7, atol=2**-7 * shift.abs().max())
 
 
+def test_the_kernels_serve_whole_tiles_of_outputs_and_of_feedback(monkeypatch):
+    asked = []
+    monkeypatch.setattr(products.checks, "usable", lambda x, *parts: asked.append(parts) or True)
+
+    def served(C, block=None):
+        V = block and torch.zeros(1, block, block)
+        return products.serves(SimpleNamespace(weight_scale=torch.ones(C), feedback=V), None)
+
+    assert [served(16), served(48), served(24), served(8)] == [True, True, False, False]
+    assert [served(32, 64), served(24, 64), served(32, 32), served(32, 128)] == [True, False, False, False]
+    assert asked == [("linear",), ("linear",), ("linear", "feedback")]
+
+
+@pytest.mark.parametrize(("M", "tiled"), [(2**20 - 1, True), (2**20, False)])
+def test_tiles_serve_activations_that_32_bits_count(M, tiled, monkeypatch):
+    monkeypatch.setattr(products.checks, "ready", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x = SimpleNamespace(shape=(M, 2048), device=torch.device("cuda", 0), is_cuda=True, dtype=torch.bfloat16)
+    *tiles, last = products.ways(SimpleNamespace(packed=True, abits=8, wbits=4, weight_zero=None), x)
+    assert (bool(tiles), last.name) == (tiled, "slices")
+
+
 class TestFastest:
     @pytest.fixture(autouse=True)
     def timed(self, monkeypatch):

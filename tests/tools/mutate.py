@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # tests of a module that are not named after it; all others are tests/**/test_NAME.py
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
-    "starquant": "equations equations_sgat equations_tac quantizer", "model": "model write",
-    "methods/__init__": "calibrate", "methods/settings": "calibrate", "methods/plus": "plus feedback",
-    "methods/tac": "sgat", "methods/storage": "preflight bench", "runtime/attention": "baselines",
-    "runtime/cuda": "cuda checks products", "runtime/sampling": "sampling threshold",
+    "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "kernels backend",
+    "methods/__init__": "calibrate", "methods/settings": "calibrate", "methods/plus": "plus feedback storage",
+    "methods/tac": "equations_tac", "methods/storage": "preflight bench", "runtime/attention": "baselines",
+    "runtime/cuda": "cuda checks products", "runtime/sampling": "sampling threshold", "model": "model write",
     "checkpoint/loading": "loading folder model bad_input", "checkpoint/published": "twins",
     "calibration/segments": "segments calibrate", "calibration/streams": "calibrate", "tiny/metrics": "metrics cells",
     "experiments/tables": "tables evaluate", "experiments/peers": "bench", "experiments/animation": "figures"}
