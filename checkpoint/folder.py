@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint.families import ALIASES, NAMES, READERS, ModelConfig, read_config
-from runtime.processes import Refused
+from runtime.processes import Refused, home_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,7 +39,7 @@ ABOUT = ("README.md", "LICENSE*")  # what the owner of a model says about it
 
 def hub_id(name_or_path: str) -> str | None:
     """The id to download for an alias or hub id, None for the embedded model and for a folder."""
-    path = Path(name_or_path).expanduser()
+    path = home_path(name_or_path)
     if name_or_path == "tiny" or path.is_dir():
         return None
     name = ALIASES.get(name_or_path, name_or_path)
@@ -54,7 +54,7 @@ def resolve(name_or_path: str) -> Path:
     name = hub_id(name_or_path)
     if name is None:
         tiny = Path(__file__).parent.parent / "tiny" / "weights"
-        return tiny if name_or_path == "tiny" else Path(name_or_path).expanduser()
+        return tiny if name_or_path == "tiny" else home_path(name_or_path)
     from huggingface_hub import snapshot_download
 
     try:
@@ -68,12 +68,12 @@ def resolve(name_or_path: str) -> Path:
 
 def own_name(name_or_path: str) -> str:
     """The last part of a model's name or path: "M" for ./M/, and for "." inside of M."""
-    return Path(os.path.abspath(Path(name_or_path).expanduser())).name
+    return Path(os.path.abspath(home_path(name_or_path))).name
 
 
 def model_name(name_or_path: str) -> str:
     """What a model is called, however it was spelled: its hub id, "tiny", or the folder's own name."""
-    folder = Path(name_or_path).expanduser().is_dir()
+    folder = home_path(name_or_path).is_dir()
     return own_name(name_or_path) if folder else ALIASES.get(name_or_path, name_or_path)
 
 

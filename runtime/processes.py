@@ -38,6 +38,10 @@ class Refused(ValueError):  # noqa: N818 (a verdict on the input, not a fault of
 class Parser(argparse.ArgumentParser):
     """argparse without the usage text in front of its errors. It refuses arguments that are empty or no UTF-8."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", Path, home_path)
+
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
         for flag, text in zip(["", *given], given, strict=False):
@@ -49,6 +53,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}; --help lists what there is.\n")
+
+
+def home_path(text: str) -> Path:
+    """The path, with the home folder for ~, which a shell leaves in --out=~/x. The ~name of nobody stays as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def at_least(least: int, below: int = 10**6):

@@ -263,6 +263,7 @@ ARGUMENTS = [
     *((command, [flag, ""], f"nothing is given for {flag}") for command, flag in (
         ("calibrate", "--model"), ("calibrate", "--data"), ("evaluate", "--data"), ("bench", "--out"))),
     ("evaluate", ["--prompt", "a\udcff"], "is no text in UTF-8"),
+    ("calibrate", ["--model", "~nobody-here/model"], "'~nobody-here/model' is neither a folder"),
     ("calibrate", ["--model", "QUANTIZED"], "is quantized already; give the 16-bit model"),
     ("calibrate", ["--method", "magic"], "method 'magic' is not one of"),
     ("calibrate", ["--wbits", "1"], "wbits 1 is not between 2 and 8"),

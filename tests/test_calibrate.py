@@ -311,7 +311,8 @@ class TestResume:
         assert command(small_folder, tmp_path / "q", "--method", "rtn") == 2
         assert not list((tmp_path / "q").glob("*.safetensors"))
         assert not list((tmp_path / "q").glob(".*tmp"))
-        assert "No space left on device. No block was finished; begin again" in capsys.readouterr().err
+        said = f"No space left on device: {tmp_path / 'q' / 'model-00001-of-00003.safetensors'}. No block was finished"
+        assert said in capsys.readouterr().err
 
 
 class TestCalibrationText:

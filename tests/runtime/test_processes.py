@@ -107,6 +107,14 @@ def test_a_variable_alone_is_not_torchrun(size, monkeypatch):
     assert processes.start(torch.device("cpu")) == torch.device("cpu")
 
 
+def test_the_home_folder_is_found_where_the_shell_does_not_look(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = processes.Parser("p.py")
+    parser.add_argument("--out", type=Path)
+    assert parser.parse_args(["--out=~/x"]).out == Path("/home/me/x")
+    assert parser.parse_args(["--out", "~nobody-here/x"]).out == Path("~nobody-here/x")
+
+
 class TestRun:
     """One sentence and an exit code for what a user can mend; a traceback for everything else."""
 
