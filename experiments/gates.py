@@ -3,13 +3,13 @@
 A gate G_s (Eq. 9) zeroes the d_s channels of z = x P that belong to the other state. Per linear and state, against the
 same P without gates,
 
-    it gains    the rounding noise of those channels, ‖(Q(z) − z) G_s^⊥ P_e Wᵀ‖²    at most about d_s/d of it: 1/32
+    it gains    the rounding noise of those channels, ‖(Q(z) − z) G_s^⊥ P_e Wᵀ‖²    about d_s/d of all noise: 1/32
     it loses    what those channels carried, the leakage of Eq. 28, ‖z G_s^⊥ P_e Wᵀ‖²
 
 G_s^⊥ = I − G_s keeps the channels that the gate zeroes; P_e = P⁻¹. Zero is a value of every token's grid (Eq. 4), so
 rounding a channel leaves at most what it carries: |Q(z) − z| ≤ |z|. On the same grid a gate therefore gains nothing,
-channel by channel. It can pay only where errors of several channels cancel in the output, or where it removes a token's
-outlier and so makes the grid finer.
+channel by channel. It can pay only where what the gated channels carry cancels in the output and their rounding errors
+do not, or where it removes a token's outlier and so makes the grid finer.
 
 Of a 16-bit model of the embedded tasks this program prints three tables.
     The balance of every gate, for P drawn, trained (App. B) or allocated in closed form, with exact weights.
