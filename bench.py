@@ -146,7 +146,7 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
 
 
 def first_half(linear: QuantLinear, x, state):
-    """What a linear does to x (B, L, d) before its product. On a GPU that includes the codes, not on a CPU."""
+    """What a linear does to x (B, L, d) on a GPU before its product; without our kernels that leaves out the codes."""
     if products.serves(linear, x):
         return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
     return linear.phi(x, state)
@@ -169,8 +169,8 @@ def shares(model, point, repeats: int) -> dict:
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, open_rows)]}
-    before = "transforms, gates, codes" if device.type == "cuda" else "transforms, gates"  # before the product
-    if isinstance(blocks[0].qkv, QuantLinear):
+    before = "transforms, gates, codes"  # before the product; on a CPU one call does both
+    if isinstance(blocks[0].qkv, QuantLinear) and device.type == "cuda":
         calls[before] = [partial(in_turn, [partial(first_half, getattr(b, f), inputs[f], state) for f in FUSED])
                          for b in blocks]
     if isinstance(blocks[0].tac, TAC):

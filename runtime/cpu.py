@@ -39,9 +39,6 @@ byte, and keeps its order:
 
 The instruction multiplies unsigned codes by signed ones. A token's codes are therefore X_int of Eq. 2, 0 to 2^b − 1,
 where the readable path has X_int − 2^(b−1).
-
-A library does more: it lays the weight out once, when it loads a model, which saves the time of about eight tokens at
-every call and costs a second copy or a format of its own.
 """
 
 import ctypes
@@ -68,7 +65,7 @@ SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
          "-fwrapv", "-w", "-shared", "-fPIC", "-fopenmp")
 WIDEST = 2**16  # channels: 16 · 8 · 255 times as much stays within int32
-SMALL = 2**22  # multiplications that are not worth a second thread
+SMALL = 2**25  # multiplications, 0.2 ms of them: too few to wait for a second thread, which may not have a core
 
 
 def linear(layer, x, state=None):

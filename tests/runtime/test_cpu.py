@@ -7,6 +7,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,14 @@ class TestBits:
         monkeypatch.setattr(cpu, "SMALL", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         check(layer, x, state)
+
+    def test_a_small_product_takes_one_thread(self, monkeypatch):
+        """Beside other work a second thread makes it up to sixty times as slow."""
+        asked, layer = [], linear(192, 1152)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        for M in (64, 512):
+            cpu.run(SimpleNamespace(linear=lambda *arguments: asked.append(arguments[-1])), layer, randn(M, 192), None)
+        assert asked == [1, 2]
 
     def test_of_strided_tokens_and_of_none(self):
         layer = linear(24, 10, gates=True)
