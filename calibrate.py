@@ -256,7 +256,8 @@ def parse(argv):
     text = parser.add_argument_group("calibration text")
     text.add_argument("--data", help="a .txt, .jsonl or .parquet file (winogrande, as in the paper, downloaded; "
                       "the embedded model has its own text)")
-    text.add_argument("--segments", type=at_least(1), default=128, help="calibration segments (128, Section 4.1)")
+    text.add_argument("--segments", type=at_least(1), default=128, help="calibration segments, drawn "
+                      "at random, so that they may overlap (128, Section 4.1)")
     text.add_argument("--length", type=at_least(2), help="tokens per segment (256; 64 for the embedded model)")
     text.add_argument("--states", default="masked", help="token states: masked copies of the segments, or rollout, "
                       "states of the model's own denoising (masked)")
@@ -268,8 +269,8 @@ def parse(argv):
     where.add_argument("--dry-run", action="store_true", help="check everything, rehearse one step, print the plan, "
                        "write nothing (a model of the hub is downloaded)")
     where.add_argument("--problems", type=at_least(0), help="size of the closing table: problems per embedded task "
-                       "(16); for a model that does not know these, segments of the text that it was not calibrated "
-                       "on (16); 0: no table")
+                       "(16); for another model or with --data, segments of the text that it was not calibrated on "
+                       "(16); 0: no table")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda")
     machine.add_argument("--dtype", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU unless given")
@@ -287,7 +288,7 @@ def calibrate(args) -> dict:
     config = config_from(args)
     device, dtype = choose_device(args, config)
     source, texts = open_source(args)
-    ours, stressed = knows_our_tasks(source.folder), args.stress != 1
+    own_text, stressed = texts is None, args.stress != 1
     plan = preflight.check(planned(source, stressed), args.out, config, args.segments * args.length, device, dtype,
                            args.spill, stressed)
     if stressed and not args.dry_run:
@@ -318,11 +319,11 @@ def calibrate(args) -> dict:
     result = {"out": str(args.out), "seconds": round(time.time() - start, 1),
               "peak_bytes": processes.peak_bytes(device), **asdict(config)}
     if args.problems != 0:
-        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if ours else
+        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if own_text else
                            closing.table_of_text(args, source, config, texts, device, dtype))
         out.write_card(result["table"])
         print(closing.described(args, result["table"]))
-    print(closing.farewell(args, source, config, ours))
+    print(closing.farewell(args, source, config, own_text))
     return result
 
 

@@ -1,11 +1,11 @@
 """Judge a 16-bit or quantized model, compare two, watch one write, or make the paper's tables and figures.
 
-    python evaluate.py --model out/tiny-starquant-plus-w4a4 --against tiny NELBO, KL, tasks, passes, paired differences
-    python evaluate.py --model Q --against F --data FILE                   the same of any two models on your own text
-    python evaluate.py --prompt "Ann has 4 boxes of 6 eggs." [--against M] the denoising, pass by pass
-    python evaluate.py --table 2 --quick                                   a table of the paper (experiments/tables.py)
-    python evaluate.py --figure 3                                          a figure (experiments/figures.py)
-    python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k        the paper's benchmarks through lm-eval
+    python evaluate.py --model out/tiny-starquant-w4a4 --against tiny    NELBO, KL, tasks, passes, paired differences
+    python evaluate.py --model Q --against F --data FILE                 the same of any two models on your own text
+    python evaluate.py --prompt TEXT [--against M]                       the denoising, pass by pass
+    python evaluate.py --table 2 --quick                                 a table of the paper (experiments/tables.py)
+    python evaluate.py --figure 3                                        a figure (experiments/figures.py)
+    python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k      the paper's benchmarks through lm-eval
 
 Without --prompt, --table, --figure and --tasks a model is judged (`experiments/judge.py`), with 95 % bootstrap
 intervals. It gets its NELBO per token and the passes that an answer takes when it is decoded in parallel. With
@@ -81,7 +81,7 @@ def table(args) -> dict:
 def figure(args) -> dict:
     try:
         from experiments import figures
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise Refused(f"--figure needs matplotlib ({error.name} is missing): pip install matplotlib.") from None
     return figures.make(args.figure, args.out, *([] if args.figure in FROM_TABLES else
                                                  [args.model, args.stress, args.device]))
@@ -90,7 +90,7 @@ def figure(args) -> dict:
 def benchmarks(args) -> dict:
     try:
         from experiments import harness
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise Refused(f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install lm-eval.") from None
     return harness.benchmarks(args)
 
@@ -112,7 +112,7 @@ def parse(argv=None):
     use.add_argument("--data", help="judge on this text: a .txt, .jsonl or .parquet file, best one that was not "
                      "calibrated on")
     use.add_argument("--prompt", help="write the denoising of an answer to this text")
-    use.add_argument("--table", choices=TABLES, help="measure a table of the paper on the embedded model")
+    use.add_argument("--table", choices=TABLES, help="measure a table, the paper's or ours, on the embedded model")
     use.add_argument("--figure", choices=FIGURES, help="draw a figure from the embedded model, or from the tables")
     use.add_argument("--tasks", type=names,
                      help="benchmarks by lm-evaluation-harness: " + ",".join(protocol.BENCHMARKS))

@@ -32,8 +32,10 @@ All linears of all blocks are quantized; {kept}.
 The repository that wrote this folder reads it; transformers does not.
 
 ```python
-from model import generate, load_model  # in the folder of that repository
+from model import load_model, write  # in the folder of that repository
+
 model = load_model("FOLDER")  # this folder, or its id on the hub
+print(write(model, "TEXT", gen_length=32))
 ```
 """
 

@@ -1,12 +1,13 @@
 """The table that a calibration ends with: how good is what was written, beside 16 bit and RTN?
 
-A model that knows the embedded tasks is judged on them. Any other model is judged by NELBO and KL on segments of the
-calibration text that it was not calibrated on. Then every model is read block by block, as calibration reads it: the
-table takes the memory of one block, two embeddings and heads, and the activations of these segments.
+The embedded model, calibrated on its own text, is judged on its tasks. Any other model or text: by NELBO and KL on
+segments of that text that the model was not calibrated on. Then every model is read block by block, as calibration
+reads it: the table takes the memory of one block, two embeddings and heads, and the activations of these segments.
 """
 
 import shlex
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from tiny import metrics
 PROBLEMS, SEQUENCES, SEGMENTS = 16, 24, 16  # unless --problems is given: per task, of each domain, of a text
 SEED = 1  # of problems, segments and masks
 # of the table: heading, and scale and digits of its numbers
-COLUMNS = {"kl": ("KL from 16 bit, nats/token", 1, 4), "nelbo": ("NELBO, nats/token", 1, 4),
+COLUMNS = {"kl": ("KL from 16 bit, 10⁻³ nats/token", 1000, 1), "nelbo": ("NELBO, nats/token", 1, 4),
            **{task: (f"{task} %", 100, 1) for task in metrics.TASKS}}
 QUESTION = "Ann has 4 boxes of 6 eggs. Then Ann sells 5. How many eggs?"
 
@@ -98,9 +99,15 @@ def table(rows: list[dict]) -> str:
          f"{row['bytes'] / 1e6:.2f}") for row in rows])
 
 
+def evaluation() -> str:
+    """How evaluate.py is started from the folder that one is in."""
+    file = Path(__file__).resolve().parents[1] / "evaluate.py"
+    return f"python {'evaluate.py' if Path.cwd() == file.parent else shlex.quote(str(file))}"
+
+
 def described(args, rows: list[dict]) -> str:
     """The table as it is printed, or a sentence in its place."""
-    judge = f"python evaluate.py --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
+    judge = f"{evaluation()} --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
     if not rows:
         return (f"There is no closing table: the text has fewer than two segments of {args.length} tokens beside those "
                 f"that it was calibrated on. Judge the model on another text: {judge}")
@@ -117,7 +124,7 @@ def farewell(args, source: Checkpoint, config: Settings, ours: bool) -> str:
     unit, name = (1e9, "GB") if full > 1e9 else (1e6, "MB")
     out, model = shlex.quote(str(args.out)), shlex.quote(args.model)
     lines = [f"\nWrote {args.out}: {written / unit:.2f} {name}, {full / unit:.2f} {name} in 16 bit.",
-             f"Next: python evaluate.py --model {model} --against {out} " + (
+             f"Next: {evaluation()} --model {model} --against {out} " + (
                  f'--prompt "{QUESTION}"' if ours else "--data FILE")]
     if config.method != "starquant+":
         lines.append("Where quality counts, try --method starquant+: closer to 16 bit in our tables, without training.")

@@ -189,7 +189,7 @@ def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
     rows = [("read: the 16-bit model", plan["model_bytes"]),
             *((f"memory: {part}", size) for part, size in memory.items() if part != "total"),
             ("memory, at least" + ("" if free is None else f" ({gb(free)} free)"), memory["total"]),
-            (f"write: each of {len(blocks)} blocks", max(blocks)),
+            (f"write: tensors of each of {len(blocks)} blocks", max(blocks)),
             ("write: embedding, head, final norm", plan["outer"]),
             (f"disk, at most ({gb(plan['disk_free'])} free)", plan["disk"])]
     loss = "" if step["loss_before"] is None else (f" loss {step['loss_before']:.4g} before and "

@@ -416,11 +416,11 @@ def generate(*args, **options):
     """Prompt (B, P) -> prompt + generated tokens (B, P + gen_length).
 
     Both families
-        algorithm: see the table above; None is `low_confidence`, for Dream `entropy` (as its authors evaluate it), for
-        Dream in parallel `maskgit_plus`. attention_mask (B, P): 0 marks left padding. temperature 0 is greedy.
-        cfg_scale > 0 guides away from the empty prompt, at twice the cost. threshold or factor: decode in parallel, see
-        above; steps is then None. block_length: length of the blocks that are finished left to right; None is one
-        block. cuda_graph: on a GPU, replay the blocks of the model as one CUDA graph.
+        algorithm: `runtime/sampling.py` begins with a table of them. None is `low_confidence`, for Dream `entropy` (as
+        its authors evaluate it), for Dream in parallel `maskgit_plus`. attention_mask (B, P): 0 marks left padding.
+        temperature 0 is greedy. cfg_scale > 0 guides away from the empty prompt, at twice the cost. threshold or
+        factor: decode in parallel; steps is then None. block_length: length of the blocks that are finished left to
+        right; None is one block. cuda_graph: on a GPU, replay the blocks of the model as one CUDA graph.
     LLaDA
         logits_eos_inf never predicts end of text; confidence_eos_eot_inf commits end of text and end of turn last.
         eos_id and eot_id are the model's unless given.

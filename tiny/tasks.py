@@ -27,7 +27,8 @@ GEN_LENGTH = 24  # tokens reserved for the answer of a generation task (the long
 
 def knows_our_tasks(folder: Path) -> bool:
     """Whether the model of a folder was trained on these tasks (`tiny/train.py`), or was quantized from one."""
-    return (folder / "training.json").is_file()
+    record = folder / "training.json"
+    return record.is_file() and '"phases"' in record.read_text(encoding="utf-8", errors="replace")
 
 
 def split_of(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import calibrate
 import evaluate
 from calibrate import QuantConfig, quantize_model
+from calibration import closing
 from calibration.closing import SEED
 from calibration.segments import calibration_texts, held_out_segments, text_segments
 from model import load_model
@@ -53,6 +55,20 @@ def test_it_is_what_the_whole_models_give(folder, tmp_path, capsys):
              (folder / "m" / "model.safetensors").stat().st_size]
     assert rows["quarot W4A4"]["bytes"] == sizes[0]
     assert 0 < sizes[1] - rows["16-bit"]["bytes"] < 10_000  # the header of the file
+
+
+def test_a_model_that_knows_the_tasks_is_judged_on_the_text_that_is_given(folder, small_folder, tmp_path, capsys):
+    assert calibrate.main(["--model", str(small_folder), "--data", str(folder / "long.txt"), "--length", "24",
+                           "--problems", "3", "--method", "rtn", "--out", str(tmp_path / "q"), "--device", "cpu"]) == 0
+    assert "On 3 segments of 24 tokens from the same text" in capsys.readouterr().out
+
+
+def test_the_next_command_runs_from_every_folder(monkeypatch, tmp_path):
+    root = Path(calibrate.__file__).parent
+    monkeypatch.chdir(root)
+    assert closing.evaluation() == "python evaluate.py"
+    monkeypatch.chdir(tmp_path)
+    assert closing.evaluation() == f"python {root}/evaluate.py"
 
 
 def test_problems_0_leaves_it_out(folder, tmp_path, capsys):
