@@ -168,7 +168,7 @@ CLAIMS = {  # claim of README: (table, settings) of the numbers in its last cell
     "TAC helps": [("table-2-nelbo.md", ["neither (RTN)", "TAC only", "SGAT only", "SGAT + TAC (STaR-Quant)"])],
     "4-bit K, V": [("table-2-nelbo.md", ["QuaRot", "QuaRot, K and V in 4 bits"])],
     "Blocks of 16": [("table-3-nelbo.md", ["TAC block 8", "TAC block 32"])],
-    "8 bits for both": [("table-5-nelbo.md", ["RTN", "STaR-Quant"])]}
+    "W8A8 is nearly": [("table-5-nelbo.md", ["RTN", "STaR-Quant"])]}
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
