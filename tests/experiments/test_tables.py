@@ -172,7 +172,7 @@ class TestMake:
         """Every cell of every published table is stored under the key that its command asks for."""
         stored = stored_cells(RESULTS / "cells.jsonl")
         files = list(RESULTS.glob("table-*.json"))
-        assert len(files) == 12
+        assert len(files) == 13
         for file in files:
             record = json.loads(file.read_text())
             nelbo = "-nelbo" in file.name
