@@ -17,7 +17,7 @@ from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes, norm_n
 from checkpoint.folder import INDEX, SINGLE, Checkpoint
 from runtime.attention import QuantAttention
 from runtime.layers import TAC, QuantEmbedding, QuantLinear
-from runtime.processes import Refused, pick_dtype
+from runtime.processes import Refused
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -228,7 +228,7 @@ def save_model(model, folder: Path, dtype=None) -> None:
     type that it had in the folder the model was read from. Raises Refused where the folder holds weights of the other
     kind, or where a quantized model does not know its quantization_config.
     """
-    quantized, dtype = is_quantized(model), dtype and pick_dtype(dtype, model.device)
+    quantized = is_quantized(model)
     if quantized and not model.config.raw.get("quantization_config"):
         raise Refused("this quantized model has no quantization_config, which calibrate.quantize_model gives a model.")
     other = SINGLE if quantized else INDEX

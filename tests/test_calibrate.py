@@ -147,7 +147,10 @@ class TestSettings:
     """Settings belong to methods: what a run records, takes and shows is the method's own."""
 
     def test_the_command_and_the_function_default_to_the_paper_s_method(self):
-        assert calibrate.config_from(calibrate.parse([])) == QuantConfig() == QuantConfig("starquant")
+        assert calibrate.config_from(calibrate.parse([])) == (config := QuantConfig()) == QuantConfig("starquant")
+        paper = {"lr": 1e-3, "epochs": 15, "state_fraction": 32, "tac_block": 16, "damping": 3e-4, "tac_samples": 64,
+                 "smoothing": 0.15, "shrinkage": 0.55}  # Section 5.1 and Appendices B and C
+        assert {name: getattr(config, name) for name in paper} == paper
         assert inspect.signature(quantize_model).parameters["config"].default == QuantConfig()
 
     @pytest.mark.parametrize(("method", "foreign"), [
@@ -278,6 +281,7 @@ class TestResume:
         assert finished == stop // 4
         monkeypatch.undo()
         assert command(small_folder, tmp_path / "cut", "--method", "rtn", "--resume") == 0
+        assert "block 2/2: 100%" in capsys.readouterr().err
         for shard in (tmp_path / "whole").glob("model-*"):
             assert sha256(shard) == sha256(tmp_path / "cut" / shard.name)
 

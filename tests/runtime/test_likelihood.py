@@ -140,6 +140,8 @@ def test_masks_and_weights(length, samples, seed):
     masks, weights = dream_masks(3, length, samples, 1e-3, g)
     assert masks.shape == (samples, length)
     assert not bool(masks[:, -1].any())  # the last token is EOS
+    whole = dream_masks(0, 9, 64, 1e-3, g)[0].any(0).tolist()
+    assert whole == [False, *[True] * 7, False]
     assert bool((weights >= 1).all())
     assert bool((weights <= 1001).all())
     ratios = (1 / weights).sort().values  # one in each of `samples` equal parts of the circle

@@ -130,6 +130,13 @@ class TestBootstrap:
     def test_constant(self):
         assert bootstrap(torch.full((7,), 2.0)) == (2.0, 2.0, 2.0)
 
+    def test_draws_are_its_own(self):
+        """Of seeds and of examples: the same values give the same interval, whatever else has drawn numbers."""
+        values = torch.arange(15.0).reshape(3, 5) ** 2
+        first = bootstrap(values)
+        torch.rand(1)
+        assert bootstrap(values) == first
+
     def test_a_ratio_of_values_that_are_drawn_together(self):
         top, bottom = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[2.0, 4.0], [6.0, 12.0]])
         assert bootstrap(top, bottom, of=lambda a, b: a / b) == (0.5, 0.5, 0.5)  # in every draw, though both vary

@@ -19,15 +19,17 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# tests of a module that are not named after it; all others are tests/**/test_NAME.py
-TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot", "rtn")} | {
-    "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "kernels backend",
-    "methods/__init__": "calibrate", "methods/settings": "calibrate", "methods/plus": "plus feedback storage",
-    "methods/tac": "equations_tac", "methods/storage": "preflight bench", "runtime/attention": "baselines",
-    "runtime/cuda": "cuda checks products", "runtime/sampling": "sampling threshold", "model": "model write",
-    "checkpoint/loading": "loading folder model bad_input", "checkpoint/published": "twins",
-    "calibration/segments": "segments calibrate", "calibration/streams": "calibrate", "tiny/metrics": "metrics cells",
-    "experiments/tables": "tables evaluate", "experiments/peers": "bench", "experiments/animation": "figures"}
+# tests of a module besides tests/**/test_NAME.py
+TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot")} | {
+    "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write",
+    "calibrate": "baselines", "runtime/attention": "baselines", "runtime/cuda": "checks products",
+    "runtime/sampling": "threshold", "checkpoint/folder": "bad_input loading tokenizer",
+    "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
+    "checkpoint/published": "twins", "methods/__init__": "calibrate", "methods/settings": "calibrate",
+    "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac",
+    "methods/storage": "preflight bench", "tiny/metrics": "cells", "calibration/segments": "calibrate",
+    "calibration/streams": "calibrate", "experiments/tables": "evaluate", "experiments/peers": "bench",
+    "experiments/animation": "figures"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -76,7 +78,7 @@ def mutate(source: str, index: int) -> tuple[int, str, str]:
 
 
 def tests_of(module: str) -> list[str]:
-    names = TESTS.get(module, Path(module).name).split()
+    names = [Path(module).name, *TESTS.get(module, "").split()]
     return [str(f.relative_to(ROOT)) for name in names for f in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
 
 
