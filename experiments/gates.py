@@ -8,8 +8,8 @@ same P without gates,
 
 G_s^⊥ = I − G_s keeps the channels that the gate zeroes; P_e = P⁻¹. Zero is a value of every token's grid (Eq. 4), so
 rounding a channel leaves at most what it carries: |Q(z) − z| ≤ |z|. On the same grid a gate therefore gains nothing,
-channel by channel. It can pay only where what the gated channels carry cancels in the output and their rounding errors
-do not, or where it removes a token's outlier and so makes the grid finer.
+channel by channel. It can pay only where what it takes away cancels errors of other channels in the output, or where it
+removes a token's outlier and so makes the grid finer.
 
 Of a 16-bit model of the embedded tasks this program prints three tables.
     The balance of every gate, for P drawn, trained (App. B) or allocated in closed form, with exact weights.
