@@ -38,7 +38,7 @@ from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
 from runtime.measures import trajectory
-from runtime.processes import Refused
+from runtime.processes import Bar, Refused
 from runtime.sampling import denoise
 from starquant import state_gate, transform
 from tiny import tasks
@@ -131,10 +131,16 @@ VARIANTS = {"RTN": {"method": "rtn", "kv_bits": 4, "softmax_bits": 4},
             "STaR-Quant without TAC": {"tac": "none"}, "STaR-Quant": {}, "starquant+ (ours)": {"method": "starquant+"}}
 
 
+def calibrated(model, label: str, config: QuantConfig):
+    """The embedded model quantized on its own text, behind a bar of its blocks."""
+    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, config.seed)
+    with Bar(total=len(model.blocks), desc=label, leave=False) as bar:
+        return quantize_model(model, tokens, config, region, lambda *_: bar.update())
+
+
 @torch.no_grad()
 def figure_3(model):
     """Relative MSE of the final hidden state: on the 16-bit model's states, and on each model's own."""
-    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, SEED)
     prompts = prompts_for(model)
     reference = denoising_states(model, prompts)
     exact = [model.hidden(ids) for ids in reference]
@@ -144,7 +150,7 @@ def figure_3(model):
 
     numbers = {}
     for label, setting in VARIANTS.items():
-        quantized = quantize_model(model, tokens, QuantConfig(**setting, seed=SEED), region)
+        quantized = calibrated(model, label, QuantConfig(**setting, seed=SEED))
         own = denoising_states(quantized, prompts)
         numbers[label] = {"same": [error(quantized.hidden(ids), t) for t, ids in enumerate(reference)],
                           "own": [error(quantized.hidden(ids), t) for t, ids in enumerate(own)]}
@@ -188,9 +194,9 @@ def figure_5(model):
     config = QuantConfig(seed=SEED, tac="none")
     tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, SEED)
     ids = masked_copies(tokens, region, model.mask_id, config).to(model.device)
-    fitted = {"learned from random (paper)": quantize_model(model, tokens, config, region),
-              "learned from closed form": quantize_model(
-                  model, tokens, QuantConfig(seed=SEED, tac="none", allocation="closed_form"), region)}
+    kinds = {"learned from random (paper)": config,
+             "learned from closed form": QuantConfig(seed=SEED, tac="none", allocation="closed_form")}
+    fitted = {kind: calibrated(model, kind, setting) for kind, setting in kinds.items()}
     state, generator = (ids == model.mask_id).flatten(), torch.Generator().manual_seed(SEED)
     numbers = {k: [] for k in ("random", "learned from random (paper)", "closed form", "learned from closed form")}
     for i, seen in enumerate(inputs_of(model, ids)):
@@ -275,8 +281,7 @@ def figure_passes():
 @torch.no_grad()
 def figure_denoising(model):
     """Three models answer README's question, one token a pass, quantized as `calibrate.py` does it at seed 0."""
-    tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, 0)
-    writers = {"16 bit": model, **{f"{label}, W4A4": quantize_model(model, tokens, QuantConfig(method=method), region)
+    writers = {"16 bit": model, **{f"{label}, W4A4": calibrated(model, label, QuantConfig(method=method))
                                    for label, method in (("RTN", "rtn"), ("STaR-Quant", "starquant"))}}
     ids = watch.encode_prompt(model, QUESTION, chat=False).to(model.device)
     panels, reference = [], None

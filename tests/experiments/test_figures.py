@@ -52,7 +52,7 @@ def test_figure_3_is_zero_for_the_model_itself(tiny, monkeypatch):
     monkeypatch.setattr(figures, "VARIANTS", {"RTN": {"method": "rtn"}, "itself": {}})
     quantize = figures.quantize_model
     monkeypatch.setattr(figures, "quantize_model",
-                        lambda m, t, c, r: quantize(m, t[:8], c, r[:8]) if c.method == "rtn" else m)
+                        lambda m, t, c, r, _: quantize(m, t[:8], c, r[:8]) if c.method == "rtn" else m)
     monkeypatch.setitem(figures.LOOKS, "itself", figures.LOOKS["STaR-Quant"])
     _, numbers = figures.figure_3(tiny)
     assert set(numbers["itself"]["same"] + numbers["itself"]["own"]) == {0.0}
