@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# tests of a module besides tests/**/test_NAME.py
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write",
     "calibrate": "baselines", "runtime/attention": "baselines", "runtime/cuda": "checks products",
@@ -29,7 +28,7 @@ TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq
     "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac",
     "methods/storage": "preflight bench", "tiny/metrics": "cells", "calibration/segments": "calibrate",
     "calibration/streams": "calibrate", "experiments/tables": "evaluate", "experiments/peers": "bench",
-    "experiments/animation": "figures"}
+    "experiments/animation": "figures"}  # tests of a module besides tests/**/test_NAME.py
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -111,8 +110,7 @@ def main(argv=None) -> int:
         for index in chosen:
             line, what, changed = mutate(source, index)
             (folder / f"{args.module}.py").write_text(changed)
-            survived = passes(folder, tests, args.seconds)
-            survivors += [[line, what]] * survived
+            survivors += [[line, what]] * (survived := passes(folder, tests, args.seconds))
             print(f"{args.module}.py:{line} {what}: {('killed', 'SURVIVED')[survived]}", file=sys.stderr, flush=True)
     print(json.dumps({"module": args.module, "possible": possible, "tried": len(chosen), "survived": survivors}))
     return 1 if survivors else 0
