@@ -255,7 +255,6 @@ FOLDERS = ([("calibrate", "model", c, ["--model", "MODEL"]) for c in MODELS]
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-DATA = ["--model", "MODEL", "--data"]
 ARGUMENTS = [
     ("calibrate", ["--model", "no-such-model"], "model 'no-such-model' is neither a folder, a hub id"),
     ("calibrate", ["--model", "./nowhere/model"], "'./nowhere/model' is neither a folder"),
@@ -306,19 +305,20 @@ ARGUMENTS = [
     ("calibrate", ["--device", "meta"], "device 'meta' is not available"),
     *(pytest.param(command, ["--device", "cuda"], "device 'cuda' is not available", marks=NO_GPU)
       for command in ("calibrate", "evaluate", "bench")),
-    ("calibrate", [*DATA, "nowhere.txt"], "nowhere.txt cannot be read"),
-    ("calibrate", [*DATA, "folder.txt"], "folder.txt cannot be read"),
-    ("calibrate", [*DATA, "empty.txt"], "empty.txt holds no text"),
-    ("calibrate", [*DATA, "blank.txt"], "blank.txt holds no text"),
-    ("calibrate", [*DATA, "nul.txt"], "nul.txt holds no text"),
-    ("calibrate", [*DATA, "latin.txt"], "not UTF-8 text; convert it first, from Latin-1 by iconv -f latin1 -t"),
-    ("calibrate", [*DATA, "short.txt"], "too few for segments of 64; give at least 128 or lower --length"),
-    ("calibrate", [*DATA, "a.csv"], "a.csv is none of .txt, .jsonl and .parquet"),
-    ("calibrate", [*DATA, "a.parquet"], "cannot be read as parquet|needs pyarrow"),
-    ("calibrate", [*DATA, "broken.jsonl"], "broken.jsonl, row 2"),
-    ("calibrate", [*DATA, "number.jsonl"], "number.jsonl, row 1"),
-    ("calibrate", [*DATA, "list.jsonl"], "list.jsonl, row 1"),
-    ("calibrate", [*DATA, "deep.jsonl"], "deep.jsonl, row 1"),
+    *(("calibrate", ["--model", "MODEL", "--data", file], words) for file, words in (
+        ("nowhere.txt", "nowhere.txt cannot be read"),
+        ("folder.txt", "folder.txt cannot be read"),
+        ("empty.txt", "empty.txt holds no text"),
+        ("blank.txt", "blank.txt holds no text"),
+        ("nul.txt", "nul.txt holds no text"),
+        ("latin.txt", "not UTF-8 text; convert it first, from Latin-1 by iconv -f latin1 -t"),
+        ("short.txt", "too few for segments of 64; give at least 128 or lower --length"),
+        ("a.csv", "a.csv is none of .txt, .jsonl and .parquet"),
+        ("a.parquet", "cannot be read as parquet|needs pyarrow"),
+        ("broken.jsonl", "broken.jsonl, row 2"),
+        ("number.jsonl", "number.jsonl, row 1"),
+        ("list.jsonl", "list.jsonl, row 1"),
+        ("deep.jsonl", "deep.jsonl, row 1"))),
     ("calibrate", ["--out", "theirs"], "theirs exists and is not a folder of this program"),
     ("calibrate", ["--out", "theirs", "--overwrite"], "theirs exists and is not a folder of this program"),
     ("calibrate", ["--out", "theirs", "--resume"], "theirs exists and is not a folder of this program"),

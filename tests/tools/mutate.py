@@ -25,7 +25,7 @@ TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq
     "runtime/sampling": "threshold", "checkpoint/folder": "bad_input loading tokenizer",
     "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
     "checkpoint/published": "twins", "methods/__init__": "calibrate", "methods/settings": "calibrate",
-    "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac",
+    "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac calibrate",
     "methods/storage": "preflight bench", "tiny/metrics": "cells", "calibration/segments": "calibrate",
     "calibration/streams": "calibrate", "experiments/tables": "evaluate", "experiments/peers": "bench",
     "experiments/animation": "figures"}  # tests of a module besides tests/**/test_NAME.py
