@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody there: no t
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 torch.set_num_threads(1)  # matrices are small here, sums have one order, and tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 

@@ -226,7 +226,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_folder, tmp_path, capsys
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--lr", "nan"], "--lr between 0 and 1"),
     (["--mix", "math,maths"], "--mix: 'maths' is none of chain, code, english"),
-    (["--mix", ""], "--mix: '' is none of"),
+    (["--mix", "math,,code"], "--mix: '' is none of"),
     (["--seed", "-1"], "--seed -1 is not between 0 and"),
     (["--out", "file"], "nothing can be written to file (Not a directory)"),
     (["--out", "file/in"], "--out file/in: nothing can be written to "),
