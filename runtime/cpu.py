@@ -65,7 +65,7 @@ SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
          "-fwrapv", "-w", "-shared", "-fPIC", "-fopenmp")
 WIDEST = 2**16  # channels: 16 · 8 · 255 times as much stays within int32
-SMALL = 2**25  # multiplications, 0.2 ms of them: too few to wait for a second thread, which may not have a core
+SMALL = 2**24  # multiplications, about 0.1 ms, that are not worth a second thread
 
 
 def linear(layer, x, state=None):
