@@ -13,13 +13,6 @@ READY = checks.ready.__wrapped__
 SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0)]
 
 
-@pytest.fixture(scope="module")
-def on_cpu(strict_int_mm):
-    """Launches of `runtime.cuda` go to the interpreter of PTX; `_int_mm` is as strict as Hopper's."""
-    with ptx.interpreted():
-        yield
-
-
 @pytest.mark.usefixtures("on_cpu")
 class TestSelfCheck:
     @pytest.mark.parametrize(("part", "dtype"), [(part, torch.bfloat16) for part in (*cuda.PARTS, *SMALL)] + [

@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import ptx
 import pytest
 import torch
 from kernel_checks import (
@@ -79,13 +78,6 @@ def test_sources_compile_with_nvrtc_without_warnings_or_spills(dtype, part):
 
 
 # ---- the kernels run -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def on_cpu(strict_int_mm):
-    """Launches of `runtime.cuda` go to the interpreter of PTX; `_int_mm` is as strict as Hopper's."""
-    with ptx.interpreted():
-        yield
 
 
 @pytest.mark.usefixtures("on_cpu")
