@@ -1,16 +1,20 @@
 """Shared settings: deterministic hypothesis, one thread, and a stand-in for `torch._int_mm` as strict as Hopper's."""
 
+import json
 import os
 import shutil
 import signal
 
 import pytest
 import torch
+from arguments import fast
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 
+import calibrate
 import kernels
 from checkpoint.families import read_config
-from checkpoint.folder import resolve
+from checkpoint.folder import INDEX, SINGLE, resolve
 from model import DiffusionLM
 from tiny import train
 
@@ -66,3 +70,20 @@ def small_folder(tmp_path_factory):
     for name in ("tokenizer.json", "training.json"):  # training.json: it is judged on, and calibrated with, our tasks
         shutil.copy(resolve("tiny") / name, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def good(small_folder, tmp_path_factory):
+    """A 16-bit folder, the same in three shards with checksums, and a quantized one."""
+    base = tmp_path_factory.mktemp("good")
+    shutil.copytree(small_folder, base / "model")
+    shutil.copytree(small_folder, base / "sharded")
+    tensors = load_file(base / "model" / SINGLE)
+    (base / "sharded" / SINGLE).unlink()
+    place = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(place.values()):
+        save_file({k: v for k, v in tensors.items() if place[k] == file}, base / "sharded" / file)
+    (base / "sharded" / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
+    assert calibrate.main(["--model", str(base / "model"), "--out", str(base / "quantized"), "--segments", "9",
+                           "--length", "24", *fast(epochs=0)]) == 0
+    return base
