@@ -1,4 +1,6 @@
-"""Arguments of `calibrate.py`, and settings of methods, that most tests share."""
+"""Arguments of `calibrate.py`, settings of methods, and token ids that many tests share."""
+
+import torch
 
 from methods import QuantConfig, settings_of
 
@@ -14,3 +16,9 @@ def quick(method: str = "starquant", epochs: int = 1, **values):
     """A method's settings, with few epochs where it trains."""
     training = {"epochs": epochs} if "epochs" in settings_of(method) else {}
     return QuantConfig(method, **training, **values)
+
+
+def ids(n=3, length=24, seed=0):
+    """Token ids (n, length) of which half are the embedded model's [MASK]."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(n, length, generator=g) < 0.5, 1023, torch.randint(1000, (n, length), generator=g))

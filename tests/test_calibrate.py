@@ -3,17 +3,15 @@
 import inspect
 import json
 import shutil
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from arguments import fast, quick
+from arguments import fast, ids, quick
 
 import calibrate
 import methods
-from calibrate import QuantConfig, masked_copies, quantize_model, run_block
-from calibration import preflight, segments, streams
+from calibrate import QuantConfig, masked_copies, quantize_model
+from calibration import preflight, segments
 from checkpoint import folder as folder_module
 from checkpoint.families import FUSED, read_config
 from checkpoint.folder import INDEX, Checkpoint, sha256
@@ -34,11 +32,6 @@ def quantized_folder(small_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "quantized"
     assert command(small_folder, out) == 0
     return out
-
-
-def ids(n=3, length=24, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.where(torch.rand(n, length, generator=g) < 0.5, 1023, torch.randint(1000, (n, length), generator=g))
 
 
 class TestResult:
@@ -142,6 +135,12 @@ class TestResult:
         assert error[8] < 0.2 * error[4]
         assert error[4] < error[3]
 
+    def test_gates_follow_the_token_state_inside_the_model(self, quantized_folder):
+        layer = load_model(quantized_folder, "cpu").blocks[0].qkv
+        x, state = torch.randn(1, 2, 64), torch.tensor([[True, False]])
+        kept = layer.phi(x, state) != 0
+        assert torch.equal(kept, state_gate(state, 64, 2, 2).bool())
+
 
 class TestSettings:
     """Settings belong to methods: what a run records, takes and shows is the method's own."""
@@ -209,48 +208,6 @@ class TestSettings:
         written = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
         assert 0.9 * plan["disk"] < written + 4 * preflight.HEADER
         assert written <= plan["disk"]
-
-
-class TestStreams:
-    def test_a_block_runs_no_further_than_the_input_that_is_wanted(self, small_folder):
-        """Nine passes through a block were five: 16 bit, four inputs that end at their linear, TAC's two, quantized."""
-        model, calls = load_model(small_folder, "cpu"), dict.fromkeys(FUSED, 0)
-        noisy = ids(8, 24).clamp(max=900)
-        x, state, rope, _ = model.prepare(noisy)
-        for name in FUSED:
-            getattr(model.blocks[0], name).register_forward_pre_hook(
-                lambda *_, name=name: calls.update({name: calls[name] + 1}))
-        inputs = {name: streams.input_of(name, model.blocks[0], x, state, rope) for name in FUSED}
-        assert list(calls.values()) == [4, 3, 2, 1]
-        output, kept = run_block(model.blocks[0], x, state, rope, watch=FUSED)
-        assert all(torch.equal(inputs[name], kept[name]) for name in FUSED)
-        *_, y_fp = calibrate.quantize_block(model.blocks[0], x, x, state, rope, QuantConfig("rtn"), 0)
-        assert torch.equal(y_fp, output)
-
-    def test_watch_returns_what_reaches_a_linear(self, small_folder):
-        model = load_model(small_folder, "cpu")
-        x, state, rope, _ = model.prepare(ids(5))
-        with torch.no_grad():
-            whole, seen = run_block(model.blocks[0], x, state, rope, rows=2, watch=("qkv", "down"))
-            assert torch.allclose(seen["qkv"], model.blocks[0].attn_norm(x))
-            assert torch.allclose(whole, model.blocks[0](x, state, rope), atol=1e-5)
-        assert seen["down"].shape == (5, 24, 96)
-
-    def test_masks_cover_the_trajectory_and_stay_in_the_region(self):
-        tokens = torch.zeros(64, 200, dtype=torch.long)
-        region = torch.arange(200).expand(64, -1) >= 100
-        noisy = masked_copies(tokens, region, 7, QuantConfig(seed=3))
-        ratio = (noisy == 7)[:, 100:].float().mean(-1)
-        assert not (noisy == 7)[:, :100].any()
-        assert ratio.min() < 0.1
-        assert ratio.max() > 0.9
-        assert torch.histc(ratio, 4, 0, 1).min() >= 10
-
-    def test_gates_follow_the_token_state_inside_the_model(self, quantized_folder):
-        layer = load_model(quantized_folder, "cpu").blocks[0].qkv
-        x, state = torch.randn(1, 2, 64), torch.tensor([[True, False]])
-        kept = layer.phi(x, state) != 0
-        assert torch.equal(kept, state_gate(state, 64, 2, 2).bool())
 
 
 class Stop:
@@ -348,46 +305,6 @@ class TestSpill:
         for shard in sorted(quantized_folder.glob("*.safetensors")):
             assert sha256(shard) == sha256(tmp_path / "q" / shard.name)
         assert list(room.iterdir()) == []
-
-    def test_streams_and_inputs_lie_in_files_of_that_folder(self, small_folder, tmp_path, monkeypatch):
-        model, made = load_model(small_folder, "cpu"), []
-
-        def record(*args, original=streams.activations):
-            made.append(original(*args))
-            return made[-1]
-
-        for module in (calibrate, streams):
-            monkeypatch.setattr(module, "activations", record)
-        config = QuantConfig(method="dllmquant+")
-        noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        whole = [r for *_, r in calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config)]
-        in_memory = len(made)
-        stream = calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path)
-        spilled = [r for *_, r in stream]
-        assert [r["linears"] for r in whole] == [r["linears"] for r in spilled]
-        files = [t.untyped_storage().filename for t in made]
-        assert files[:in_memory] == [None] * in_memory
-        assert {str(Path(f).parent) for f in files[in_memory:]} == {str(tmp_path)}
-        # the stream; in each of 2 blocks confidence, the 16-bit output and 4 inputs, 4 inputs, the quantized output
-        assert len(made) == 2 * in_memory == 2 * (1 + 2 * (1 + 5 + 4 + 1))
-
-    def test_most_bytes_at_once_are_what_the_preflight_says(self, small_folder, tmp_path, monkeypatch):
-        model, live, most = load_model(small_folder, "cpu"), [], 0
-
-        def record(*args, original=streams.activations):
-            nonlocal most
-            tensor = original(*args)
-            live.append((weakref.ref(tensor), tensor.numel() * tensor.element_size()))
-            most = max(most, sum(size for ref, size in live if ref() is not None))
-            return tensor
-
-        for module in (calibrate, streams):
-            monkeypatch.setattr(module, "activations", record)
-        config = QuantConfig(method="rtn")
-        noisy = masked_copies(ids(8, 24), None, model.mask_id, config)
-        list(calibrate.calibrate_blocks(model, lambda: model.blocks, noisy, config, spill=tmp_path))
-        assert 0.7 * preflight.spilled_bytes(model.config, 8 * 24, 4) < most
-        assert most <= preflight.spilled_bytes(model.config, 8 * 24, 4)
 
     def test_a_folder_that_is_none_or_too_small_is_named(self, small_folder, tmp_path, monkeypatch, capsys):
         assert command(small_folder, tmp_path / "q", "--spill", str(tmp_path / "none")) == 2

@@ -148,3 +148,14 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("plain")
     assert read_texts(tmp_path / "a.txt") == ["plain"]
     assert capsys.readouterr().err == ""
+
+
+def test_masks_cover_the_trajectory_and_stay_in_the_region():
+    tokens = torch.zeros(64, 200, dtype=torch.long)
+    region = torch.arange(200).expand(64, -1) >= 100
+    noisy = segments.masked_copies(tokens, region, 7, QuantConfig(seed=3))
+    ratio = (noisy == 7)[:, 100:].float().mean(-1)
+    assert not (noisy == 7)[:, :100].any()
+    assert ratio.min() < 0.1
+    assert ratio.max() > 0.9
+    assert torch.histc(ratio, 4, 0, 1).min() >= 10
