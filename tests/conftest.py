@@ -87,3 +87,12 @@ def good(small_folder, tmp_path_factory):
     assert calibrate.main(["--model", str(base / "model"), "--out", str(base / "quantized"), "--segments", "9",
                            "--length", "24", *fast(epochs=0)]) == 0
     return base
+
+
+@pytest.fixture(scope="module")
+def on_cpu(strict_int_mm):
+    """Launches of `runtime.cuda` go to the interpreter of PTX; `_int_mm` is as strict as Hopper's."""
+    import ptx  # which few tests need
+
+    with ptx.interpreted():
+        yield
