@@ -29,7 +29,7 @@ Cost
     and every token of the vocabulary. That draw keeps its full size here, so that a seed gives the official text.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -79,44 +79,6 @@ class Step:
     committed: torch.Tensor  # (B, L) bool
 
 
-@dataclass(frozen=True)
-class LLaDAOptions:
-    """What only LLaDA's algorithms have; `generate` explains them."""
-
-    logits_eos_inf: bool = False
-    confidence_eos_eot_inf: bool = False
-    eos_id: int | None = None
-    eot_id: int | None = None
-
-    def completed(self, model):
-        """The same, with the model's own end-of-text and end-of-turn tokens where none were given."""
-        end_of_turn, eos_id, eot_id = END_OF_TURN[model.config.family], self.eos_id, self.eot_id
-        eos_id = model.config.eos_id if eos_id is None else eos_id
-        if eot_id is None and model.tokenizer is not None:
-            eot_id = model.tokenizer.token_to_id(end_of_turn)
-        if (self.logits_eos_inf or self.confidence_eos_eot_inf) and eos_id is None:
-            raise Refused("config.json names no eos_token_id; give eos_id.")
-        if self.confidence_eos_eot_inf and eot_id is None:
-            raise Refused(f"the model has no tokenizer with {end_of_turn}; give eot_id.")
-        return replace(self, eos_id=eos_id, eot_id=eot_id)
-
-
-@dataclass(frozen=True)
-class DreamOptions:
-    """What only Dream's algorithms have; `generate` explains them."""
-
-    eps: float = 1e-3
-    top_p: float | None = None
-    top_k: int | None = None
-    alg_temp: float | None = None
-
-    def __post_init__(self):
-        if (not 0 <= self.eps < 1 or (self.top_p is not None and not 0 < self.top_p <= 1)
-                or (self.top_k is not None and self.top_k < 1)
-                or (self.alg_temp is not None and not 0 <= self.alg_temp < torch.inf)):
-            raise Refused("eps must be in [0, 1), top_p in (0, 1], top_k at least 1, alg_temp finite and at least 0.")
-
-
 class Draft:
     """A batch of sequences while they are written: the prompt (B, P), and gen_length tokens that start as [MASK]."""
 
@@ -130,8 +92,8 @@ class Draft:
         if attention_mask is not None and list(getattr(attention_mask, "shape", ())) != shape:
             raise Refused(f"attention_mask is no tensor of the prompt's shape {shape}.")
         check_length(model.config, prompt_ids.shape[1] + gen_length)
-        self.model, self.cfg_scale, self.attention_mask = model, cfg_scale, None
-        new = (len(prompt_ids), gen_length)
+        self.model, self.cfg_scale, self.attention_mask, new = model, cfg_scale, None, (len(prompt_ids), gen_length)
+        self.never = []  # tokens that are never predicted
         self.ids = torch.cat((prompt_ids, prompt_ids.new_full(new, model.mask_id)), 1)  # (B, L)
         self.prompt = self.ids != model.mask_id  # (B, L) bool, what was given
         if attention_mask is not None and not bool(attention_mask.bool().all()):  # without padding: no mask
@@ -150,6 +112,7 @@ class Draft:
         """
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         logits = guided_logits(self.model, self.ids[rows], self.prompt[rows], self.cfg_scale, mask, where[rows])
+        logits[:, self.never] = -torch.inf
         tokens, confidence = predict(logits, where)
         x0 = self.ids.new_full(where.shape, self.model.mask_id).masked_scatter(where, tokens)
         return x0, confidence.new_full(where.shape, -torch.inf).masked_scatter(where, confidence)
@@ -185,13 +148,26 @@ def gumbel_max(logits, temperature: float, noise):
     return logits.double().exp() / (-noise.log()) ** temperature
 
 
-def llada_prediction(logits, where, algorithm, temperature, options: LLaDAOptions, generator):
+def held_back(model, temperature, logits_eos_inf, confidence_eos_eot_inf, eos_id, eot_id) -> tuple[list, list]:
+    """Tokens that are never predicted and tokens that are committed last; ids that are None are the model's own."""
+    end_of_turn = END_OF_TURN[model.config.family]
+    eos_id = model.config.eos_id if eos_id is None else eos_id
+    if eot_id is None and model.tokenizer is not None:
+        eot_id = model.tokenizer.token_to_id(end_of_turn)
+    if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
+        raise Refused("config.json names no eos_token_id; give eos_id.")
+    if confidence_eos_eot_inf and eot_id is None:
+        raise Refused(f"the model has no tokenizer with {end_of_turn}; give eot_id.")
+    # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
+    ends = [eot_id] if temperature > 0 else [eos_id, eot_id]
+    return [eos_id] if logits_eos_inf else [], ends if confidence_eos_eot_inf else []
+
+
+def llada_prediction(logits, where, algorithm, temperature, last: list[int], generator):
     """Predicted tokens and their confidence, both (N,), for logits (N, V) of the N True positions of `where` (B, L).
 
-    With `confidence_eos_eot_inf`, end of text and end of turn are predicted but committed last.
+    The tokens of `last` get probability 0, so that they are committed last.
     """
-    if options.logits_eos_inf:
-        logits[:, options.eos_id] = -torch.inf
     if temperature == 0:
         x0 = logits.argmax(-1)
     else:
@@ -200,9 +176,7 @@ def llada_prediction(logits, where, algorithm, temperature, options: LLaDAOption
         x0 = gumbel_max(logits, temperature, noise[where]).argmax(-1)
     if algorithm == "random":
         return x0, torch.rand(where.shape, device=logits.device, generator=generator)[where]
-    if options.confidence_eos_eot_inf:
-        # At temperature > 0 the official code reaches EoT alone: its EOS line hits the noisy copy, after the argmax.
-        logits[:, [options.eot_id] if temperature > 0 else [options.eos_id, options.eot_id]] = -torch.inf
+    logits[:, last] = -torch.inf
     return x0, torch.softmax(logits, -1).gather(-1, x0[:, None])[:, 0]
 
 
@@ -245,19 +219,16 @@ def filtered_probs(logits, temperature: float, top_p: float | None, top_k: int |
     return logits.softmax(-1)
 
 
-def dream_prediction(logits, where, algorithm, temperature, options: DreamOptions, generator):
+def dream_prediction(logits, where, algorithm, temperature, top_p, top_k, generator):
     """Predicted tokens and their confidence, both (N,), for logits (N, V); which positions they are does not matter."""
-    probs = filtered_probs(logits, temperature, options.top_p, options.top_k)
-    drawn = temperature > 0 and len(probs) > 0
-    if drawn:
+    probs = filtered_probs(logits, temperature, top_p, top_k)
+    confidence, x0 = probs.max(-1)
+    if temperature > 0 and len(probs):
         probs_sum_1 = probs / probs.sum(-1, keepdim=True)  # as torch.distributions.Categorical, whose draw this is
         # in bf16 Categorical may refuse such sums, and the official code then takes the best tokens, without a draw
-        drawn = bool(((probs_sum_1.sum(-1) - 1).abs() < 1e-6).all())
-    if drawn:
-        x0 = torch.multinomial(probs_sum_1, 1, replacement=True, generator=generator)[:, 0]
-        confidence = probs.gather(-1, x0[:, None])[:, 0]
-    else:
-        confidence, x0 = probs.max(-1)
+        if ((probs_sum_1.sum(-1) - 1).abs() < 1e-6).all():
+            x0 = torch.multinomial(probs_sum_1, 1, replacement=True, generator=generator)[:, 0]
+            confidence = probs.gather(-1, x0[:, None])[:, 0]
     if algorithm == "topk_margin":
         best = probs.topk(2).values
         confidence = best[:, 0] - best[:, 1]
@@ -284,7 +255,7 @@ def draw_positions(confidence, count: int, alg_temp: float, generator):
     return torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, chosen, True) & ~done
 
 
-def dream_choices(draft: Draft, predict, shares, algorithm, options: DreamOptions, generator):
+def dream_choices(draft: Draft, predict, shares, algorithm, alg_temp: float | None, generator):
     """Predicted tokens and chosen positions, both (B, L), of each pass of Dream's sampler.
 
     As many positions are chosen in every row as the mean row has left. A row with fewer (its prompt held fewer [MASK],
@@ -300,10 +271,8 @@ def dream_choices(draft: Draft, predict, shares, algorithm, options: DreamOption
             continue
         x0, confidence = draft.predictions(masked, predict)
         count = int(masked.sum() / len(masked) * share)
-        if options.alg_temp and count:
-            yield x0, draw_positions(confidence, count, options.alg_temp, generator)
-        else:
-            yield x0, most_confident(confidence, count)
+        yield x0, (draw_positions(confidence, count, alg_temp, generator) if alg_temp and count
+                   else most_confident(confidence, count))
 
 # ---- both ----------------------------------------------------------------------------------------------------------
 
@@ -322,18 +291,14 @@ def parallel_choices(draft: Draft, predict, start: int, block_length: int, thres
     """Predicted tokens and chosen positions, both (B, L), of each pass of Fast-dLLM's parallel decoding.
 
     A row is in the block of its first masked position. It commits there what is `sure_enough`, so that no row depends
-    on the others. [MASK] itself is never predicted: it would never end.
+    on the others.
     """
-    def a_token(logits, where):
-        logits[:, draft.model.mask_id] = -torch.inf
-        return predict(logits, where)
-
     position, graphed = torch.arange(draft.ids.shape[1], device=draft.ids.device), isinstance(draft.model, GraphedModel)
     while draft.masked.any():
         block = draft.masked[:, start:].int().argmax(-1, keepdim=True) // block_length  # (B, 1)
         where = draft.masked & (position < start + (block + 1) * block_length)
         # a finished row needs no pass, but a CUDA graph keeps its shape
-        x0, confidence = draft.predictions(where, a_token, slice(None) if graphed else where.any(-1))
+        x0, confidence = draft.predictions(where, predict, slice(None) if graphed else where.any(-1))
         yield x0, where & sure_enough(confidence, threshold, factor)
 
 
@@ -352,44 +317,51 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
     if algorithm is None and model.config.family == "dream":
         algorithm = "entropy" if threshold is None and factor is None else "maskgit_plus"
     algorithm = algorithm or "low_confidence"
-    llada, dream = (LLaDAOptions(logits_eos_inf, confidence_eos_eot_inf, eos_id, eot_id),
-                    DreamOptions(eps, top_p, top_k, alg_temp))
-    block_length = _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada,
-                          dream)
+    block_length = gen_length if block_length is None else block_length
+    llada = {"logits_eos_inf": logits_eos_inf, "confidence_eos_eot_inf": confidence_eos_eot_inf, "eos_id": eos_id,
+             "eot_id": eot_id}
+    dream = {"eps": eps, "top_p": top_p, "top_k": top_k, "alg_temp": alg_temp}
+    _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada, dream)
     draft, start = Draft(model, prompt_ids, gen_length, attention_mask, cfg_scale), prompt_ids.shape[1]
-    prediction, options = ((llada_prediction, llada.completed(model)) if algorithm in LLADA
-                           else (dream_prediction, dream))
-    predict = partial(prediction, algorithm=algorithm, temperature=temperature, options=options, generator=generator)
+    given = {"algorithm": algorithm, "temperature": temperature, "generator": generator}
+    if algorithm in LLADA:
+        draft.never, last = held_back(model, temperature, **llada)
+        predict = partial(llada_prediction, last=last, **given)
+    else:
+        predict = partial(dream_prediction, top_p=top_p, top_k=top_k, **given)
     if steps is None:
+        draft.never.append(model.mask_id)  # whoever predicts it for ever never ends
         choices = parallel_choices(draft, predict, start, block_length, threshold, factor)
     elif algorithm in LLADA:
         choices = llada_choices(draft, predict, block_schedule(start, steps, gen_length, block_length))
     else:
-        shares = time_schedule(steps, eps, prompt_ids.device)
-        choices = dream_choices(draft, predict, shares, algorithm, dream, generator)
+        choices = dream_choices(draft, predict, time_schedule(steps, eps, prompt_ids.device), algorithm, alg_temp,
+                                generator)
     for index, (x0, chosen) in enumerate(choices):
         draft.ids = torch.where(chosen, x0, draft.ids)
         yield Step(index, draft.ids, chosen & ~draft.masked)  # a predicted [MASK] commits nothing
 
 
-def _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada, dream) -> int:
-    """The block length; refused is what does not fit together."""
+def _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada, dream):
+    """Refused is what does not fit together; llada, dream: the options by name that only their algorithms have."""
+    eps, top_p, top_k, alg_temp = dream.values()
+    if not (0 <= eps < 1 and (top_p is None or 0 < top_p <= 1) and (top_k is None or top_k >= 1)
+            and (alg_temp is None or 0 <= alg_temp < torch.inf)):
+        raise Refused("eps must be in [0, 1), top_p in (0, 1], top_k at least 1, alg_temp finite and at least 0.")
     whole = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
-    optional = {"steps", "block_length", "threshold", "factor"}
     for name, value in {**whole, "temperature": temperature, "cfg_scale": cfg_scale, "threshold": threshold,
                         "factor": factor}.items():
-        if not isinstance(value, Integral if name in whole else Real) and not (value is None and name in optional):
+        missing = value is None and name in ("steps", "threshold", "factor")
+        if not missing and not isinstance(value, Integral if name in whole else Real):
             raise Refused(f"{name} {value!r} is no {'whole ' * (name in whole)}number.")
     if algorithm not in LLADA + DREAM:
         raise Refused(f"algorithm {algorithm!r} is not one of {', '.join(LLADA + DREAM)}.")
-    foreign = dream if algorithm in LLADA else llada
-    given = [f.name for f in fields(foreign) if getattr(foreign, f.name) != f.default]
-    parallel = [value for value in (threshold, factor) if value is not None]
-    if algorithm in DREAM and not parallel and block_length not in (None, gen_length):
+    parallel, usual = [rule for rule in (threshold, factor) if rule is not None], signature(denoise).parameters
+    given = [name for name, value in (dream if algorithm in LLADA else llada).items() if value != usual[name].default]
+    if algorithm in DREAM and not parallel and block_length != gen_length:
         given.append("block_length")
     if given:
         raise Refused(f"algorithm {algorithm!r} has no option {given[0]}; leave it out.")
-    block_length = gen_length if block_length is None else block_length
     if min(1 if steps is None else steps, gen_length, block_length) < 1:
         raise Refused("steps, gen_length and block_length must be at least 1.")
     if gen_length % block_length:
@@ -405,10 +377,9 @@ def _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, t
         raise Refused("threshold and factor are two rules for the same choice; give one of them.")
     elif steps is not None:
         raise Refused("a threshold or factor decides itself how many passes there are; give None for steps.")
-    elif algorithm not in PROBABILITY or dream.alg_temp or not parallel[0] > 0:
+    elif algorithm not in PROBABILITY or alg_temp or not parallel[0] > 0:
         raise Refused(f"a threshold or factor is above 0 and needs an algorithm whose confidence is a probability, "
                       f"without alg_temp: {', '.join(sorted(PROBABILITY))}.")
-    return block_length
 
 
 @wraps(denoise, assigned=())

@@ -13,7 +13,6 @@ from official import EOS, MODELS, PARITY, PROMPT, STORED, biased
 
 from model import denoise, generate
 from runtime.sampling import (
-    DreamOptions,
     block_schedule,
     draw_positions,
     dream_prediction,
@@ -254,7 +253,7 @@ def test_probabilities_that_do_not_sum_to_one_are_the_official_rule():
             want, kind = p.argmax(-1), "best"
         after = torch.rand(1)
         torch.manual_seed(seed)
-        got, confidence = dream_prediction(logits, None, "maskgit_plus", 1.0, DreamOptions(), None)
+        got, confidence = dream_prediction(logits, None, "maskgit_plus", 1.0, None, None, None)
         assert torch.equal(got, want)
         assert torch.equal(confidence, p.gather(-1, want[:, None])[:, 0])
         assert torch.equal(torch.rand(1), after)
