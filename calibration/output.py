@@ -121,9 +121,13 @@ class Output:
         path = self.folder / self.shard(i)
         if not path.exists():
             return None
-        view = self._shard_view(i)
+        view = copy.copy(self.source)  # of this one shard
+        view.folder, view._open = self.folder, {}
+        handle = view._handle(path.name)
+        view.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+        view.files = dict.fromkeys(view.shapes, path.name)
         try:
-            about = json.loads(view._handle(path.name).metadata()["starquant"])
+            about = json.loads(handle.metadata()["starquant"])
             found = about.pop("sha256")
         except (AttributeError, KeyError, TypeError, ValueError):
             about = found = None
@@ -142,12 +146,8 @@ class Output:
         if config["head_bits"] < 16:
             model = load_outer(self.source, dtype=torch.bfloat16)
             outer = outer_tensors(quantize_outer(model, config["head_bits"], config["embed_bits"] or None))
-        outer = self._as_in_source(outer)
-        disk.write_tensors(self.folder / self.shard(c.n_layers), outer)
-        weight_map = dict.fromkeys(outer, self.shard(c.n_layers))
-        for i in range(c.n_layers):
-            weight_map |= dict.fromkeys(self._shard_view(i).shapes, self.shard(i))
-        self.size = disk.write_index(self.folder, weight_map)
+        disk.write_tensors(self.folder / self.shard(c.n_layers), self._as_in_source(outer))
+        self.size = disk.write_index(self.folder, c.n_layers + 1)
         for path in (*map(self.source.folder.joinpath, TOKENIZER_FILES), *self.source.folder.glob("LICENSE*")):
             if path.is_file():
                 disk.write_file(self.folder / path.name, lambda temporary, path=path: shutil.copy(path, temporary))
@@ -163,15 +163,6 @@ class Output:
     def _as_in_source(self, tensors: dict) -> dict:
         """What stays in 16 bit is taken from the source again, since the modules may hold it in another type."""
         return {name: self.source.get(name) if stays_16_bit(name) else tensor for name, tensor in tensors.items()}
-
-    def _shard_view(self, i: int) -> Checkpoint:
-        """One finished shard, read as a checkpoint of the source's config."""
-        view, file = copy.copy(self.source), self.shard(i)
-        view.folder, view._open = self.folder, {}
-        handle = view._handle(file)
-        view.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-        view.files = dict.fromkeys(view.shapes, file)
-        return view
 
     def _write_state(self, complete: bool) -> None:
         blocks = [self.records[i] for i in sorted(self.records)]

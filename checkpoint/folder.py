@@ -73,8 +73,7 @@ def own_name(name_or_path: str) -> str:
 
 def model_name(name_or_path: str) -> str:
     """What a model is called, however it was spelled: its hub id, "tiny", or the folder's own name."""
-    folder = home_path(name_or_path).is_dir()
-    return own_name(name_or_path) if folder else ALIASES.get(name_or_path, name_or_path)
+    return own_name(name_or_path) if home_path(name_or_path).is_dir() else ALIASES.get(name_or_path, name_or_path)
 
 
 @cache
@@ -221,23 +220,21 @@ def shard_name(i: int, shards: int) -> str:
     return f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
 
 
-def write_index(folder: Path, weight_map: dict[str, str], checksums: bool = True) -> int:
-    """The index over the shards in a folder, from tensor name -> file; returns the bytes of all tensors.
+def write_index(folder: Path, shards: int, checksums: bool = True) -> int:
+    """The index over the shards in a folder, from their headers; returns the bytes of all tensors.
 
     With checksums, whoever opens the folder later compares the shards with them.
     """
-    files = sorted(set(weight_map.values()))
-    metadata = {"total_size": sum(tensor_bytes(folder / file) for file in files)}
-    if checksums:
-        metadata["sha256"] = {file: sha256(folder / file) for file in files}
-    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    return metadata["total_size"]
-
-
-def tensor_bytes(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file, as Hugging Face counts them: without its header."""
-    with open(path, "rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    files = [shard_name(i, shards) for i in range(shards)]
+    weight_map, size = {}, 0
+    for file in files:
+        with open(folder / file, "rb") as shard:
+            header = shard.read(int.from_bytes(shard.read(8), "little"))
+        weight_map |= {name: file for name in json.loads(header) if name != "__metadata__"}
+        size += (folder / file).stat().st_size - 8 - len(header)
+    sums = {"sha256": {file: sha256(folder / file) for file in files}} if checksums else {}
+    write_json(folder / INDEX, {"metadata": {"total_size": size, **sums}, "weight_map": weight_map})
+    return size
 
 
 def sha256(path: Path) -> str:

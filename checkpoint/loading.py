@@ -81,7 +81,8 @@ def quantized_tensors(checkpoint: Checkpoint) -> dict[str, storage.Tensor]:
     for name, (_, d) in linear_shapes(c).items():
         gates = q["linears"].get(name) if isinstance(q["linears"], dict) else None
         _integer(checkpoint, gates, "d_u", 0, d - _integer(checkpoint, gates, "d_m", 0, d))
-    blocks = [storage.Block.read(_below(checkpoint, i), c, bits) for i in range(c.n_layers)]
+    prefixes = [f"{NAMES[c.family].block.format(i)}." for i in range(c.n_layers)]
+    blocks = [storage.Block.read(storage.below(checkpoint.shapes, prefix), c, bits) for prefix in prefixes]
     return {name: tensor for shard in storage.shards(c, blocks, head_bits, embed_bits)
             for name, tensor in shard.items()}
 
@@ -94,34 +95,42 @@ def _integer(checkpoint: Checkpoint, values, key: str, low: int, high: int, defa
                       f"integer between {low} and {high}.")
     return value
 
-
-def _below(checkpoint: Checkpoint, i: int, part: str = "") -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of block i, or of a part of it such as "qkv.", by the rest of their names."""
-    start = f"{NAMES[checkpoint.config.family].block.format(i)}.{part}"
-    return {name[len(start):]: shape for name, shape in checkpoint.shapes.items() if name.startswith(start)}
-
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def fill_block(block, checkpoint: Checkpoint, i: int, device, dtype, weights: str):
     """A `Block` on the meta device, filled with the tensors of block i; quantized linears replace its 16-bit ones."""
-    c, names = checkpoint.config, NAMES[checkpoint.config.family]
+    c, q, names = checkpoint.config, checkpoint.quantization, NAMES[checkpoint.config.family]
     prefix = names.block.format(i)
     for ours, theirs in norm_names(c).items():
         _fill(getattr(block, ours), checkpoint, [f"{prefix}.{theirs}"], device, dtype)
-    if checkpoint.quantization:
-        return _quantized_block(block, checkpoint, i, device, weights)
-    for fused, parts in names.linears.items():
-        _fill(getattr(block, fused), checkpoint, [f"{prefix}.{part}" for part in parts], device, dtype)
+    if not q:
+        for fused, parts in names.linears.items():
+            _fill(getattr(block, fused), checkpoint, [f"{prefix}.{part}" for part in parts], device, dtype)
+        return block
+    for fused, (_, d) in linear_shapes(c).items():
+        gates = q["linears"][fused]
+        linear = QuantLinear.from_tensors(_tensors(checkpoint, f"{prefix}.{fused}", device), d, gates["d_m"],
+                                          gates["d_u"], q["activation_bits"], q["weight_bits"])
+        setattr(block, fused, linear.unpack_weights() if weights == "int8" and linear.packed else linear)
+    if tac := _tensors(checkpoint, f"{prefix}.tac", device):
+        block.tac = TAC(**tac)
+    if attention := _tensors(checkpoint, f"{prefix}.softmax_value", device):
+        block.softmax_value = QuantAttention(**attention)
     return block
 
 
 def fill_outer(model, checkpoint: Checkpoint, device, dtype, head: bool = True):
     """A `DiffusionLM` on the meta device, filled with embedding, final norm and, on request, head."""
-    c, names = checkpoint.config, NAMES[checkpoint.config.family]
+    c, q, names = checkpoint.config, checkpoint.quantization or {}, NAMES[checkpoint.config.family]
     _fill(model.norm, checkpoint, [names.final_norm], device, dtype)
-    if checkpoint.quantization and checkpoint.quantization.get("head_bits", 16) < 16:
-        return _quantized_outer(model, checkpoint, device, dtype)
+    if (bits := q.get("head_bits", 16)) < 16:
+        embed = _tensors(checkpoint, names.embed, device)
+        model.embed = QuantEmbedding(*map(embed.get, ("weight_packed", "weight_scale")), c.d_model,
+                                     q.get("embed_bits", bits), dtype)
+        model.head = QuantLinear.from_tensors(embed if c.tied else _tensors(checkpoint, names.head, device), c.d_model,
+                                              0, 0, bits, bits)
+        return model
     _fill(model.embed, checkpoint, [names.embed], device, dtype)
     if c.tied:
         model.head.weight = model.embed.weight
@@ -141,35 +150,10 @@ def _fill(module, checkpoint: Checkpoint, names: list[str], device, dtype) -> No
         setattr(module, kind, nn.Parameter(out, requires_grad=False))
 
 
-def _quantized_block(block, checkpoint: Checkpoint, i: int, device, weights: str):
-    q, prefix = checkpoint.quantization, NAMES[checkpoint.config.family].block.format(i)
-
-    def tensors(part):
-        return {suffix: checkpoint.get(f"{prefix}.{part}{suffix}").to(device) for suffix in _below(checkpoint, i, part)}
-
-    for fused, (_, d) in linear_shapes(checkpoint.config).items():
-        gates = q["linears"][fused]
-        linear = QuantLinear.from_tensors(tensors(f"{fused}."), d, gates["d_m"], gates["d_u"], q["activation_bits"],
-                                          q["weight_bits"])
-        setattr(block, fused, linear.unpack_weights() if weights == "int8" and linear.packed else linear)
-    if tac := tensors("tac."):
-        block.tac = TAC(**tac)
-    if attention := tensors("softmax_value."):
-        block.softmax_value = QuantAttention(**attention)
-    return block
-
-
-def _quantized_outer(model, checkpoint: Checkpoint, device, dtype):
-    q, c, names = checkpoint.quantization, checkpoint.config, NAMES[checkpoint.config.family]
-
-    def tensors(name):
-        return {suffix: checkpoint.get(f"{name}.{suffix}").to(device) for suffix in ("weight_packed", "weight_scale")}
-
-    embed, bits = tensors(names.embed), q["head_bits"]
-    model.embed = QuantEmbedding(*embed.values(), c.d_model, q.get("embed_bits", bits), dtype)
-    head = embed if c.tied else tensors(names.head)
-    model.head = QuantLinear.from_tensors(head, c.d_model, 0, 0, bits, bits)
-    return model
+def _tensors(checkpoint: Checkpoint, module: str, device) -> dict[str, torch.Tensor]:
+    """The tensors of a module by their names in it; {} where the folder has none of them."""
+    suffixes = storage.below(checkpoint.shapes, f"{module}.")
+    return {suffix: checkpoint.get(f"{module}.{suffix}").to(device) for suffix in suffixes}
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -243,13 +227,11 @@ def save_model(model, folder: Path, dtype=None) -> None:
 
     parts = [{name: typed(name, tensor) for name, tensor in part.items()} for part in parts_of(model)]
     if quantized:
-        files = {disk.shard_name(i, len(parts)): part for i, part in enumerate(parts)}
+        for i, part in enumerate(parts):
+            disk.write_tensors(folder / disk.shard_name(i, len(parts)), part)
+        disk.write_index(folder, len(parts))
     else:
-        files = {SINGLE: {name: tensor for part in parts for name, tensor in part.items()}}
-    for file, part in files.items():
-        disk.write_tensors(folder / file, part)
-    if quantized:
-        disk.write_index(folder, {name: file for file, part in files.items() for name in part})
+        disk.write_tensors(folder / SINGLE, {name: tensor for part in parts for name, tensor in part.items()})
     disk.write_config(folder, model.config.raw)
     if model.tokenizer is not None:
         disk.write_file(folder / "tokenizer.json", lambda path: model.tokenizer.save(str(path)))

@@ -53,22 +53,19 @@ def write_checkpoint(model: str, folder: Path, blocks: int | None = None, gain: 
     if size > (free := shutil.disk_usage(home).free):
         raise Refused(f"--write takes {size / 1e9:.4g} GB, but {home} has {free / 1e9:.4g} GB left; lower --blocks.")
     folder.mkdir(parents=True, exist_ok=True)
-    prefixes = [NAMES[config.family].block.format(i) + "." for i in range(config.n_layers)]
-    shards: dict[str, dict] = {p: {} for p in (*prefixes, "")}
-    for name, shape in expected_tensors(config).items():
-        shards[next(p for p in shards if name.startswith(p))][name] = shape
-    weight_map = {}
-    for i, shapes in enumerate(shards.values()):
-        tensors, file = {}, shard_name(i, len(shards))
-        for name, shape in shapes.items():
+    prefixes = [*(NAMES[config.family].block.format(i) + "." for i in range(config.n_layers)), ""]
+    left = expected_tensors(config)
+    for i, prefix in enumerate(prefixes):
+        tensors = {}
+        for name in [name for name in left if name.startswith(prefix)]:
+            shape = left.pop(name)
             values = tensors[name] = torch.empty(shape, dtype=torch.bfloat16)
             if len(shape) == 1 and not name.endswith("bias"):  # the gain of a norm
                 values.fill_(1)[torch.randperm(shape[0], generator=generator)[:OUTLIERS]] = gain
             else:
                 values.normal_(std=0.02, generator=generator)
-        write_tensors(folder / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-    size = write_index(folder, weight_map, checksums=False)  # which would be computed again at every opening
+        write_tensors(folder / shard_name(i, len(prefixes)), tensors)
+    write_index(folder, len(prefixes), checksums=False)  # which would be computed again at every opening
     write_json(folder / "config.json", raw)
     shutil.copy(resolve("tiny") / "tokenizer.json", folder)
     return size

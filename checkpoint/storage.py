@@ -82,6 +82,11 @@ def _read_factors(shapes: dict, d: int):
                      Blocks: [(n, d // n, d // n)], Across: [(n, n)]}[kind])
 
 
+def below(tensors: dict, prefix: str) -> dict:
+    """What belongs to the names that begin with `prefix`, by the rest of these names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def integers(C: int, d: int, bits: int) -> dict[str, Tensor]:
     """Codes and scales of an integer matrix (C, d). Codes of at most 4 bits lie two a byte, row by row."""
     codes = Tensor((C, -(-d // 2)), "U8") if bits <= 4 else Tensor((C, d), "I8")
@@ -110,11 +115,9 @@ class Block:
     @classmethod
     def read(cls, shapes: dict, c: ModelConfig, bits: int) -> "Block":
         """The block that a folder's tensors mean, from the shapes in their headers by the names of `tensors`."""
-        def below(name):
-            return {key[len(name) + 1:]: shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
-
-        linears = {name: Linear.read(below(name), C, d, bits) for name, (C, d) in linear_shapes(c).items()}
-        tac, found, z = below("tac"), below("softmax_value"), c.n_heads * c.head_dim
+        linears = {name: Linear.read(below(shapes, f"{name}."), C, d, bits)
+                   for name, (C, d) in linear_shapes(c).items()}
+        tac, found, z = below(shapes, "tac."), below(shapes, "softmax_value."), c.n_heads * c.head_dim
         n = _first(tac.get("M"), z, 1) if tac else z
         return cls(linears, z // n if tac else 0,
                    attention(c, "rotation" in found, "value_scale" in found) if found else {})
