@@ -1,16 +1,7 @@
 """The quantized linear on a CPU, and on every other device that the CUDA passes do not serve.
 
-What happens to a token
------------------------
-`linear(layer, x, state)` takes tokens x (..., d) through the four steps of `runtime/layers.py`:
-
-1. Transform. The token loses the mean of its state where the layer has one, and is multiplied by the factors of P in
-   fp32. A gate then zeroes the channels of the other state.
-2. Quantize. The token's least and largest value give its scale and zero point; `clip` shrinks that range first. Its
-   channels become integers of a few bits, either each to the nearest or by feedback (`feedback_codes`).
-3. Multiply. The integers meet every row of the weight; the sums are exact in int32.
-4. Finish. The zero points are taken off, both scales bring the sums back to real numbers, and the bias and the output
-   of the mean are added.
+`linear(layer, x, state)` takes tokens x (..., d) through the four steps of `runtime/layers.py`: transform, quantize,
+multiply, finish.
 
 The readable path
 -----------------
@@ -171,7 +162,7 @@ def run(library, layer, x, state):
     x, state = x.contiguous(), None if state is None else state.contiguous()
     y = torch.empty(M, about.N, dtype=x.dtype)
     threads = torch.get_num_threads() if M * about.K * about.N > SMALL else 1
-    if library.linear(about.address, x.data_ptr(), None if state is None else state.data_ptr(), y.data_ptr(), M,
+    if library.linear(ctypes.byref(about), x.data_ptr(), None if state is None else state.data_ptr(), y.data_ptr(), M,
                       x.dtype == torch.bfloat16, threads):
         raise MemoryError(f"no memory for the codes of {M} tokens of {about.K} channels.")
     return y
@@ -193,30 +184,29 @@ def described(layer) -> Layer:
 
     ValueError for a tensor of another size than the C code reads.
     """
-    addresses = (None if t is None else t.data_ptr() for t in layer._buffers.values())
-    identity = layer.abits, layer.d_m, layer.d_u, layer.packed, *addresses
+    buffers = list(layer._buffers.values())
+    identity = layer.abits, layer.d_m, layer.d_u, layer.packed, *(t if t is None else t.data_ptr() for t in buffers)
     about = layer._converted.get("C")
     if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
-        block, P = 0 if layer.feedback is None else layer.feedback.shape[-1], layer._stored()
+        block = 0 if layer.feedback is None else layer.feedback.shape[-1]
         apply_basis(torch.empty(0, K), layer.P)  # ValueError for a factor that does not fit
         sizes = (N * ((K + 1) // 2 if packed else K), N, N, 2, 2 * K, 2 * N, N, N, K * block)
         dtypes = {"weight_sum": torch.int32, "weight_zero": torch.int32, "feedback": torch.bfloat16,
                   "weight_packed": torch.uint8 if packed else torch.int8}
-        given = {name: getattr(layer, name) for name in TENSORS if getattr(layer, name) is not None}
-        kept = {name: tensor.to("cpu", dtypes.get(name, torch.float32)).contiguous() for name, tensor in given.items()}
+        kept = {name: tensor.to("cpu", dtypes.get(name, torch.float32)).contiguous() for name in TENSORS
+                if (tensor := getattr(layer, name)) is not None}
         for name, size in zip(TENSORS, sizes, strict=True):
             if name in kept and kept[name].numel() != size:
                 shape = tuple(kept[name].shape)
                 raise ValueError(f"{name} of shape {shape} does not fit a linear of {K} to {N} channels.")
-        matrices = [(T.contiguous(), step) for T, step in turns(P, K)]
+        matrices = [(T.contiguous(), step) for T, step in turns(layer._stored(), K)]
         array = (Factor * len(matrices))(*((T.data_ptr(), T.shape[-1], step, T.ndim == 3, T.dtype == torch.bfloat16)
                                            for T, step in matrices))
         about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed, len(array), ctypes.addressof(array),
                       **{name: tensor.data_ptr() for name, tensor in kept.items()})
-        about.address, about.identity = ctypes.addressof(about), identity
-        about.tensors = given, kept, matrices, array  # they live as long as their addresses are used
-        layer._converted["C"] = about
+        about.tensors = buffers, kept, matrices, array  # they live as long as their addresses are used
+        layer._converted["C"], about.identity = about, identity
     return about
 
 
@@ -224,13 +214,11 @@ def described(layer) -> Layer:
 def compiled():
     """cpu_kernels.c as a library that agrees with `readable` in every bit, or None, said once, where there is none."""
     try:
-        library = load()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    else:
-        if agrees(library):
+        if agrees(library := load()):
             return library
         reason = "its results differ from those of the readable path"
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error)
     warnings.warn(f"runtime/cpu_kernels.c does not serve ({reason}); quantized linears take the readable path, which "
                   "gives the same numbers more slowly.", stacklevel=2)
     return None
