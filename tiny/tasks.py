@@ -12,11 +12,12 @@ import hashlib
 import lzma
 import random
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 
 from runtime.processes import Refused
 from tiny.interpreter import Failed, run_function
@@ -39,9 +40,8 @@ def split_of(key: str) -> str:
 # ---- english -------------------------------------------------------------------------------------------------------
 
 
-@cache
 def english_documents(split: str) -> tuple[str, ...]:
-    """Documents (chapters, addresses) of one split; the whole document belongs to it."""
+    """Documents (chapters, addresses) of one split."""
     out = []
     for source in ("moby-dick", "sotu"):
         text = lzma.decompress((HERE / "english" / f"{source}.txt.xz").read_bytes()).decode()
@@ -63,6 +63,20 @@ def english_tokens(tokenizer, split: str) -> torch.Tensor:
     return _english_tokens(tokenizer.to_str(), split)
 
 # ---- problems ------------------------------------------------------------------------------------------------------
+
+PEOPLE = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
+         "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")
+ITEMS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps", "stones", "nuts")
+GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
+LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
+# words and code of a function's parts
+REDUCE = (("the sum of ", "sum({})"), ("the largest of ", "max({})"), ("the smallest of ", "min({})"),
+          ("the count of ", "len([{}])"), ("", "[{}]"), ("in order ", "sorted({})"))
+FILTERS = (("", ""), (" that are even", " if x % 2 == 0"), (" that are odd", " if x % 2 == 1"),
+           (" that are greater than {k}", " if x > {k}"), (" that are less than {k}", " if x < {k}"),
+           (" that are divisible by {k}", " if x % {k} == 0"))
+MAPS = (("", "x"), (", each squared", "x * x"), (", each plus {k}", "x + {k}"), (", each minus {k}", "x - {k}"),
+        (", each times {k}", "x * {k}"))
 
 
 @dataclass(frozen=True)
@@ -86,14 +100,9 @@ class Problem:
             return Failed
 
 
-def _final_number(text: str) -> str | None:
-    words = text.split("####")[-1].split() if "####" in text else []
-    return words[0] if words else None
-PEOPLE = ("Ann", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah",
-         "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")
-ITEMS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps", "stones", "nuts")
-GAIN = ("buys {b} more", "finds {b} more", "gets {b} from {n2}")
-LOSS = ("gives {b} to {n2}", "loses {b}", "sells {b}")
+def _final_number(text: str) -> list[str]:
+    """The word behind the last '####', as a list: an answer may have none."""
+    return text.split("####")[-1].split()[:1] if "####" in text else []
 
 
 def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
@@ -104,26 +113,19 @@ def _math(rng: random.Random, steps: int = 2) -> tuple[list[str], Problem]:
         total, lines = boxes * each, [f"{boxes}*{each}={boxes * each}"]
         story = f"{name} has {boxes} boxes of {each} {item}."
     else:
-        a, b = rng.randint(3, 30), rng.randint(2, 9)
-        up = rng.random() < 0.5 or b > a
-        total, lines = (a + b, [f"{a}+{b}={a + b}"]) if up else (a - b, [f"{a}-{b}={a - b}"])
-        story = f"{name} has {a} {item} and " + rng.choice(GAIN if up else LOSS).format(b=b, n2=other) + "."
-    for _ in range(steps - 1):
-        c = rng.randint(2, 9)
-        up = rng.random() < 0.5 or c > total
-        result = total + c if up else total - c
-        lines.append(f"{total}{'+' if up else '-'}{c}={result}")
-        story += f" Then {name} " + rng.choice(GAIN if up else LOSS).format(b=c, n2=rng.choice(PEOPLE)) + "."
+        total, lines = rng.randint(3, 30), []
+        story = f"{name} has {total} {item}"
+    while len(lines) < steps:
+        b = rng.randint(2, 9)
+        up = rng.random() < 0.5 or b > total
+        what = rng.choice(GAIN if up else LOSS).format(b=b, n2=rng.choice(PEOPLE) if lines else other)
+        story += f" Then {name} {what}." if lines else f" and {what}."
+        result = total + b if up else total - b
+        lines.append(f"{total}{'+' if up else '-'}{b}={result}")
         total = result
     # the keys leave out names and wording: the same two lines never appear in two splits
     keys = [f"math/{first} {second}" for first, second in pairwise(lines)]
     return keys, Problem(f"{story} How many {item}?\n", "\n".join([*lines, f"#### {total}"]))
-FILTERS = {"even": ("even", "x % 2 == 0"), "odd": ("odd", "x % 2 == 1"), "over": ("greater than {k}", "x > {k}"),
-           "under": ("less than {k}", "x < {k}"), "div": ("divisible by {k}", "x % {k} == 0")}
-MAPS = {"square": ("squared", "x * x"), "add": ("plus {k}", "x + {k}"), "sub": ("minus {k}", "x - {k}"),
-        "mul": ("times {k}", "x * {k}")}
-REDUCE = {"sum": "the sum of", "max": "the largest of", "min": "the smallest of", "len": "the count of", "list": "",
-          "sorted": "in order"}
 
 
 def _code(rng: random.Random) -> tuple[list[str], Problem]:
@@ -134,15 +136,11 @@ def _code(rng: random.Random) -> tuple[list[str], Problem]:
         doc, expr = f"x {word} {a} times y, {word2} {b}", f"x {op} {a} * y {op2} {b}"
         params, inputs = "x, y", [(7, 3), *((rng.randint(-9, 20), rng.randint(-9, 20)) for _ in range(4))]
     else:
-        agg, fil = rng.choice(list(REDUCE)), rng.choice([None, *FILTERS])
-        mapping = rng.choice([None, *MAPS]) if agg != "len" else None
+        (of, call), (which, test) = rng.choice(REDUCE), rng.choice(FILTERS)
+        how, value = MAPS[0] if of == "the count of " else rng.choice(MAPS)
         k1, k2 = rng.randint(2, 20), rng.randint(2, 20)
-        what, test = FILTERS[fil] if fil else ("", "")
-        how, value = MAPS[mapping] if mapping else ("", "x")
-        doc = f"{REDUCE[agg]} the numbers in xs".strip()
-        doc += (f" that are {what.format(k=k1)}" if fil else "") + (f", each {how.format(k=k2)}" if mapping else "")
-        expr = f"{value.format(k=k2)} for x in xs" + (f" if {test.format(k=k1)}" if fil else "")
-        expr = f"[{expr}]" if agg == "list" else f"len([{expr}])" if agg == "len" else f"{agg}({expr})"
+        doc = f"{of}the numbers in xs{which.format(k=k1)}{how.format(k=k2)}"
+        expr = call.format(f"{value.format(k=k2)} for x in xs{test.format(k=k1)}")
         params = "xs"  # the first list holds all of 0..40, so that no filter leaves it empty
         inputs = [(rng.sample(range(41), 41),), *(([rng.randint(0, 40) for _ in range(8)],) for _ in range(4))]
     return [f"code/{doc}"], Problem(f'def f({params}):\n """Return {doc}."""\n', f" return {expr}", tuple(inputs))
@@ -195,11 +193,8 @@ def problem_tokens(tokenizer, task: str, split: str, n: int, seed: int, gen_leng
     prompts = [e.ids for e in tokenizer.encode_batch([p.prompt for p in batch])]
     answers = [e.ids for e in tokenizer.encode_batch([p.answer for p in batch])]
     length = max(map(len, prompts)) + max(gen_length, *map(len, answers))  # another tokenizer may need more
-    ids, region = torch.full((n, length), eos), torch.zeros(n, length, dtype=torch.bool)
-    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        region[i, len(p) :] = True
-    return ids, region
+    rows = [p + a + [eos] * (length - len(p) - len(a)) for p, a in zip(prompts, answers, strict=True)]
+    return torch.tensor(rows), torch.arange(length) >= torch.tensor([[len(p)] for p in prompts])
 
 
 def chain_tokens(tokenizer, n: int, seed: int, mask_id: int, ahead: int = 4):
@@ -226,20 +221,19 @@ def sum_tokens(tokenizer, n: int, length: int, seed: int):
     """
     rng, rows, regions = random.Random(f"sums/{seed}"), [], []
     for _ in range(n):
-        text, spans = "", []
+        text, hidden = "", []  # hidden: of every character, whether it may be masked
         while len(text) < length:
             kind, a, b = rng.choice("++--*"), rng.randint(2, 54), rng.randint(2, 9)
             if kind == "*":
                 a, b = rng.randint(2, 5), rng.randint(2, 9)
             if kind == "-" and b > a:
                 kind = "+"
-            result = str({"+": a + b, "-": a - b, "*": a * b}[kind])
-            text += f"{a}{kind}{b}="
-            spans.append((len(text), len(text) + len(result)))
-            text += result + "\n"
+            asked, result = f"{a}{kind}{b}=", str({"+": a + b, "-": a - b, "*": a * b}[kind])
+            text += f"{asked}{result}\n"
+            hidden += [False] * len(asked) + [True] * len(result) + [False]
         encoded = tokenizer.encode(text)
         rows.append(encoded.ids[:length])
-        regions.append([any(low <= at < high for low, high in spans) for at, _ in encoded.offsets[:length]])
+        regions.append([hidden[at] for at, _ in encoded.offsets[:length]])
     return torch.tensor(rows), torch.tensor(regions)
 
 
@@ -261,13 +255,9 @@ def calibration_set(tokenizer, n: int, length: int, seed: int, split: str = "cal
     parts, eos = [], tokenizer.token_to_id("<|endoftext|>")
     for i, domain in enumerate(("english", "math", "code")[:n]):
         count = len(range(i, n, 3))
-        if domain == "english":
-            parts.append(english_segments(tokenizer, split, count, length, seed))
-            continue
-        ids, region = problem_tokens(tokenizer, domain, split, count, seed)
-        more = max(0, length - ids.shape[1])
-        ids = torch.cat((ids, torch.full((count, more), eos)), 1)[:, :length]
-        region = torch.cat((region, torch.ones(count, more, dtype=torch.bool)), 1)[:, :length]
-        parts.append((ids, region))
+        ids, region = (english_segments(tokenizer, split, count, length, seed) if domain == "english" else
+                       problem_tokens(tokenizer, domain, split, count, seed))
+        more = length - ids.shape[1]  # below 0, `pad` cuts
+        parts.append((pad(ids, (0, more), value=eos), pad(region, (0, more), value=True)))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return tuple(torch.cat([p[j] for p in parts])[order] for j in (0, 1))
+    return tuple(torch.cat(tensors)[order] for tensors in zip(*parts, strict=True))
