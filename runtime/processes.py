@@ -100,22 +100,19 @@ def run(program: str, function, args, smaller: str = "--batch-size", kept=str) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
         return 141  # as the shell says of SIGPIPE
     except Refused as error:
-        return _end(program, str(error), 2)
+        code, said = 2, str(error)
     except (MemoryError, RuntimeError) as error:
         # on a CPU, torch reports lost memory as a plain RuntimeError
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         first_line = (str(error) or "the system gives no details").splitlines()[0].rstrip(".")
-        return _end(program, f"out of memory ({first_line}); lower {smaller}.", 2)
+        code, said = 2, f"out of memory ({first_line}); lower {smaller}."
     except OSError as error:  # a full disk, a file or folder that may not be read or written
         where = f": {error.filename}" if error.filename else ""
-        return _end(program, f"{error.strerror or error}{where}. {kept()}", 2)
+        code, said = 2, f"{error.strerror or error}{where}. {kept()}"
     except KeyboardInterrupt:
-        return _end(program, f"interrupted. {kept()}", 130)
-
-
-def _end(program: str, message: str, code: int) -> int:
-    print(f"{program}: {message.rstrip()}", file=sys.stderr)
+        code, said = 130, f"interrupted. {kept()}"
+    print(f"{program}: {said.rstrip()}", file=sys.stderr)
     return code
 
 
@@ -167,25 +164,18 @@ class Bar(tqdm):
         self.due = time.monotonic() + self.SECONDS
         super().__init__(*args, **{"file": sys.stderr, "disable": rank() > 0} | options)
 
-    def display(self, *args, **options):
+    def display(self, msg=None, pos=None):
         if self.fp.isatty():
-            return super().display(*args, **options)
-        if time.monotonic() >= self.due:
+            return super().display(msg, pos)
+        # `close` disables the bar, then shows it and ends the line, or hides it behind msg ""
+        if msg is None and (self.disable or time.monotonic() >= self.due):
             self.due = time.monotonic() + self.SECONDS
-            print(self, file=sys.stderr, flush=True)
-        return True
+            print(self, file=self.fp, end="" if self.disable else "\n", flush=True)
+        return False
 
     def clear(self, *args, **options):
         if self.fp.isatty():
             super().clear(*args, **options)
-
-    def close(self):
-        if self.disable or self.fp.isatty():
-            return super().close()
-        self.due = 0 if self.leave else math.inf
-        self.display()
-        self.disable = True
-        self._decr_instances(self)
 
 
 def watched(items, what: str):
