@@ -30,21 +30,22 @@ def _times(a, b):
         if isinstance(seq, (str, list, tuple)) and isinstance(n, int) and len(seq) * n > MAX_LEN:
             raise Failed("sequence too long")
     return a * b
+
+
+def _range(*args):
+    if len(numbers := range(*args)) > MAX_LEN:
+        raise Failed("range too long")
+    return list(numbers)
+
+
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _times, ast.FloorDiv: operator.floordiv,
           ast.Mod: operator.mod, ast.Pow: _power}
 UNARY = {ast.USub: operator.neg, ast.Not: operator.not_}
 COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
            ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
 FUNCTIONS = {"sum": sum, "max": max, "min": min, "len": len, "sorted": sorted, "list": list, "abs": abs,
-             "reversed": lambda xs: list(reversed(xs)), "range": lambda *a: list(_range(*a))}
+             "reversed": lambda xs: list(reversed(xs)), "range": _range}
 STRING_METHODS = {"upper", "lower", "count"}
-
-
-def _range(*args):
-    r = range(*args)
-    if len(r) > MAX_LEN:
-        raise Failed("range too long")
-    return r
 
 
 def _element(value):
@@ -103,9 +104,13 @@ class _Machine:
                 kind = list if isinstance(node, ast.List) else tuple
                 return kind(_element(self.eval(i, env)) for i in items)
             case ast.Subscript(value=value, slice=index):
-                return self.eval(value, env)[self._index(index, env)]
-            case ast.ListComp(elt=elt, generators=[gen]) | ast.GeneratorExp(elt=elt, generators=[gen]):
-                return self._comprehension(elt, gen, env)
+                return self.eval(value, env)[self.eval(index, env)]
+            case ast.Slice(lower=a, upper=b, step=c):
+                return slice(*[None if n is None else self.eval(n, env) for n in (a, b, c)])
+            case (ast.ListComp(elt, [ast.comprehension(ast.Name(name), items, tests, is_async=0)])
+                  | ast.GeneratorExp(elt, [ast.comprehension(ast.Name(name), items, tests, is_async=0)])):
+                inner = ({**env, name: item} for item in self.eval(items, env))
+                return [_element(self.eval(elt, e)) for e in inner if all(self.eval(test, e) for test in tests)]
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
                 return FUNCTIONS[name](*[self.eval(a, env) for a in args])
             case ast.Call(func=ast.Attribute(value=obj, attr=name), args=args, keywords=[]) if name in STRING_METHODS:
@@ -114,21 +119,6 @@ class _Machine:
                     raise Failed(f"method {name} of {type(target).__name__}")
                 return getattr(target, name)(*[self.eval(a, env) for a in args])
         raise Failed(f"not allowed: {type(node).__name__}")
-
-    def _index(self, node, env):
-        if isinstance(node, ast.Slice):
-            return slice(*[None if n is None else self.eval(n, env) for n in (node.lower, node.upper, node.step)])
-        return self.eval(node, env)
-
-    def _comprehension(self, elt, gen, env):
-        if gen.is_async or not isinstance(gen.target, ast.Name):
-            raise Failed("comprehension target")
-        out = []
-        for item in self.eval(gen.iter, env):
-            inner = {**env, gen.target.id: item}
-            if all(self.eval(test, inner) for test in gen.ifs):
-                out.append(_element(self.eval(elt, inner)))
-        return out
 
     def block(self, body, env):
         for node in body:
@@ -152,16 +142,11 @@ def run_function(source: str, args: tuple):
             tree = ast.parse(source)
         match tree.body:
             case [ast.FunctionDef(args=ast.arguments(args=params, posonlyargs=[], kwonlyargs=[], defaults=[],
-                                                     vararg=None, kwarg=None), decorator_list=[], body=body)]:
-                pass
-            case _:
-                raise Failed("not a single plain function")
-        if len(params) != len(args):
-            raise Failed("wrong number of parameters")
-        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body = body[1:]  # the docstring
-        return _Machine().block(body, {p.arg: a for p, a in zip(params, args, strict=True)})
+                                                     vararg=None, kwarg=None), decorator_list=[],
+                                  body=[ast.Expr(ast.Constant()), *body] | body)]:  # without the docstring
+                return _Machine().block(body, {p.arg: a for p, a in zip(params, args, strict=True)})
+        raise Failed("not a single plain function")
     except Failed:
         raise
     except Exception as error:  # whatever the program does wrong is its own failure: syntax, types, index, recursion
-        raise Failed(f"{type(error).__name__}") from None
+        raise Failed(type(error).__name__) from None
