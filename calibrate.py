@@ -33,7 +33,7 @@ from tqdm import tqdm
 from calibration import closing, preflight
 from calibration.output import Output, default_folder, gate_sizes, left_by, quantization_config, run_key, survey
 from calibration.segments import calibration_texts, calibration_tokens, masked_copies, token_states
-from calibration.streams import activations, input_of, run_block
+from calibration.streams import activations, exact_output, input_of, run_block
 from checkpoint.families import ALIASES, FUSED
 from checkpoint.folder import Checkpoint, hub_id, resolve
 from checkpoint.loading import check_tensors
@@ -166,12 +166,6 @@ def fit_linear(original, inputs: Inputs, config: Settings, generator, progress, 
     return fitted, {"error": float(error), **record}
 
 
-def exact_output(original, x):
-    """Y = X Wᵀ + b of a 16-bit linear, in fp32: x (S, L, d) -> (S, L, C)."""
-    y = linear(x, original.weight.detach().float())
-    return y if original.bias is None else y + original.bias.float()
-
-
 def check_finite(x, what: str) -> None:
     """Refused if x (S, ...) holds NaN or Inf."""
     # in pieces: over all of x at once, the two masks would take half as much memory again
@@ -188,7 +182,7 @@ def prediction_confidence(outer: DiffusionLM, blocks, noisy, spill: Path | None 
         x, _ = run_block(block, x, state, rope, spill=spill)
     best = torch.cat([torch.softmax(outer.logits(outer.norm(x[r].to(state.device))).float(), -1).amax(-1)
                       for r in batches(len(x), 8)])
-    return torch.cat((best[:, :1], best[:, :-1]), 1) if outer.config.logit_shift else best
+    return outer.predicting(best)
 
 # ---- inside attention ------------------------------------------------------------------------------------------------
 
@@ -286,17 +280,22 @@ def parse(argv):
 def calibrate(args) -> dict:
     """The command: check everything, write block by block, judge what was written; returns what the JSON line says."""
     config = config_from(args)
-    device, dtype = choose_device(args, config)
+    device = processes.start(pick_device(args.device))
+    dtype = pick_dtype(args.dtype, device)
+    if processes.world() > 1 and config.inputs != "fp":
+        raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
     source, texts = open_source(args)
     own_text, stressed = texts is None, args.stress != 1
-    plan = preflight.check(planned(source, stressed), args.out, config, args.segments * args.length, device, dtype,
-                           args.spill, stressed)
+    plan = preflight.check(source, args.out, config, args.segments * args.length, device, dtype, args.spill, stressed)
     if stressed and not args.dry_run:
-        source = write_stress(args)
+        folder = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
+        processes.first(lambda: write_stressed(args.model, args.stress, folder))
+        source = Checkpoint(folder)
     outer = load_outer(source, device, dtype, head=config.diffusion_aware)
     tokens, region = calibration_tokens(args, outer.tokenizer, texts)
     key = run_key(args, source, tokens, config)
-    if processes.first(lambda: survey(args.out, key, args.resume, args.overwrite)).get("complete"):
+    before = processes.first(lambda: survey(args.out, key, args.resume, args.overwrite))
+    if before.get("complete"):
         print(f"calibrate.py: {args.out} is complete; there is nothing to resume.", file=sys.stderr)
         return {"out": str(args.out), "complete": True}
     if args.dry_run:
@@ -304,7 +303,8 @@ def calibrate(args) -> dict:
         step = preflight.rehearse(outer, load_block(source, 0, device, dtype), noisy, config)
         print(preflight.describe(plan, step, source.config, config))
         return {"dry_run": True, "plan": plan, "step": step, **asdict(config)}
-    out, start, n = open_output(args, source, key), time.time(), source.config.n_layers
+    out, start, n = Output(args.out, source, key, before), time.time(), source.config.n_layers
+    args.opened = True
     noisy = token_states(lambda: load_model(source.folder, device, dtype), tokens, region, outer.mask_id, config)
     noisy = noisy.to(device)
     steps = n * progress_steps(config)
@@ -327,14 +327,6 @@ def calibrate(args) -> dict:
     return result
 
 
-def choose_device(args, config: Settings):
-    """Device and dtype of this process."""
-    device = processes.start(pick_device(args.device))
-    if processes.world() > 1 and config.inputs != "fp":
-        raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
-    return device, pick_dtype(args.dtype, device)
-
-
 def open_source(args):
     """The 16-bit checkpoint, checked, and the documents to calibrate with (None: the embedded model's own)."""
     early = args.data or hub_id(args.model)
@@ -348,27 +340,6 @@ def open_source(args):
     if most and args.length > most:
         raise Refused(f"--length {args.length}: {args.model} knows sequences of at most {most} tokens.")
     return source, calibration_texts(args.data) if texts is None and not ours else texts
-
-
-def planned(source: Checkpoint, stressed: bool) -> Checkpoint:
-    """What will be calibrated, as far as bytes go: --stress writes the model in fp32 first."""
-    plan = copy.copy(source)
-    plan.dtypes = dict.fromkeys(source.dtypes, "F32") if stressed else source.dtypes
-    return plan
-
-
-def write_stress(args) -> Checkpoint:
-    """The model with outlier channels of scale --stress, written beside --out and opened."""
-    folder = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
-    processes.first(lambda: write_stressed(args.model, args.stress, folder))
-    return Checkpoint(folder)
-
-
-def open_output(args, source: Checkpoint, key: dict) -> Output:
-    """The output folder on every process, once the first process has made it."""
-    processes.first(lambda: Output(args.out, source, key, args.resume, args.overwrite).folder)
-    args.opened = True
-    return Output(args.out, source, key, resume=True, overwrite=False)
 
 
 def progress_steps(config: Settings) -> int:

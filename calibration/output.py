@@ -89,18 +89,20 @@ def left_by(args) -> str:
 class Output:
     """A quantized checkpoint in the making: `write_block` for each block, then `finish`."""
 
-    def __init__(self, folder: Path, source: Checkpoint, run: dict, resume: bool, overwrite: bool):
-        """run: `run_key`. Raises Refused where `survey` and `hold` do; clears what a killed or replaced run left."""
+    def __init__(self, folder: Path, source: Checkpoint, run: dict, before: dict):
+        """run: `run_key`. before: what `survey` found. Raises Refused if another run writes there."""
         self.folder, self.source, self.run = folder, source, run
         self.records: dict[int, dict] = {}
-        before = survey(folder, run, resume, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        if processes.rank() == 0:
-            hold(folder, self)
-        for path in folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
-            if LEFTOVER.fullmatch(path.name) or (not before and path.name != STATE and OURS.fullmatch(path.name)):
+        processes.first(lambda: self._open(bool(before)))
+
+    def _open(self, resumed: bool) -> None:
+        """Lock the folder and clear what a killed or replaced run left; on the first process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        hold(self.folder, self)
+        for path in self.folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
+            if LEFTOVER.fullmatch(path.name) or (not resumed and path.name != STATE and OURS.fullmatch(path.name)):
                 path.unlink()
-        if not before:
+        if not resumed:
             self._write_state(complete=False)
 
     def shard(self, i: int) -> str:
@@ -213,18 +215,15 @@ def run_key(args, source: Checkpoint, tokens, config) -> dict:
 
 def _differences(before, run: dict) -> list[str]:
     """The differences, in words, between the state of an earlier run (any JSON value) and a `run_key`."""
-    def part(key):
-        value = before.get(key) if isinstance(before, dict) else None
-        return value if isinstance(value, dict) == isinstance(run[key], dict) else {}
+    def flat(run: dict) -> dict:
+        parts = [(key, run.get(key)) for key in ("version", "torch", "python", "files", "config", "text")]
+        return {k: v for key, part in parts for k, v in (part if isinstance(part, dict) else {key: part}).items()}
 
-    def changed(old, new):
-        return [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in new.items() if old.get(k) != v]
-
-    versions = ("version", "torch", "python")
-    out = changed({key: part(key) for key in versions}, {key: run[key] for key in versions})
-    out += [f"{file} is another file" for file, digest in run["files"].items() if part("files").get(file) != digest]
-    out += changed(part("config"), run["config"])
-    text, old = dict(run["text"]), part("text")
-    if text.pop("sha256") != old.get("sha256"):
-        out += changed(old, text) or ([] if out else ["the calibration text is another"])
-    return out
+    old, new = flat(before if isinstance(before, dict) else {}), flat(run)
+    changed = [key for key, value in new.items() if old.get(key) != value]
+    if "sha256" not in changed:  # the same text, whatever it is called
+        changed = [key for key in changed if key not in run["text"]]
+    elif changed == ["sha256"]:
+        return ["the calibration text is another"]
+    return [f"{key} is another file" if key in run["files"] else f"{key} was {old.get(key)!r} and is {new[key]!r}"
+            for key in changed if key != "sha256"]

@@ -6,6 +6,7 @@ free, and reads every weight once to find NaN and Inf. (Opening the model has ch
 `rehearse` fits the first linear of the first block for one step and estimates the time of the whole run from it.
 """
 
+import copy
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from calibration.output import OURS
+from calibration.streams import exact_output
 from checkpoint.families import FUSED, NAMES, ModelConfig, linear_shapes
 from checkpoint.folder import TOKENIZER_FILES, Checkpoint
 from checkpoint.storage import Tensor
@@ -25,7 +27,6 @@ from methods.settings import Settings
 from methods.storage import output_bytes
 from runtime.measures import markdown_table
 from runtime.processes import Refused, free_memory, rank, synchronize, watched, writable
-from starquant import linear
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
 # passes through a block that calibration takes: two whole ones of the streams; for the inputs of the four linears and
@@ -80,9 +81,12 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
           stressed: bool = False) -> dict:
     """What the run will take, in bytes, or Refused in one sentence; nothing is written. Few tokens bring a warning.
 
-    stressed: the run writes `source` to the disk first, as wide as its dtypes say.
+    stressed: the run writes the source to the disk first, in fp32.
     """
     c = source.config
+    if stressed:
+        source = copy.copy(source)
+        source.dtypes = dict.fromkeys(source.dtypes, "F32")
     check_tied(c.tied, config.head_bits, config.embed_bits)
     model_bytes = sum(Tensor(shape, source.dtypes[name]).nbytes for name, shape in source.shapes.items())
     blocks, outer = output_bytes(source, config)
@@ -140,11 +144,11 @@ def fit_once(outer, block, noisy, config: Settings):
     """(record, seconds) of fitting the first block's qkv to segments noisy (S, L), straight from the embedding."""
     x, state, _, _ = outer.prepare(noisy)
     x, layer = block.attn_norm(x).detach().float(), block.qkv  # (S, L, D)
-    weight, bias = layer.weight.detach().float(), layer.bias
-    y = linear(x, weight) if bias is None else linear(x, weight) + bias.float()
+    y = exact_output(layer, x)
     inputs = Inputs(x, y, state, torch.full(state.shape, 0.5, device=x.device), block.attn_norm.weight.detach())
     generator, fit = torch.Generator().manual_seed(config.seed), METHODS[config.method].fit
-    (fitted, record), seconds = timed(lambda: fit(weight, bias, inputs, config, generator, lambda loss: None), x.device)
+    (fitted, record), seconds = timed(lambda: fit(layer.weight.detach().float(), layer.bias, inputs, config, generator,
+                                                  lambda loss: None), x.device)
     error = float((fitted(x, state) - y).square().sum() / y.square().sum().clamp_min(1e-30))
     return {**record, "error": error}, seconds
 

@@ -84,11 +84,8 @@ def read_texts(path: Path) -> list[str]:
 
     A row has a "text", or a "sentence" as in WinoGrande, whose gap is filled with the right option.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
-    if path.suffix == ".txt":
-        return _plain(rows, path)
     texts = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path), 1):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             text = row.get("text", row.get("sentence"))
@@ -97,11 +94,6 @@ def read_texts(path: Path) -> list[str]:
             texts.append(text + "")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             raise Refused(f'{path}, row {number}: no JSON object with a "text" or "sentence".') from None
-    return _plain(texts, path)
-
-
-def _plain(texts: list[str], path: Path) -> list[str]:
-    """The texts without a byte order mark, with LF for CRLF, and without halves of surrogate pairs."""
     plain = [text.removeprefix("\ufeff").replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode(
         "utf-16", "replace") for text in texts]
     if plain != texts:
@@ -110,7 +102,7 @@ def _plain(texts: list[str], path: Path) -> list[str]:
     return plain
 
 
-def _text_rows(path: Path) -> list[str]:
+def _text_rows(path: Path) -> list:
     try:
         content = path.read_bytes().decode()
     except OSError as error:
@@ -122,7 +114,7 @@ def _text_rows(path: Path) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise Refused(f"{path} is none of .txt, .jsonl and .parquet.")
     if path.suffix == ".txt":
-        return [content]
+        return [{"text": content}]
     return [line.strip() for line in content.removeprefix("\ufeff").split("\n") if line.strip()]
 
 

@@ -6,8 +6,7 @@ a file.
 
 import os
 import tempfile
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from checkpoint.families import FUSED
 from runtime.processes import batches
+from starquant import linear
 
 SEGMENTS = 64  # that pass through a block at once
 
@@ -34,32 +34,8 @@ def activations(shape, like, spill: Path | None):
         return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
 
 
-def keep(kept: dict, segments: int, spill: Path | None, now: slice, name: str, part) -> None:
-    """Write the activations of the segments `now` into kept[name] (S, ...), whose width the first of them show."""
-    if name not in kept:
-        kept[name] = activations((segments, *part.shape[1:]), part, spill)
-    kept[name][now] = part
-
-
 class Reached(Exception):  # noqa: N818 (not an error)
     """The submodule whose input is wanted is reached, so the rest of the block need not run."""
-
-
-@contextmanager
-def watching(block, names, see, stop: bool):
-    """While it is open, see(name, x) is called with the input of each named submodule; `stop` then raises Reached."""
-    def hook(name, x):
-        see(name, x)
-        if stop:
-            raise Reached
-
-    hooks = [getattr(block, name).register_forward_pre_hook(lambda _, args, name=name: hook(name, args[0]))
-             for name in names]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -70,10 +46,24 @@ def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...
     stop: the block runs up to the first of these submodules, and the output is None.
     """
     kept = {}
-    for now in batches(len(x), rows):
-        see = partial(keep, kept, len(x), spill, now)
-        with watching(block, watch, see, stop), suppress(Reached):
-            see("output", block(x[now].to(state.device), state[now], rope))
+
+    def keep(name, part):
+        if name not in kept:  # the first segments show the width
+            kept[name] = activations((len(x), *part.shape[1:]), part, spill)
+        kept[name][now] = part
+
+    def see(name, args):
+        keep(name, args[0])
+        if stop:
+            raise Reached
+
+    with ExitStack() as hooks:
+        for name in watch:
+            hooks.enter_context(getattr(block, name).register_forward_pre_hook(
+                lambda _, args, name=name: see(name, args)))
+        for now in batches(len(x), rows):
+            with suppress(Reached):
+                keep("output", block(x[now].to(state.device), state[now], rope))
     return kept.pop("output", None), kept
 
 
@@ -91,3 +81,9 @@ def inputs_of(model, ids, names=FUSED) -> list[dict]:
 def input_of(name: str, block, x, state, rope, spill: Path | None = None):
     """Input (S, L, d) of the submodule `name` of a block, which runs up to it and no further."""
     return run_block(block, x, state, rope, watch=(name,), spill=spill, stop=True)[1][name]
+
+
+def exact_output(original, x):
+    """Y = X Wᵀ + b of a 16-bit linear, in fp32: x (S, L, d) -> (S, L, C)."""
+    y = linear(x, original.weight.detach().float())
+    return y if original.bias is None else y + original.bias.float()

@@ -1,15 +1,8 @@
 """Checkpoint folders: finding them, reading safetensors tensor by tensor, writing atomically.
 
-A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`.
-
-Reading
-    Names, shapes and types come from the headers, so a wrong or truncated file is named before any work starts. If the
-    index holds checksums, as ours does, a flipped bit is named, too. Tensors are read one at a time through a memory
-    map. Pickled weights are never opened.
-
-Writing
-    A file is written under a temporary name, flushed to the disk and then renamed. So no half-written file ever has a
-    final name.
+A folder holds `config.json` and either `model.safetensors` or shards with `model.safetensors.index.json`. Names, shapes
+and types come from the headers, so a wrong or truncated file is named before any work starts. If the index holds
+checksums, as ours does, a flipped bit is named, too. Pickled weights are never opened.
 """
 
 import hashlib
@@ -84,11 +77,10 @@ def offline() -> bool:
     """
     from huggingface_hub.constants import ENDPOINT
 
-    if getproxies():
-        return False
     url = urlsplit(ENDPOINT)
     try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+        if not getproxies():
+            socket.create_connection((url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), timeout=5).close()
     except OSError:
         return True
     return False
@@ -128,8 +120,8 @@ def added_tokens(folder: Path) -> dict[int, dict]:
     """The tokens that the tokenizer's small files add to its vocabulary: id -> {content, special, ...}."""
     try:
         out = {i: {"content": t} for t, i in read_json(folder / "added_tokens.json", {}).items()}
-        listed = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder")
-        out |= {int(i): dict(t) for i, t in (listed or {}).items()}
+        listed = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+        out |= {int(i): dict(t) for i, t in listed.items()}
         if not all(isinstance(i, int) and isinstance(t["content"], str) for i, t in out.items()):
             raise TypeError("an id is no number or a token no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -139,9 +131,8 @@ def added_tokens(folder: Path) -> dict[int, dict]:
 
 def mask_token_id(folder: Path) -> int:
     """Id of the mask token from the tokenizer's files, where dLLM's Qwen models keep it instead of in config.json."""
-    said = [read_json(folder / name, {}).get("mask_token") for name in ("tokenizer_config.json",
-                                                                        "special_tokens_map.json")]
-    text = next(filter(None, said), "<|mask|>")
+    files = ("tokenizer_config.json", "special_tokens_map.json")
+    text = next(filter(None, (read_json(folder / file, {}).get("mask_token") for file in files)), "<|mask|>")
     text = text.get("content") if isinstance(text, dict) else text
     whole = read_json(folder / "tokenizer.json", {}).get("added_tokens") or []
     listed = [(t.get("id"), t) for t in (whole if isinstance(whole, list) else []) if isinstance(t, dict)]
@@ -249,7 +240,8 @@ class Checkpoint:
     """Read access to a folder, whose headers are checked when it is opened.
 
     config: what config.json says. quantization: its quantization_config, None for a 16-bit model. shapes, dtypes and
-    files: of every tensor by name. Raises Refused with one sentence about what is wrong.
+    files: of every tensor by name. stored: its name in the file, where that is another one. Raises Refused with one
+    sentence about what is wrong.
     """
 
     def __init__(self, folder):
@@ -258,8 +250,7 @@ class Checkpoint:
         if raw.get("mask_token_id") is None and raw.get("model_type") in READERS:
             raw["mask_token_id"] = mask_token_id(self.folder)
         self.config: ModelConfig = read_config(raw)
-        self.quantization: dict | None = raw.get("quantization_config") or None
-        q = self.quantization
+        q = self.quantization = raw.get("quantization_config") or None
         if q and not (isinstance(q, dict) and {"linears", "weight_bits", "activation_bits"} <= q.keys()):
             method = q.get("quant_method") if isinstance(q, dict) else q
             raise Refused(f"{self.folder} was quantized by another tool (quant_method {method!r}); give the 16-bit "
@@ -267,10 +258,8 @@ class Checkpoint:
         if "bd3lm" in str(self.folder).lower():
             warnings.warn(f"{self.folder} is called a block-diffusion model (BD3LM), which config.json cannot tell; "
                           f"here every token attends to all others, as in its MDLM sibling.", stacklevel=2)
-        self._open = {}
+        self._open, self.shapes, self.dtypes, self.stored = {}, {}, {}, {}
         self.files = self._files()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
         for file in sorted(set(self.files.values())):
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
@@ -282,7 +271,7 @@ class Checkpoint:
         if missing:
             raise Refused(f"{self.folder}: {INDEX} lists {missing[0]!r} (and {len(missing) - 1} more), but its "
                           f"shard does not hold it.")
-        names, self.stored = NAMES[self.config.family], {}
+        names = NAMES[self.config.family]
         embed, head = f"{names.embed}.weight", f"{names.head}.weight"
         if self.config.tied and embed not in self.shapes and head in self.shapes:  # the head's tensor stands for both
             self.stored[embed] = head
