@@ -112,7 +112,8 @@ class Draft:
         """
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         logits = guided_logits(self.model, self.ids[rows], self.prompt[rows], self.cfg_scale, mask, where[rows])
-        logits[:, self.never] = -torch.inf
+        for token in self.never:
+            logits[:, token] = -torch.inf
         tokens, confidence = predict(logits, where)
         x0 = self.ids.new_full(where.shape, self.model.mask_id).masked_scatter(where, tokens)
         return x0, confidence.new_full(where.shape, -torch.inf).masked_scatter(where, confidence)
@@ -176,7 +177,8 @@ def llada_prediction(logits, where, algorithm, temperature, last: list[int], gen
         x0 = gumbel_max(logits, temperature, noise[where]).argmax(-1)
     if algorithm == "random":
         return x0, torch.rand(where.shape, device=logits.device, generator=generator)[where]
-    logits[:, last] = -torch.inf
+    for token in last:
+        logits[:, token] = -torch.inf
     return x0, torch.softmax(logits, -1).gather(-1, x0[:, None])[:, 0]
 
 
