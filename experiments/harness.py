@@ -137,16 +137,13 @@ class HarnessLM(LM):
 
     def _rolling(self, batch):
         """Σ of pieces of half the maximal length, each given the half before it: every token is predicted once."""
-        half, pieces, owner = self.max_length // 2, [], []
-        for i, (text,) in enumerate(batch):
-            ids = self.encode(text)
-            first = int(self.family == "dream")  # Dream never predicts the first token
-            for at in range(first, len(ids), half):
-                parts = ids[max(0, at - half) : at], ids[at : at + half] + self.end
-                pieces.append([torch.tensor(part, dtype=torch.long) for part in parts])
-                owner.append(i)
-        values = log_likelihoods(self.model, pieces, batch_size=self.batch_size, **self.likelihood)
-        return [sum(v for v, o in zip(values, owner, strict=True) if o == i) for i in range(len(batch))]
+        half, first = self.max_length // 2, int(self.family == "dream")  # Dream never predicts the first token
+        encoded = enumerate(self.encode(text) for (text,) in batch)
+        pieces = [(i, ids[max(0, at - half) : at], ids[at : at + half] + self.end)
+                  for i, ids in encoded for at in range(first, len(ids), half)]
+        pairs = [[torch.tensor(part, dtype=torch.long) for part in parts] for _, *parts in pieces]
+        values = log_likelihoods(self.model, pairs, batch_size=self.batch_size, **self.likelihood)
+        return [sum(v for v, (of, *_) in zip(values, pieces, strict=True) if of == i) for i in range(len(batch))]
 
     def length_of(self, options: dict) -> int:
         return int(self.sampling["gen_length"] or options.get("max_gen_toks") or 256)
@@ -259,37 +256,30 @@ def find_tasks(names, include=None, unsafe=False):
     return manager
 
 
-def run_task(lm: HarnessLM, setting, manager, limit=None, unsafe=False) -> dict:
-    """Results of one task, {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; under torchrun on the first process only."""
-    from lm_eval import simple_evaluate
-
-    with hugging_face_evaluate():
-        out = simple_evaluate(lm, tasks=[setting.task], num_fewshot=setting.shots, limit=limit, task_manager=manager,
-                              apply_chat_template=setting.chat, confirm_run_unsafe_code=unsafe, bootstrap_iters=1000,
-                              log_samples=False)
-    return out["results"][setting.task] if out else {}
-
-
 def benchmarks(args) -> dict:
     """The harness' tasks under the model's protocol, beside the paper's numbers; requests are shared under torchrun."""
-    folder = resolve(args.model)
+    from lm_eval import simple_evaluate
+
+    folder, unsafe = resolve(args.model), args.confirm_run_unsafe_code
     name, family = protocol.source_name(args.model, folder), Checkpoint(folder).config.family
     name = args.protocol or protocol.protocol_of(name, family)
-    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps)
-                for task in args.tasks}
-    for task, setting in settings.items():
-        if setting.runs_code and not args.confirm_run_unsafe_code:
+    settings = {task: protocol.setting(name, task, args.mc_num, args.gen_length, args.steps) for task in args.tasks}
+    for task, s in settings.items():
+        if s.runs_code and not unsafe:
             raise Refused(f"{task} executes code that the model wrote; where that can do no harm (a container "
                           f"without network), allow it with --confirm-run-unsafe-code.")
-    manager = find_tasks([s.task for s in settings.values()], args.include, args.confirm_run_unsafe_code)
+    manager = find_tasks([s.task for s in settings.values()], args.include, unsafe)
     device = processes.start(pick_device(args.device))
-    model, results = load_model(args.model, device, args.dtype, args.weights), {}
-    identity = fingerprint(args.model)
+    model, identity, results = load_model(args.model, device, args.dtype, args.weights), fingerprint(args.model), {}
     for task, s in settings.items():
         lm = HarnessLM(model, s.mc_num, s.mc_batch, s.cfg, batch_size=args.batch_size, chat=s.chat,
-                         cache=args.cache, identity=identity, **s.generation)
-        results[task] = run_task(lm, s, manager, args.limit, args.confirm_run_unsafe_code)
-        results[task] |= {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
+                       cache=args.cache, identity=identity, **s.generation)
+        with hugging_face_evaluate():
+            out = simple_evaluate(lm, tasks=[s.task], num_fewshot=s.shots, limit=args.limit, task_manager=manager,
+                                  apply_chat_template=s.chat, confirm_run_unsafe_code=unsafe, bootstrap_iters=1000,
+                                  log_samples=False)
+        measured = out["results"][s.task] if out else {}  # {"acc,none": 0.5, ...}; torchrun: on the first process alone
+        results[task] = measured | {"requests": lm.answered, "seconds": round(lm.seconds, 1), "setting": asdict(s)}
         print(f"{task}: {lm.answered} requests in {lm.seconds:.1f} s ({lm.answered / max(lm.seconds, 1e-9):.2f}/s)",
               file=sys.stderr)
     if processes.rank() == 0:

@@ -32,7 +32,7 @@ def noisy(small_folder):
 @pytest.fixture(scope="module")
 def gated(small_folder, tmp_path_factory):
     """The folder of a small model with gates, whose P is drawn."""
-    model, folder = load_model(str(small_folder), "cpu"), tmp_path_factory.mktemp("gated") / "gated"
+    model, folder = load_model(str(small_folder), "cpu"), tmp_path_factory.mktemp("gated") / "gated-1.5"
     tokens, region = tasks.calibration_set(model.tokenizer, 4, 64, 0)
     quantize_model(model, tokens, QuantConfig(epochs=0, tac="none"), region).save(folder)
     shutil.copy(small_folder / "training.json", folder)
@@ -109,7 +109,7 @@ def test_a_model_keeps_the_gates_it_is_told_to(gated, noisy):
 
 def test_the_command_lists_the_gates_of_a_quantized_folder(gated, tmp_path, capsys):
     assert gates.main(["--model", str(gated), "--out", str(tmp_path)]) == 0
-    lines = (tmp_path / "gates-gated.md").read_text().splitlines()
+    lines = (tmp_path / "gates-gated-1.5.md").read_text().splitlines()
     assert lines[2].startswith("| 0 | qkv | masked | ")
     assert len([line for line in lines if line.endswith(("yes |", "no |"))]) == 16
     assert "| 1 | down | unmasked | " in capsys.readouterr().out
