@@ -7,6 +7,7 @@ over examples. The masks of a Monte-Carlo estimate depend only on the seed: two 
 import torch
 import torch.nn.functional as F
 
+from model import answer
 from runtime import measures
 from runtime.measures import Trajectory, fidelity, judged_copies, likelihoods, predictions, progress_bar
 from runtime.processes import batches
@@ -33,17 +34,10 @@ def encode_prompts(tokenizer, problems):
     return pad_left([e.ids for e in encoded], tokenizer.token_to_id("<|endoftext|>"))
 
 
-def answers(tokenizer, ids) -> list[str]:
-    """Generated ids (n, G) as text up to end-of-text."""
-    eos = tokenizer.token_to_id("<|endoftext|>")
-    rows = [r[: r.index(eos)] if eos in r else r for r in ids.tolist()]
-    return tokenizer.decode_batch(rows)
-
-
-def grade(tokenizer, problems, tokens):
+def grade(model, problems, tokens):
     """Generated tokens (n, G) judged by each problem: 0/1 per problem, (n,)."""
-    texts = answers(tokenizer, tokens)
-    return torch.tensor([p.correct(text) for p, text in zip(problems, texts, strict=True)], dtype=torch.float32)
+    right = [p.correct(answer(model, row)) for p, row in zip(problems, tokens.tolist(), strict=True)]
+    return torch.tensor(right, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -117,7 +111,7 @@ def scores(model, problems: int, seed: int, quick: bool = False, label: str = ""
         for task in () if quick else GENERATION:
             asked = tasks.problems(task, "eval", problems, seed)
             paths[task] = trajectory(model, asked, progress=bar.update)
-            values[task] = grade(model.tokenizer, asked, paths[task].tokens)
+            values[task] = grade(model, asked, paths[task].tokens)
         if not quick:
             passages = tasks.cloze_problems(model.tokenizer, "eval", problems, seed)
             values["cloze"] = cloze(model, passages, seed=seed, progress=bar.update)
@@ -131,7 +125,7 @@ def parallel(model, problems: int, seed: int, threshold: float, label: str = "")
         for task in GENERATION:
             asked = tasks.problems(task, "eval", problems, seed)
             path = trajectory(model, asked, None, progress=bar.update, threshold=threshold)
-            values[task] = grade(model.tokenizer, asked, path.tokens)
+            values[task] = grade(model, asked, path.tokens)
             values[f"{task}_passes"] = path.passes
     return values
 

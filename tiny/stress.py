@@ -10,11 +10,12 @@ import copy
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from checkpoint.families import FUSED, part_sizes
+from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, read_json, resolve, sha256, write_json
 from model import DiffusionLM, load_model
 from runtime import processes, sampling
@@ -43,21 +44,19 @@ def stress(model: DiffusionLM, c: float, noisy=None) -> DiffusionLM:
         tokens, region = tasks.calibration_set(model.tokenizer, 64, 64, 0)
         g = torch.Generator().manual_seed(0)
         noisy = sampling.mask_tokens(tokens, region, sampling.stratified_ratios(len(tokens), g), model.mask_id, g)
-    out, chosen = rebuilt(model, blocks=copy.deepcopy(model.blocks)), {}
+    out, chosen = rebuilt(model, blocks=copy.deepcopy(model.blocks)), []
 
-    def watch(i, name):
-        def hook(_, args):
-            chosen[i, name] = disparate_channels(channels(model.config, name, args[0].float()), args[1])
-        return getattr(model.blocks[i], name).register_forward_pre_hook(hook)
+    def choose(block, name, _, args):
+        x, state = args
+        chosen.append((block, name, disparate_channels(channels(model.config, name, x.float()), state)))
 
-    hooks = [watch(i, name) for i in range(len(model.blocks)) for name in FUSED]
-    try:
-        model.hidden(noisy.to(model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for (i, name), where in chosen.items():
-        scale_channels(out.blocks[i], name, where, c)
+    hooks = [getattr(block, name).register_forward_pre_hook(partial(choose, block, name))
+             for block in out.blocks for name in FUSED]
+    out.hidden(noisy.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    for block, name, where in chosen:
+        scale_channels(block, name, where, c)
     return out
 
 
@@ -74,23 +73,16 @@ def channels(config, name: str, x):
 
 def scale_channels(block, name: str, where, c: float) -> None:
     """Scale input channels `where` of one linear, in place on both sides of it; for `out` they are V's channels."""
-    config, columns = block.config, where
-    if name in ("qkv", "gate_up"):
-        (block.attn_norm if name == "qkv" else block.ffn_norm).weight[where] *= c
-    else:
-        # V is made by the last rows of qkv, the linear factor of the gated product by the last of gate_up
-        made_by = "qkv" if name == "out" else "gate_up"
-        source = getattr(block, made_by)
-        rows = len(source.weight) - part_sizes(config)[made_by][-1] + where
-        source.weight[rows] *= c
-        if source.bias is not None:
-            source.bias[rows] *= c
+    config, h = block.config, block.config.head_dim
+    source, made = {"qkv": (block.attn_norm, config.d_model), "out": (block.qkv, config.n_kv_heads * h),
+                    "gate_up": (block.ffn_norm, config.d_model), "down": (block.gate_up, config.d_ffn)}[name]
+    for tensor in source.parameters():  # weight and bias; V and the linear factor of the gated product are made last
+        tensor[len(tensor) - made + where] *= c
     if name == "out":
-        h, group = config.head_dim, config.n_heads // config.n_kv_heads
         # value channel (k, i) is channel i of the query heads k·group … k·group + group − 1
-        columns = (where // h * group)[:, None] + torch.arange(group, device=where.device)
-        columns = (columns * h + (where % h)[:, None]).flatten()
-    getattr(block, name).weight[:, columns] /= c
+        heads = torch.arange(config.n_heads, device=where.device).view(config.n_kv_heads, -1)[where // h]
+        where = (heads * h + (where % h)[:, None]).flatten()
+    getattr(block, name).weight[:, where] /= c
 
 
 def write_stressed(name: str, c: float, folder: Path) -> None:

@@ -133,7 +133,7 @@ class TestRealHarness:
                                     ("humaneval", "code", "pass@1,create_test")):
             problems = tiny_tasks.problems(task, "eval", 6, 3)
             tokens = metrics.trajectory(tiny, problems).tokens
-            accuracy = float(metrics.grade(tiny.tokenizer, problems, tokens).mean())
+            accuracy = float(metrics.grade(tiny, problems, tokens).mean())
             assert accuracy > 0.5
             assert results[name][measure] == pytest.approx(accuracy)
             assert f"| {name} | " in table

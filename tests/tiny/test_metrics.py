@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import generate, load_model
+from model import answer, generate, load_model
 from tiny import metrics, tasks
 
 
@@ -25,16 +25,17 @@ def test_left_padding_in_a_batch_changes_no_answer(tiny):
 def test_grade_judges_the_text_that_generate_writes(tiny):
     problems = tasks.problems("code", "eval", 4, 12)
     ids, mask = metrics.encode_prompts(tiny.tokenizer, problems)
-    texts = metrics.answers(tiny.tokenizer, generate(tiny, ids, 24, 24, attention_mask=mask)[:, -24:])
+    written = generate(tiny, ids, 24, 24, attention_mask=mask)[:, -24:].tolist()
+    texts = [answer(tiny, row) for row in written]
     want = [float(p.correct(t)) for p, t in zip(problems, texts, strict=True)]
-    assert metrics.grade(tiny.tokenizer, problems, metrics.trajectory(tiny, problems).tokens).tolist() == want
+    assert metrics.grade(tiny, problems, metrics.trajectory(tiny, problems).tokens).tolist() == want
     assert sum(want) > 0
 
 
 def test_answers_stop_at_end_of_text(tiny):
     eos = tiny.tokenizer.token_to_id("<|endoftext|>")
     body = tiny.tokenizer.encode("1+1=2").ids
-    assert metrics.answers(tiny.tokenizer, torch.tensor([[*body, eos, *body]])) == ["1+1=2"]
+    assert answer(tiny, [*body, eos, *body]) == "1+1=2"
 
 
 def test_cloze_is_far_above_chance_and_a_tie_is_no_hit(tiny):
@@ -60,7 +61,7 @@ def test_passes_are_counted_per_answer(tiny):
         alone = [metrics.trajectory(tiny, [problem], None, threshold=0.9) for problem in asked]
         for i, path in enumerate(alone):  # every pass commits something, also the last
             assert set(path.when[0].tolist()) == set(range(int(values[f"{task}_passes"][i])))
-        texts = [metrics.answers(tiny.tokenizer, path.tokens)[0] for path in alone]
+        texts = [answer(tiny, path.tokens[0].tolist()) for path in alone]
         assert values[task].tolist() == [p.correct(text) for p, text in zip(asked, texts, strict=True)]
 
 
