@@ -13,9 +13,8 @@ The algorithm (Sections 3.2-3.3, Appendices B and C) takes one block at a time:
 A model never has to fit in memory. Every method goes through this loop; `methods/` holds the fits.
 
 The command is the second half of this file. It checks everything before it writes anything (`calibration/preflight.py`)
-and writes each block whole (`calibration/output.py`), so that `--resume` goes on where an earlier run stopped. Without
-flags it quantizes the embedded model by `starquant`, the paper's method, and judges the result beside 16 bit and RTN.
-Standard output ends with one line of JSON; progress goes to standard error.
+and writes each block whole (`calibration/output.py`), so that `--resume` goes on where an earlier run stopped. Standard
+output ends with one line of JSON; progress goes to standard error.
 """
 
 import argparse

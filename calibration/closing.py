@@ -70,13 +70,9 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
     def blocks(checkpoint):
         return (load_block(checkpoint, i, device, dtype) for i in range(n))
 
-    def size(settings):
-        shards, last = output_bytes(source, settings)
-        return sum(shards) + last
-
     models = {"16-bit": (outer, blocks(source), 2 * sum(map(prod, source.shapes.values()))),
-              named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), size(rtn)),
-              named(config): (load_outer(written, device, dtype), blocks(written), size(config))}
+              named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), sum(output_bytes(source, rtn))),
+              named(config): (load_outer(written, device, dtype), blocks(written), sum(output_bytes(source, config)))}
     rows, reference = [], None
     with measures.progress_bar(len(models) * n, "closing table") as bar:
         for name, (top, parts, stored) in models.items():

@@ -68,8 +68,7 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
     if not resume:
         raise Refused(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
     before = disk.read_json(folder / STATE)
-    differences = _differences(before.get("run"), run)
-    if differences:
+    if differences := _differences(before.get("run"), run):
         raise Refused(f"cannot resume {folder}: {', '.join(differences)} now.")
     return before
 
@@ -202,8 +201,8 @@ def run_key(args, source: Checkpoint, tokens, config) -> dict:
 
     `model` is what the card calls the model. How it was spelled does not count.
     """
-    names = sorted({*source.files.values(), "config.json"})
-    files = {f: disk.sha256(source.folder / f) for f in processes.watched(names, "hashing files")}
+    files = processes.watched(sorted({*source.files.values(), "config.json"}), "hashing files")
+    files = {file: disk.sha256(source.folder / file) for file in files}
     data = Path(args.data).name if args.data else "embedded" if knows_our_tasks(source.folder) else "winogrande"
     run = {"version": VERSION, "torch": torch.__version__, "python": platform.python_version(), "files": files,
            "config": asdict(config), "text": {"data": data, "segments": args.segments, "length": args.length,

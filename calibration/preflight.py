@@ -89,7 +89,7 @@ def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, 
         source.dtypes = dict.fromkeys(source.dtypes, "F32")
     check_tied(c.tied, config.head_bits, config.embed_bits)
     model_bytes = sum(Tensor(shape, source.dtypes[name]).nbytes for name, shape in source.shapes.items())
-    blocks, outer = output_bytes(source, config)
+    *blocks, outer = output_bytes(source, config)
     home = writable(out, "--out")
     files = sum((source.folder / n).stat().st_size for n in TOKENIZER_FILES if (source.folder / n).is_file())
     disk = sum(blocks) + outer + files + HEADER * (c.n_layers + 2) + (model_bytes + files + HEADER) * stressed

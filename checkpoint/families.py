@@ -10,10 +10,11 @@ name, in one sentence.
 
 import reprlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.processes import Refused
 
-FUSED = ("qkv", "out", "gate_up", "down")
+FUSED, QK_NORMS = ("qkv", "out", "gate_up", "down"), ("q_norm", "k_norm")
 ALIASES = {
     "llada-8b": "GSAI-ML/LLaDA-8B-Base",
     "llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct",
@@ -218,36 +219,29 @@ def read_config(raw: dict) -> ModelConfig:
     return READERS[kind](raw)
 
 
-@dataclass(frozen=True)
-class Names:
-    """Checkpoint tensor names of a family. `linears`: our fused linear -> the tensors stacked in it, in order."""
+class Names(NamedTuple):
+    """Checkpoint tensor names of a family."""
 
     embed: str
     final_norm: str
     head: str
     block: str  # format string of the block index
-    attn_norm: str
-    ffn_norm: str
-    linears: dict[str, tuple[str, ...]]
-    q_norm: str = ""
-    k_norm: str = ""
+    norms: dict[str, str]  # ours -> theirs
+    linears: dict[str, tuple[str, ...]]  # our fused linear -> the tensors stacked in it, in order
 
 
 _QWEN_NAMES = Names(
-    "model.embed_tokens", "model.norm", "lm_head",
-    "model.layers.{}", "input_layernorm", "post_attention_layernorm",
+    "model.embed_tokens", "model.norm", "lm_head", "model.layers.{}",
+    {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
     {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": ("self_attn.o_proj",),
-     "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)},
-    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-NAMES = {
-    "llada": Names(
-        "model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out",
-        "model.transformer.blocks.{}", "attn_norm", "ff_norm",
-        {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("attn_out",), "gate_up": ("ff_proj", "up_proj"),
-         "down": ("ff_out",)}),
-    "dream": _QWEN_NAMES,
-    "a2d": _QWEN_NAMES,
-}
+     "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)})
+_LLADA_NAMES = Names(
+    "model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out", "model.transformer.blocks.{}",
+    {"attn_norm": "attn_norm", "ffn_norm": "ff_norm"},
+    {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("attn_out",), "gate_up": ("ff_proj", "up_proj"),
+     "down": ("ff_out",)})
+NAMES = {"llada": _LLADA_NAMES, "dream": _QWEN_NAMES, "a2d": _QWEN_NAMES}
 
 
 def part_sizes(c: ModelConfig) -> dict[str, list[int]]:
@@ -265,5 +259,4 @@ def linear_shapes(c: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def norm_names(c: ModelConfig) -> dict[str, str]:
     """The norms of a block: our attribute -> the checkpoint's name."""
-    ours = ("attn_norm", "ffn_norm", "q_norm", "k_norm") if c.qk_norm else ("attn_norm", "ffn_norm")
-    return {name: getattr(NAMES[c.family], name) for name in ours}
+    return {ours: theirs for ours, theirs in NAMES[c.family].norms.items() if c.qk_norm or ours not in QK_NORMS}

@@ -46,10 +46,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     head that was saved beside the embedding to which it is tied.
     """
     c, names = checkpoint.config, NAMES[checkpoint.config.family]
-    if checkpoint.quantization:
-        expected = quantized_tensors(checkpoint)
-    else:
-        expected = {name: storage.Tensor(shape, "BF16") for name, shape in expected_tensors(c).items()}
+    expected = quantized_tensors(checkpoint) if checkpoint.quantization else {
+        name: storage.Tensor(shape, "BF16") for name, shape in expected_tensors(c).items()}
     for name, (shape, dtype) in expected.items():
         if name not in checkpoint.shapes:
             raise Refused(f"{checkpoint.folder} lacks the tensor {name!r}.")
@@ -62,12 +60,11 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             raise Refused(f"{checkpoint.folder}: tensor {name!r} has type {found}, not {wanted}.")
     extra = sorted(set(checkpoint.shapes) - set(expected))
     embed, head = f"{names.embed}.weight", f"{names.head}.weight"
-    if c.tied and extra == [head]:
-        if torch.equal(checkpoint.get(head), checkpoint.get(embed)):
-            return  # it was saved twice
-        raise Refused(f"{checkpoint.folder}: config.json says that embedding and head are tied, but {head!r} differs "
-                      f"from {embed!r}.")
-    if extra:
+    if c.tied and extra == [head]:  # the one matrix, saved twice
+        if not torch.equal(checkpoint.get(head), checkpoint.get(embed)):
+            raise Refused(f"{checkpoint.folder}: config.json says that embedding and head are tied, but {head!r} "
+                          f"differs from {embed!r}.")
+    elif extra:
         raise Refused(f"{checkpoint.folder} holds {len(extra)} tensors that config.json does not explain, "
                       f"first {extra[0]!r}.")
 

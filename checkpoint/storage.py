@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from checkpoint.families import NAMES, ModelConfig, linear_shapes, norm_names
+from checkpoint.families import NAMES, QK_NORMS, ModelConfig, linear_shapes, norm_names
 from runtime.layers import factor_kinds, factor_names
 from starquant import Across, Blocks, Dense, Diagonal, Factor, Kronecker
 
@@ -64,22 +64,19 @@ class Linear:
         A folder does not say which optional parts a linear has; the names do. Where a shape does not fit, the
         description holds the one that would.
         """
+        factors = []
+        for i, kind in enumerate(factor_kinds(shapes, d)):
+            n = _first(shapes[factor_names(i, kind)[0]], d, 1 if kind is Blocks else d)
+            factors.append(kind(*{Diagonal: [(d,)], Dense: [(d, d)], Kronecker: [(n, n), (d // n, d // n)],
+                                  Blocks: [(n, d // n, d // n)], Across: [(n, n)]}[kind]))
         return cls(C, d, bits, "weight_zero" in shapes, "bias" in shapes, "clip" in shapes,
-                   "mean" in shapes or "shift" in shapes, tuple(_read_factors(shapes, d)),
+                   "mean" in shapes or "shift" in shapes, tuple(factors),
                    feedback=d // _first(shapes["feedback"], d, 1) if "feedback" in shapes else 0)
 
 
 def _first(shape, d: int, otherwise: int) -> int:
     """The first size of a shape where it divides d."""
     return shape[0] if shape and shape[0] and d % shape[0] == 0 else otherwise
-
-
-def _read_factors(shapes: dict, d: int):
-    """The factors of P among a folder's tensors, with the shapes that fit the width d."""
-    for i, kind in enumerate(factor_kinds(shapes, d)):
-        n = _first(shapes[factor_names(i, kind)[0]], d, 1 if kind is Blocks else d)
-        yield kind(*{Diagonal: [(d,)], Dense: [(d, d)], Kronecker: [(n, n), (d // n, d // n)],
-                     Blocks: [(n, d // n, d // n)], Across: [(n, n)]}[kind])
 
 
 def below(tensors: dict, prefix: str) -> dict:
@@ -103,7 +100,7 @@ class Block:
 
     def tensors(self, c: ModelConfig) -> dict[str, Tensor]:
         """All tensors of the block by their names behind the block's own. What stays in 16 bit is described as BF16."""
-        out = {f"{theirs}.weight": Tensor((c.head_dim if ours in ("q_norm", "k_norm") else c.d_model,), "BF16")
+        out = {f"{theirs}.weight": Tensor((c.head_dim if ours in QK_NORMS else c.d_model,), "BF16")
                for ours, theirs in norm_names(c).items()}
         for name, linear in self.linears.items():
             out |= {f"{name}.{suffix}": tensor for suffix, tensor in linear.tensors().items()}

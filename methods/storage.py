@@ -39,16 +39,15 @@ def stored_linear(config: Settings, C: int, d: int, behind_norm: bool, bias: boo
                           **METHODS[config.method].stored(config, d, behind_norm))
 
 
-def output_bytes(source: Checkpoint, config: Settings) -> tuple[list[int], int]:
-    """Bytes of the tensors in each block's shard and in the last shard (embedding, final norm, head).
+def output_bytes(source: Checkpoint, config: Settings) -> list[int]:
+    """Bytes of the tensors in each block's shard and, at last, in that of embedding, final norm and head.
 
     Equal to what is written, to the byte (tested for every method). What stays in 16 bit keeps its type.
     """
     c = source.config
     shards = storage.shards(c, [stored_block(c, config)] * c.n_layers, config.head_bits, config.embed_bits)
-    *blocks, outer = (sum(tensor._replace(dtype=source.dtypes.get(name, tensor.dtype)).nbytes
-                          for name, tensor in shard.items()) for shard in shards)
-    return blocks, outer
+    return [sum(tensor._replace(dtype=source.dtypes.get(name, tensor.dtype)).nbytes for name, tensor in shard.items())
+            for shard in shards]
 
 
 def memory_table(c: ModelConfig, head_bits: int = 16, embed_bits: int | None = None, method: str = "starquant",

@@ -23,7 +23,7 @@ from calibrate import quantize_model
 from checkpoint import published
 from checkpoint.families import FUSED, NAMES, read_config
 from checkpoint.folder import SINGLE, write_json, write_tensors
-from checkpoint.loading import outer_tensors
+from checkpoint.loading import block_tensors, outer_tensors
 from experiments import peers, timing, twins
 from methods import QuantConfig
 from methods.rtn import quantize_outer
@@ -122,11 +122,9 @@ def fp32_norms(model) -> int:
 
 
 def write_quantized(model, folder, embed_bits):
-    c, names, tensors = model.config, NAMES[model.config.family], outer_tensors(model)
+    c, tensors = model.config, outer_tensors(model)
     for i, block in enumerate(model.blocks):
-        prefix = names.block.format(i)
-        for key, value in block.state_dict().items():
-            tensors[f"{prefix}.{key.replace('attn_norm', names.attn_norm).replace('ffn_norm', names.ffn_norm)}"] = value
+        tensors |= block_tensors(block, i)
     write_tensors(folder / SINGLE, tensors)
     gates = {f: {"d_m": getattr(model.blocks[0], f).d_m, "d_u": getattr(model.blocks[0], f).d_u} for f in FUSED}
     write_json(folder / "config.json", c.raw | {"quantization_config": {
