@@ -103,12 +103,13 @@ def _losses(model, batch: list[Copy], cfg_scale: float):
     return sums * torch.tensor([copy.weight for copy in batch], dtype=torch.float64)
 
 
-def _score(model, copies, batch_size: int, cfg_scale: float, out: list[float]):
-    """Subtract every copy's loss from its request's place in `out`, `batch_size` copies at a time."""
-    copies = iter(copies)
+def _score(model, requests: int, copies, batch_size: int, cfg_scale: float) -> list[float]:
+    """What the copies' losses, `batch_size` at a time, leave of each request's log-likelihood 0."""
+    out, copies = [0.0] * requests, iter(copies)
     while batch := list(islice(copies, batch_size)):
         for copy, loss in zip(batch, _losses(model, batch, cfg_scale).tolist(), strict=True):
             out[copy.request] -= loss
+    return out
 
 
 def request_generator(prompt, answer, seed: int) -> torch.Generator:
@@ -126,11 +127,9 @@ def log_likelihoods(model, requests, mc_num: int = 128, mc_batch: int = 16, batc
     wants the answer to end with EOS. Raises Refused for an empty answer, and if mc_num is no multiple of mc_batch.
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]) - len(requests[i][1]))
-    out = [0.0] * len(requests)
     copies = (copy for i in order for copy in _draw(model, i, *requests[i], mc_num, mc_batch,
                                                     request_generator(*requests[i], seed)))
-    _score(model, copies, batch_size, cfg_scale, out)
-    return out
+    return _score(model, len(requests), copies, batch_size, cfg_scale)
 
 
 def suffix_greedy_prediction(model, prefix, target, cfg_scale: float = 0.0) -> bool:

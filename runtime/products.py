@@ -42,11 +42,9 @@ class Way(NamedTuple):
 
 def serves(layer, x) -> bool:
     """Whether the kernels serve a QuantLinear and x (..., d): `checks.usable`, C a multiple of 16, feedback of 64."""
-    V, parts = layer.feedback, ["linear"]
-    if V is not None:
-        parts.append("feedback")
+    V = layer.feedback
     return (len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK)
-            and checks.usable(x, *parts))
+            and checks.usable(x, "linear", *(() if V is None else ("feedback",))))
 
 
 def linear(layer, x, state):
@@ -54,7 +52,16 @@ def linear(layer, x, state):
     state = None if state is None else state.flatten().contiguous()
     x, lead = x.reshape(-1, layer.in_features), x.shape[:-1]  # (M, d)
     y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
-    taken = cache(lambda order: _with_ends(layer, *codes(layer, x, state, order), state))
+
+    @cache  # for all products that take this order
+    def taken(order):
+        """Codes, and what every product ends with."""
+        X_c, scale, zero = codes(layer, x, state, order)
+        # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
+        x_sum = None if layer.weight_zero is None else X_c[: len(x)].sum(-1, dtype=torch.int32) - x.shape[1] * zero
+        return X_c, cuda.Ends(scale, zero, x_sum, layer.weight_scale, layer.weight_sum, layer.weight_zero, layer.bias,
+                              layer.shift, state)
+
     calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y), way) for way in ways(layer, x)}
     calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
     return y.reshape(*lead, -1)
@@ -88,14 +95,6 @@ def rotation_of(x, P: list) -> cuda.Rotation | None:
     fits = n2 in (64, 128) if kronecker else isinstance(factor, Across) and x.shape[1] == 64 * n1
     sizes = cuda.Rotation(n1, n2, int(kronecker))
     return sizes if fits and n1 <= 128 and n1 % 8 == 0 and checks.ready(x.device.index, x.dtype, sizes) else None
-
-
-def _with_ends(layer, x, scale, zero, state):
-    """Codes, and what every product ends with."""
-    # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
-    x_sum = None if layer.weight_zero is None else x[: len(zero)].sum(-1, dtype=torch.int32) - layer.in_features * zero
-    return x, cuda.Ends(scale, zero, x_sum, layer.weight_scale, layer.weight_sum, layer.weight_zero, layer.bias,
-                        layer.shift, state)
 
 
 def ways(layer, x) -> list[Way]:

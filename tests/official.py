@@ -38,7 +38,5 @@ def get_log_likelihood(model, prompt, answer, mc_num: int = 128, batch_size: int
     LLaDA: `get_log_likelihood.py`, exact for one token with mc_num 1. Dream: the negative of `_eval_target_nll_mc`;
     give the target with its EOS. generator None takes torch's own, as seeded by torch.manual_seed.
     """
-    out = [0.0]
     drawn = likelihood._draw(model, 0, prompt, answer, mc_num, batch_size, generator)
-    likelihood._score(model, drawn, batch_size, cfg_scale, out)
-    return out[0]
+    return likelihood._score(model, 1, drawn, batch_size, cfg_scale)[0]
