@@ -28,21 +28,9 @@ import torch
 from torch import nn
 
 import kernels
+import starquant
 from runtime import checks, cpu, cuda, products
-from starquant import (
-    Across,
-    Blocks,
-    Dense,
-    Diagonal,
-    Kronecker,
-    apply_basis,
-    factors,
-    fold_weight,
-    quant_params,
-    quantize,
-    subspace_gates,
-    tac_apply,
-)
+from starquant import Across, Blocks, Dense, Diagonal, Kronecker, apply_basis, factors, subspace_gates, tac_apply
 
 
 class Weight(NamedTuple):
@@ -117,7 +105,7 @@ class QuantLinear(Quantized):
     @classmethod
     def fold(cls, weight, P=(), d_m=0, d_u=0, abits=4, wbits=4, bias=None, symmetric=True):
         """Fold P into weight (C, d) (Eq. 12) and round it to nearest per output channel (Eqs. 2 and 4)."""
-        folded = fold_weight(weight.float(), list(P)) if P else weight.float()
+        folded = starquant.fold_weight(weight.float(), list(P))
         return cls(weight=quantize_weight(folded, wbits, symmetric), grid=Grid(abits), P=P, d_m=d_m, d_u=d_u, bias=bias)
 
     @classmethod
@@ -271,13 +259,13 @@ class QuantEmbedding(Quantized):
 
 def quantize_weight(weight, bits: int, symmetric: bool = True) -> Weight:
     """weight (C, d) rounded to nearest, each row on its own grid (Eqs. 2 and 4), in pieces that fit into the caches."""
-    codes, scales, zeros, half = [], [], [], 2 ** (bits - 1)
+    parts, half = [], 2 ** (bits - 1)
     for part in weight.split(4096):
-        scale, zero_point = quant_params(part.float(), bits, symmetric)
-        codes.append((quantize(part.float(), scale, zero_point, bits) - half).to(torch.int8))
-        scales.append(scale[:, 0])
-        zeros.append((zero_point[:, 0] - half).to(torch.int32))
-    return Weight(torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros), bits)
+        scale, zero_point = starquant.quant_params(part.float(), bits, symmetric)
+        codes = starquant.quantize(part.float(), scale, zero_point, bits) - half
+        parts.append((codes.to(torch.int8), scale[:, 0], (zero_point[:, 0] - half).to(torch.int32)))
+    codes, scale, zero = map(torch.cat, zip(*parts, strict=True))
+    return Weight(codes, scale, None if symmetric else zero, bits)
 
 
 class TAC(Quantized):
