@@ -110,15 +110,12 @@ class OrthogonalBasis(nn.Module):
 
     def __init__(self, start):
         super().__init__()
-        self.kronecker = isinstance(start, Kronecker)
-        factors = list(start) if self.kronecker else [start]
-        self.skew = nn.ParameterList(nn.Parameter(torch.zeros_like(f)) for f in factors)
-        for i, f in enumerate(factors):
-            self.register_buffer(f"start_{i}", f)
+        self.start = start if isinstance(start, Kronecker) else (start,)
+        self.skew = nn.ParameterList(torch.zeros_like(f) for f in self.start)
 
     def forward(self):
-        factors = [getattr(self, f"start_{i}") @ cayley(A) for i, A in enumerate(self.skew)]
-        return Kronecker(*factors) if self.kronecker else factors[0]
+        P = [f @ cayley(A) for f, A in zip(self.start, self.skew, strict=True)]
+        return Kronecker(*P) if len(P) > 1 else P[0]
 
 # ---- closed-form allocation ----------------------------------------------------------------------------------------
 
@@ -140,17 +137,11 @@ def least_energy(moments, counts, n: int, generator: torch.Generator):
     return torch.cat((rest @ random_orthogonal(rest.shape[1], generator).to(rest), *columns), 1)
 
 
-def allocate(moment_m, moment_u, d_m: int, d_u: int, generator: torch.Generator):
-    """P = [U_sh, U_m, U_u] in closed form from the states' second moments (d, d).
+def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
+    """Closed-form start of P = [U_sh, U_m, U_u] from calibration inputs x (N, d) and their states (N,); float64.
 
     U_u are the d_u directions with the least masked energy, since masked tokens lose what lies in them. U_m are, within
     the rest, the d_m directions with the least unmasked energy. U_sh is what remains.
-    """
-    return least_energy((moment_m, moment_u), (d_u, d_m), len(moment_m), generator)
-
-
-def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch.Generator):
-    """Closed-form start of P from calibration inputs x (N, d) and their states (N,); float64.
 
     In the Kronecker form, coordinate (i, j) of the (n1, n2) layout is column i of P1 times column j of P2. Some rows i
     hold coordinates that a state loses to its gate. These rows get the columns of P1 in which the states that lose them
@@ -159,9 +150,7 @@ def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch
     d, x = x.shape[1], x.double()
     if kind == "dense":
         moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
-        return allocate(*moments, d_m, d_u, generator)
-    if d_m + d_u == 0:
-        return initial_basis(d, kind, generator)
+        return least_energy(moments, (d_u, d_m), d, generator)
     n1, n2 = kronecker_sizes(d)
     gate_m, gate_u = subspace_gates(d, d_m, d_u)
     lost = {"masked": (gate_m == 0).view(n1, n2), "unmasked": (gate_u == 0).view(n1, n2)}
@@ -196,10 +185,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     norm = float(y.square().sum(-1).mean()) or 1.0
 
     def loss_of(rows, P):
-        rows = rows.to(x.device)
-        batch = (t.index_select(0, rows) for t in (x, y, state))  # faster on a CPU than x[rows]
-        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric,
-                         orthogonal=True) / norm
+        batch = (t.index_select(0, rows.to(x.device)) for t in (x, y, state))  # faster on a CPU than x[rows]
+        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, orthogonal=True) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 
@@ -214,25 +201,22 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
     iterate is kept in every case, at worst the start; `diverged` in the record says that the last iterate is worse than
     the start. Parameters named `clip...` learn 10 times as fast (FlatQuant).
     """
-    held = torch.arange(segments) % 8 == 7 if segments >= 8 else torch.arange(segments) == segments - 1
-    train = (~held).nonzero()[:, 0] if segments > 1 else torch.zeros(1, dtype=torch.long)
-    held = held.nonzero()[:, 0]
+    held = torch.arange(min(7, segments - 1), segments, 8)
+    train = torch.tensor([i for i in range(segments) if i not in held] or [0])
     optimizer = torch.optim.AdamW([{"params": [p], "lr": lr * (10 if name.startswith("clip") else 1)}
                                    for name, p in parameters.named_parameters()], lr=lr, fused=True)
     steps = epochs * -(-len(train) // batch)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if schedule == "cosine" else None
 
     @torch.no_grad()
-    def held_out(value):
-        return float(torch.stack([loss_of(rows, value) * len(rows) for rows in held.split(16)]).sum()) / len(held)
-
     def current():
-        with torch.no_grad():
-            return parameters()
+        """The value and its held-out loss."""
+        value = parameters()
+        losses = [loss_of(rows, value) * len(rows) for rows in held.split(16)]
+        return value, float(torch.stack(losses).sum()) / len(held)
 
-    best = current()
-    history = [held_out(best)]
-    least = history[0]
+    best, least = current()
+    history = [least]
     for _ in range(epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for rows in order.split(batch):
@@ -242,13 +226,13 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
             optimizer.step()
             if scheduler:
                 scheduler.step()
-        value = current()
-        history.append(held_out(value))
-        progress(history[-1])
-        if not math.isfinite(history[-1]):
+        value, loss = current()
+        history.append(loss)
+        progress(loss)
+        if not math.isfinite(loss):
             break
-        if history[-1] < least:
-            best, least = value, history[-1]
+        if loss < least:
+            best, least = value, loss
     last = history[-1] if math.isfinite(history[-1]) else None  # JSON has no NaN
     return best, {"start": history[0], "best": least, "last": last, "epochs": len(history) - 1,
                   "diverged": last is None or last > history[0]}

@@ -277,10 +277,10 @@ class TestAllocation:
         assert leaked(x, state, P, d_m, d_u) < 1e-20
         assert leaked(x, state, sgat.initial_basis(d, "dense", generator(1)), d_m, d_u) > 0.01
 
-    def test_allocate_from_moments(self):
+    def test_least_energy_of_given_moments(self):
         """The last d_u columns span the least masked energy, the d_m before them the least unmasked of the rest."""
         moment_m, moment_u = torch.diag(torch.arange(6.0, 0, -1)).double(), torch.diag(torch.arange(1.0, 7)).double()
-        P = sgat.allocate(moment_m, moment_u, 1, 2, generator())
+        P = sgat.least_energy((moment_m, moment_u), (2, 1), 6, generator())
         assert deviation(P) < 1e-12
         energies = P.square()
         np.testing.assert_allclose(energies[4:, 4:].sum(0), 1)  # masked energy 1 and 2: coordinates 4, 5
