@@ -14,18 +14,8 @@ import torch
 from torch import nn
 
 from methods.sgat import cayley, initial_basis, kronecker_sizes, minimize
-from runtime.layers import Grid, QuantLinear, Weight
-from starquant import (
-    Diagonal,
-    Kronecker,
-    fake_quantize,
-    linear,
-    quant_params,
-    quantize,
-    reconstruction_loss,
-    state_gate,
-    transform,
-)
+from runtime.layers import Grid, QuantLinear, quantize_weight
+from starquant import Diagonal, Kronecker, apply_basis, quantized_linear, reconstruction_loss, state_gate, transform
 
 
 class FlatParameters(nn.Module):
@@ -34,18 +24,15 @@ class FlatParameters(nn.Module):
     A clip factor is sigmoid(p), and p starts at 4.
     """
 
-    def __init__(self, start: Kronecker, channels: int, diagonal=None, orthogonal=False, clipping=True):
+    def __init__(self, start: Kronecker, channels: int, diagonal, orthogonal=False):
         super().__init__()
         self.start, self.orthogonal = start, orthogonal
         self.left = nn.ParameterList(torch.zeros_like(f) for f in start)
         if not orthogonal:
             self.right = nn.ParameterList(torch.zeros_like(f) for f in start)
             self.sizes = nn.ParameterList(torch.ones_like(f[0]) for f in start)
-        self.diagonal = None if diagonal is None else nn.Parameter(diagonal)
-        if clipping:
-            self.clip_x = nn.Parameter(start.P1.new_full((2,), 4.0))
-            self.clip_w = nn.Parameter(start.P1.new_full((channels, 2), 4.0))
-        self.clipping = clipping
+        self.diagonal = nn.Parameter(diagonal)
+        self.clip_x, self.clip_w = (nn.Parameter(diagonal.new_full(size, 4.0)) for size in ((2,), (channels, 2)))
 
     def forward(self):
         factors = []
@@ -53,43 +40,38 @@ class FlatParameters(nn.Module):
             # P_i = U diag(s) Vᵀ, U = start · cayley(A), V = cayley(B), s = 1 at the start
             U = f @ cayley(self.left[i])
             factors.append(U if self.orthogonal else (U * self.sizes[i]) @ cayley(self.right[i]).mT)
-        # a copy: what is kept as the best iterate must not follow the parameters
-        diagonal = [] if self.diagonal is None else [Diagonal(self.diagonal.clone())]
-        clips = (self.clip_x.sigmoid(), self.clip_w.sigmoid()) if self.clipping else (None, None)
-        return [*diagonal, Kronecker(*factors)], *clips
+        # a copy of δ: what is kept as the best iterate must not follow the parameters
+        P = [Diagonal(self.diagonal.clone()), Kronecker(*factors)]
+        return P, self.clip_x.sigmoid(), self.clip_w.sigmoid()
 
 
-def folded_weight(weight, P, orthogonal: bool, clip_w=None):
+def folded_weight(weight, P, orthogonal: bool, clip_w):
     """The weight in the transformed space, clipped: (C, d)."""
     # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
     P = [p if orthogonal and isinstance(p, Kronecker) else p.inverse_transpose() for p in P]
-    folded = transform(weight, P, 1)
-    return folded if clip_w is None else clip_range(folded, clip_w)
+    return clip_range(apply_basis(weight, P), clip_w)
 
 
-def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int, orthogonal: bool, clipping=True,
-             diagonal=None):
-    """Train P and the clipping of one linear and round it to nearest: (QuantLinear, record). d_s = d_m = d_u."""
+def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int = 0, orthogonal: bool = False):
+    """FlatQuant: train P and the clipping of one linear and round it to nearest: (QuantLinear, record).
+
+    With d_s = d_m = d_u channels for each token state and an orthogonal P, it is FreeAct.
+    """
     x, y, state = inputs[:3]
     d, norm = weight.shape[1], float(y.square().sum(-1).mean()) or 1.0
     start = initial_basis(d, "kronecker", generator).to(x)
 
     def loss_of(rows, value):
         P, clip_x, clip_w = value
-        phi = transform(x[rows], P, state_gate(state[rows], d, d_s, d_s, x.dtype))
-        phi = phi if clip_x is None else clip_range(phi, clip_x)
-        folded = folded_weight(weight, P, orthogonal, clip_w)
-        y_hat = linear(fake_quantize(phi, config.abits), fake_quantize(folded, config.wbits, symmetric=True))
+        phi = clip_range(transform(x[rows], P, state_gate(state[rows], d, d_s, d_s, x.dtype)), clip_x)
+        y_hat = quantized_linear(phi, folded_weight(weight, P, orthogonal, clip_w), config.abits, config.wbits)
         return reconstruction_loss(y[rows], y_hat if bias is None else y_hat + bias) / norm
 
-    parameters = FlatParameters(start, len(weight), diagonal, orthogonal, clipping)
+    parameters = FlatParameters(start, len(weight), channel_scale(inputs, weight), orthogonal)
     (P, clip_x, clip_w), record = minimize(parameters, loss_of, len(x), config.lr, config.epochs, config.batch,
                                            config.schedule, generator, progress)
-    folded = folded_weight(weight, P, orthogonal, clip_w)
-    scale, zero_point = quant_params(folded, config.wbits, symmetric=True)
-    codes = (quantize(folded, scale, zero_point, config.wbits) - zero_point).to(torch.int8)
-    return QuantLinear(weight=Weight(codes, scale[:, 0], bits=config.wbits), grid=Grid(config.abits, clip_x), P=P,
-                       d_m=d_s, d_u=d_s, bias=bias), record
+    codes = quantize_weight(folded_weight(weight, P, orthogonal, clip_w), config.wbits)
+    return QuantLinear(weight=codes, grid=Grid(config.abits, clip_x), P=P, d_m=d_s, d_u=d_s, bias=bias), record
 
 
 def clip_range(x, clip):
@@ -109,16 +91,10 @@ def channel_scale(inputs, weight):
     return w_max**0.7 / x_max**0.3
 
 
-def fit_flatquant(weight, bias, inputs, config, generator, progress):
-    """FlatQuant: per-channel diagonal, clipping of weights and activations."""
-    diagonal = channel_scale(inputs, weight)
-    return fit_flat(weight, bias, inputs, config, generator, progress, 0, orthogonal=False, diagonal=diagonal)
-
-
 def fit_freeact(weight, bias, inputs, config, generator, progress):
-    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`), diagonal, clipping."""
-    diagonal, d_s = channel_scale(inputs, weight), config.subspace(weight.shape[1])
-    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True, diagonal=diagonal)
+    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`)."""
+    d_s = config.subspace(weight.shape[1])
+    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True)
 
 
 def stored_flat(config, d: int, behind_norm: bool) -> dict:

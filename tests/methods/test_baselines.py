@@ -371,13 +371,20 @@ def test_quarot_clips_where_bits_are_few(method):
 
 
 class TestFlat:
-    def test_without_gates_and_clipping_starquant_is_flatquant(self):
+    def test_without_gates_and_clipping_starquant_is_flatquant(self, monkeypatch):
         """d_m = d_u = 0: the same orthogonal Kronecker basis, trained on the same loss, gives the same integers."""
+        class Bare(flat.FlatParameters):
+            """P alone: no diagonal, and clip factors of 1."""
+
+            def forward(self):
+                (_, P), *clips = super().forward()
+                return [P], *map(torch.ones_like, clips)
+
+        monkeypatch.setattr(flat, "FlatParameters", Bare)
         weight, inputs = linear_inputs()
         config = QuantConfig(state_fraction=0, epochs=3)
         star = METHODS["starquant"].fit(weight, None, inputs, config, generator(), lambda _: None)
-        flat_ = flat.fit_flat(weight, None, inputs, config, generator(), lambda _: None, 0, orthogonal=True,
-                              clipping=False)
+        flat_ = flat.fit_flat(weight, None, inputs, config, generator(), lambda _: None, orthogonal=True)
         assert flat_[1] == pytest.approx(star[1])
         for a, b in zip(star[0].P[0], flat_[0].P[0], strict=True):
             assert torch.allclose(a, b, atol=1e-6)
