@@ -22,7 +22,7 @@ class Method(NamedTuple):
 
     settings: type[Settings]
     fit: Callable
-    stored: Callable = rtn.stored_rtn
+    stored: Callable = lambda config, d, behind_norm: {}
 
 
 METHODS = {
@@ -87,14 +87,11 @@ def settings_help() -> str:
     for method in METHODS:
         for name, f in settings_of(method).items():
             if name not in FLAGS:
-                owners.setdefault((name, f.default), (f, []))[1].append(method)
-    for f, methods in owners.values():
-        groups.setdefault("every method" if len(methods) == len(METHODS) else ", ".join(methods), []).append(f)
+                takes = ", ".join(map(str, f.metadata.get("choices", ()))) or "{} to {}".format(*f.metadata["range"])
+                owners.setdefault(f"    {name}={f.default} ({takes}): {f.metadata['text']}", []).append(method)
+    for line, methods in owners.items():
+        groups.setdefault("every method" if len(methods) == len(METHODS) else ", ".join(methods), []).append(line)
     lines = ["settings of --set NAME=VALUE, by the methods that have them:"]
     for methods, group in groups.items():
-        lines.append(f"  {methods}")
-        for f in group:
-            low_high = f.metadata.get("range")
-            takes = f"{low_high[0]} to {low_high[1]}" if low_high else ", ".join(map(str, f.metadata["choices"]))
-            lines.append(f"    {f.name}={f.default} ({takes}): {f.metadata['text']}")
+        lines += [f"  {methods}", *group]
     return "\n".join(lines)

@@ -6,26 +6,12 @@ import torch
 
 from methods.gptq import GPTQ, fit_gptq
 from methods.hadamard import rotation, rotation_sizes
-from methods.rtn import Inputs
 from starquant import Diagonal, Kronecker
 
 
 @dataclass(frozen=True)
 class QuaRot(GPTQ):
     rotated = True
-
-
-def quarot_basis(inputs: Inputs, generator):
-    """The factors of P: the norm's gain is taken out, then a randomized Hadamard rotation.
-
-    QuaRot folds the gain of a norm into the linears behind it, so that it rotates and quantizes activations without the
-    gain. Here a diagonal factor 1/gain does this, which a deployment can fold into the norm.
-    """
-    H = rotation(inputs.x.shape[-1], generator).to(inputs.x)
-    if inputs.gain is None:
-        return [H]
-    gain = inputs.gain.to(inputs.x)
-    return [Diagonal(1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain)), H]
 
 
 def quarot_clip(bits: int) -> float | None:
@@ -36,10 +22,14 @@ def quarot_clip(bits: int) -> float | None:
 def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=None):
     """QuaRot for one linear: rotation, GPTQ with the scale search that its authors recommend, clipped activations.
 
-    Two things differ from its code. There is a rotation for each input, not one for the whole residual stream, and
-    activations are quantized asymmetrically.
+    Three things differ from its code. There is a rotation for each input, not one for the whole residual stream.
+    Activations are quantized asymmetrically. And where QuaRot folds the gain of a norm into the linears behind it, so
+    that it rotates activations without the gain, a factor 1/gain does this, which a deployment can fold into the norm.
     """
-    P = quarot_basis(inputs, generator)
+    P = [rotation(weight.shape[1], generator).to(inputs.x)]
+    if inputs.gain is not None:
+        gain = inputs.gain.to(inputs.x)
+        P.insert(0, Diagonal(1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain)))
     return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True,
                     clip=quarot_clip(config.abits))
 

@@ -39,11 +39,6 @@ def fit_rtn(weight, bias, inputs, config, generator, progress):
     return QuantLinear.fold(weight, abits=config.abits, wbits=config.wbits, bias=bias, symmetric=config.symmetric), {}
 
 
-def stored_rtn(config, d: int, behind_norm: bool) -> dict:
-    """Nothing besides weight, scales and bias."""
-    return {}
-
-
 def check_tied(tied: bool, head_bits: int, embed_bits: int | None) -> None:
     """Refused where embedding and head are one tensor, but have been asked for in two widths."""
     if tied and embed_bits and embed_bits != head_bits:
