@@ -50,17 +50,10 @@ def damped(H, damping: float):
     return H
 
 
-def inverse_factor(H, damping: float):
-    """U (..., d, d), upper triangular, with H⁻¹ = UᵀU for the damped H (..., d, d).
-
-    Row i of U is, up to the factor U_ii, the first row of the inverse Hessian of the columns from i on.
-    """
-    # H = K Kᵀ, K upper triangular: reverse H, take its Cholesky factor, reverse that
-    K = torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
-    # U = K⁻¹, solved in the memory of the identity, column by column as LAPACK wants it
-    U = torch.zeros_like(K, memory_format=torch.contiguous_format).mT
-    U.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return torch.linalg.solve_triangular(K, U, upper=True, out=U)
+def upper_factor(H, damping: float):
+    """K (..., d, d), upper triangular, with K Kᵀ = H for the damped H (..., d, d)."""
+    # reverse H, take its Cholesky factor, reverse that
+    return torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
 
 
 def round_columns(weight, scale, bits: int):
@@ -93,34 +86,42 @@ def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
     return best
 
 
-def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = 128):
+def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = cuda.GPTQ_BLOCK):
     """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
 
     scale (C, 1) is fixed before the first column; by default it is max|w| / (2^(b−1) − 1). Columns are taken in order.
-    A column corrects the rest of its block of `block` columns at once, and the columns behind the block are corrected
-    once per block. A block is copied with one row per column, so that the inner loop reads whole rows.
+
+    GPTQ's own code moves the open columns by the inverse of what is left of H. The same codes come from H itself, as
+    LDLQ does it (QuIP, arXiv 2307.13304): with H = K Kᵀ, K upper triangular, and e_j = w_j − s q_j, the error is
+
+        tr(E H Eᵀ) = ‖E K‖² = Σ_j K_jj² ‖e_j + Σ_{i<j} e_i K_ij / K_jj‖²,   q_j = ⌊(w_j + Σ_{i<j} e_i K_ij / K_jj) / s⌉
+
+    Columns are rounded `block` at a time, and their errors move the columns behind them in products as large as can be:
+    block 1 moves block 2, blocks 1 and 2 move 3 and 4, block 3 moves 4, blocks 1 to 4 move 5 to 8, and so on.
     """
-    W, H = weight.to(torch.float64, copy=True), H.double()
-    scale = (quant_params(W, bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
-    W[:, H.diagonal() == 0] = 0
-    U = inverse_factor(H, damping)
-    one_kernel = W.is_cuda and checks.ready(W.device.index, torch.float32, "gptq")
-    block = cuda.GPTQ_BLOCK if one_kernel else block
+    # one row per column of the weight, (d, C): what is to be rounded, and then its error
+    W = weight.new_empty(weight.mT.shape, dtype=torch.float64).copy_(weight.mT)
+    s = (quant_params(weight.double(), bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
+    W[H.diagonal() == 0] = 0
+    M = upper_factor(H.double(), damping)
+    M /= M.diagonal().clone()  # K_ij / K_jj
     codes = torch.empty_like(W, dtype=torch.int8)
-    for start in range(0, W.shape[1], block):
-        end = min(start + block, W.shape[1])
-        near, columns = U[start:end, start:end], W[:, start:end].mT.contiguous()
-        rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
+    one_kernel = W.is_cuda and checks.ready(W.device.index, torch.float32, "gptq")
+    for start in range(0, len(W), block):
+        end = min(start + block, len(W))
+        columns, near = W[start:end], M[start:end, start:end]
+        errors = torch.empty_like(columns).copy_(weight[:, start:end].mT)
         if one_kernel:
-            rounded, errors = cuda.gptq_columns(columns, near, scale, bits), columns
+            codes[start:end] = cuda.gptq_columns(columns, errors, near, s, bits)
         for i, w in enumerate(() if one_kernel else columns):
-            rounded[i] = round_columns(w, scale, bits)
-            # err = (w − q) / U_ii;  W_:,j ← W_:,j − err U_ij, j > i
-            errors[i] = (w - scale * rounded[i]) / near[i, i]
-            columns[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
-        codes[:, start:end] = rounded.mT
-        W[:, end:].addmm_(errors.mT, U[start:end, end:], alpha=-1)
-    return codes, scale.float()
+            codes[start + i] = rounded = round_columns(w, s, bits)
+            errors[i] -= s * rounded
+            columns[i + 1 :].addr_(near[i, i + 1 :], errors[i])
+        columns.copy_(errors)
+        many = block * (end // block & -(end // block))  # the largest block · 2^n that divides `end`
+        # w_j + Σ_{i<j} e_i K_ij / K_jj, for all i and j of two neighbours of that size
+        W[end : end + many].addmm_(M[end - many : end, end : end + many].mT, W[end - many : end])
+    return codes.mT.contiguous(), s.float()
 
 
 def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weights=None, search=False, clip=None):

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
-from methods.gptq import gptq, hessian, inverse_factor, shrunk_scale
+from methods.gptq import gptq, hessian, shrunk_scale, upper_factor
 from methods.hadamard import rotation_sizes, spread
 from methods.settings import between, choice
 from methods.tac import Compensated
@@ -258,6 +258,16 @@ def block_moments(weight, size: int):
     """The diagonal blocks of WᵀW, and nothing else of it: weight (C, d) -> (d / size, size, size) float64."""
     blocks = rearrange(weight, "c (n b) -> n c b", b=size).double()
     return blocks.mT @ blocks
+
+
+def inverse_factor(H, damping: float):
+    """U (..., d, d), upper triangular, with H⁻¹ = UᵀU for the damped H (..., d, d).
+
+    Row i of U is, up to the factor U_ii, the first row of the inverse of what H says of the channels from i on.
+    """
+    K = upper_factor(H, damping)
+    # U = K⁻¹
+    return torch.linalg.solve_triangular(K, torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), upper=True)
 
 
 def feedback_matrix(weight, size: int, damping: float = 0.01):

@@ -98,12 +98,13 @@ def _checks(device, dtype, part):
         yield part, ((cuda.tac(z, T, bias) - want).abs() <= 2**-8 * want.abs() + 0.01).all()
     elif part == "gptq":
         columns, scale = normal(21, 70, to=torch.float64), normal(70, to=torch.float64).abs() + 0.2
-        U = (torch.eye(40, device=device) + normal(40, 40, to=fp32).triu(1) / 16).double()[3:24, 3:24]
-        codes = cuda.gptq_columns(errors := columns.clone(), U, scale, 4)
-        columns -= U.triu(1).mT @ errors  # as each was when its turn came
+        M = (torch.eye(40, device=device) + normal(40, 40, to=fp32).triu(1) / 16).double()[3:24, 3:24]
+        weight = columns + normal(21, 70, to=torch.float64) / 16
+        codes = cuda.gptq_columns(columns, errors := weight.clone(), M, scale, 4)
+        columns += M.triu(1).mT @ errors  # as each was when its turn came
         want = (columns / scale).round().clamp(-8, 7)
         yield "gptq_columns", equal(codes.double(), want) and torch.allclose(
-            errors, (columns - scale * want) / U.diagonal()[:, None], rtol=1e-9, atol=1e-12)
+            errors, weight - scale * want, rtol=1e-9, atol=1e-12)
     elif part == "blocks":
         x, B, mean = integers(M, 192, most=8), integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
         for rows, mu in ((x - mean[state.long()], mean), (x, None)):

@@ -231,11 +231,11 @@ def tac(z, M, bias):
     return out
 
 
-def gptq_columns(columns, U, scale, bits: int):
-    """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64 of a weight, n ≤ GPTQ_BLOCK. The errors take the
-    columns' place. U (n, n) and scale (C,) are fp64."""
-    (n, C), codes, U = columns.shape, torch.empty_like(columns, dtype=torch.int8), U.contiguous()
-    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, U, scale.contiguous(), codes, n, C, bits], 64)
+def gptq_columns(columns, errors, M, scale, bits: int):
+    """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64, n ≤ GPTQ_BLOCK. errors (n, C) hold the columns of
+    the weight, whose place their errors take. M (n, n), K_ij / K_jj, and scale (C,) are fp64."""
+    (n, C), codes, M = columns.shape, torch.empty_like(columns, dtype=torch.int8), M.contiguous()
+    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, errors, M, scale.contiguous(), codes, n, C, bits], 64)
     return codes
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -256,8 +256,7 @@ class Ends(NamedTuple):
 
     def columns(self, part: slice) -> "Ends":
         """The ends of a slice of the outputs."""
-        cut = {name: t if t is None else t[..., part] for name, t in zip(self._fields[3:8], self[3:8], strict=True)}
-        return self._replace(**cut)
+        return Ends(*self[:3], *(t if t is None else t[..., part] for t in self[3:8]), self.state)
 
 
 def unpack(packed, out, dtype):

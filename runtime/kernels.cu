@@ -615,15 +615,15 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #endif  // ROTATED_CODES
 
 #ifdef GPTQ
-// GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has a column of the weight in each row, U (n, n)
-// the same rows and columns of the inverse Hessian's factor. A thread takes one output channel through all columns and
-// leaves their codes and, in w, their errors.
-extern "C" __global__ void gptq_columns(double* w, const double* U, const double* scale, signed char* codes, int n, int C,
-                                        int bits) {
-    __shared__ double shared_U[GPTQ_BLOCK][GPTQ_BLOCK];
+// GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has what is to be rounded, a column of the weight
+// in each row, and e (n, C) the weight itself; M (n, n) has K_ij / K_jj of H = K K^T. A thread takes one output channel
+// through all columns and leaves their codes and, in e, their errors.
+extern "C" __global__ void gptq_columns(const double* w, double* e, const double* M, const double* scale,
+                                        signed char* codes, int n, int C, int bits) {
+    __shared__ double shared_M[GPTQ_BLOCK][GPTQ_BLOCK];
     for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += blockDim.x) {
         int i = k / GPTQ_BLOCK, j = k % GPTQ_BLOCK;
-        shared_U[i][j] = i < n && j < n ? U[i * n + j] : i == j;
+        shared_M[i][j] = i < n && j < n ? M[i * n + j] : 0;
     }
     __syncthreads();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -633,14 +633,14 @@ extern "C" __global__ void gptq_columns(double* w, const double* U, const double
     for (int i = 0; i < GPTQ_BLOCK; i++) v[i] = i < n ? w[(long long)i * C + c] : 0;
 #pragma unroll
     for (int i = 0; i < GPTQ_BLOCK; i++) {
-        // q = clamp(round(w / s)),  e = (w - s q) / U_ii;  W_:,j <- W_:,j - e U_ij, j > i
-        double q = fmin(fmax(rint(v[i] / s), -half), half - 1), e = __dsub_rn(v[i], __dmul_rn(s, q)) / shared_U[i][i];
+        if (i >= n) break;
+        // q_i = clamp(round(v_i / s)),  e_i = w_i - s q_i;  v_j <- v_j + e_i K_ij / K_jj, j > i
+        double q = fmin(fmax(rint(v[i] / s), -half), half - 1);
+        double error = __dsub_rn(e[(long long)i * C + c], __dmul_rn(s, q));
 #pragma unroll
-        for (int j = i + 1; j < GPTQ_BLOCK; j++) v[j] -= e * shared_U[i][j];
-        if (i < n) {
-            codes[(long long)i * C + c] = (signed char)q;
-            w[(long long)i * C + c] = e;
-        }
+        for (int j = i + 1; j < GPTQ_BLOCK; j++) v[j] += error * shared_M[i][j];
+        codes[(long long)i * C + c] = (signed char)q;
+        e[(long long)i * C + c] = error;
     }
 }
 #endif  // GPTQ

@@ -109,8 +109,8 @@ def test_products_of_a_calibrated_block(calibrated):
         assert row["int8_flop"] - 2 * 16 * 256 * WEIGHTS == pytest.approx(
             2 * N * sum(n * size for n, size in zip((3, 2, 1, 0), quantized, strict=True))
             + (row["method"] != "starquant+") * N * quantized[0])  # TAC is estimated on half of the segments
-    # the factor of H⁻¹; every column's error onto the others; three second moments of blocks of 64
-    fp64 = sum(4 / 3 * d**3 + C * d * (d - 1) + 3 * 2 * 64 * C * d for C, d in SHAPES)
+    # the factor of H; every column's error onto the others; three second moments of blocks of 64
+    fp64 = sum(d**3 / 3 + C * d * (d - 1) + 3 * 2 * 64 * C * d for C, d in SHAPES)
     assert calibrated["starquant+"]["fp64_flop"] == pytest.approx(fp64, rel=0.01)
 
 

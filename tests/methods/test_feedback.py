@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from references import diagonal_blocks, fake_quantized
 
 from methods.flat import clip_range
-from methods.gptq import damped, hessian, inverse_factor
-from methods.plus import feedback_matrix, rounding_order
+from methods.gptq import damped, hessian
+from methods.plus import feedback_matrix, inverse_factor, rounding_order
 from runtime import cpu
 from runtime.layers import Grid, QuantLinear, Weight
 from starquant import fake_quantize, quant_params
