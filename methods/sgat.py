@@ -185,7 +185,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     norm = float(y.square().sum(-1).mean()) or 1.0
 
     def loss_of(rows, P):
-        batch = (t.index_select(0, rows.to(x.device)) for t in (x, y, state))  # faster on a CPU than x[rows]
+        rows = rows.to(x.device)  # once: a GPU waits for every copy
+        batch = (t.index_select(0, rows) for t in (x, y, state))  # faster on a CPU than x[rows]
         return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, orthogonal=True) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
