@@ -69,7 +69,6 @@ def linear(layer, x, state=None):
     y = readable(layer, tokens, state) if library is None else run(library, layer, tokens, state)
     return y.reshape(*x.shape[:-1], len(layer.weight_packed))
 
-
 # ---- the readable path ---------------------------------------------------------------------------------------------
 
 
@@ -127,9 +126,7 @@ def feedback_codes(x, scale, zero, feedback, bits: int):
     # X_c = r + z
     return rearrange(u.add_(zero), "b n m -> m (n b)").to(torch.int8)
 
-
 # ---- the compiled path ---------------------------------------------------------------------------------------------
-
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_long
 TENSORS = ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift", "weight_sum", "weight_zero", "feedback")

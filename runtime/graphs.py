@@ -36,29 +36,25 @@ class GraphedModel:
 
     def hidden(self, ids, attention_mask=None):
         """Hidden states after the final norm, (B, L, D)."""
-        if not (ids.is_cuda and self.recordable):
-            return self.model.hidden(ids, attention_mask)
-        with torch.cuda.device(ids.device):  # the model's, which need not be the current one
-            return self._replayed(ids, attention_mask)
-
-    def _replayed(self, ids, attention_mask):
-        given = [ids]
-        if attention_mask is not None:  # read here: whether anything is masked decides what is launched
-            table, mask = self.model.context(ids, attention_mask)
-            given += [] if mask is None else [*table, mask]
-        if self.graph is None or [t.shape for t in given] != [t.shape for t in self.inputs]:
-            self._record(given)
-            if not self.recordable:
-                return self.model.hidden(ids, attention_mask)
-        for ours, theirs in zip(self.inputs, given, strict=True):
-            ours.copy_(theirs)
-        self.graph.replay()
-        return self.output
+        if ids.is_cuda and self.recordable:
+            with torch.cuda.device(ids.device):  # the model's, which need not be the current one
+                given = [ids]
+                if attention_mask is not None:  # read here: whether anything is masked decides what is launched
+                    table, mask = self.model.context(ids, attention_mask)
+                    given += [] if mask is None else [*table, mask]
+                if self.graph is None or [t.shape for t in given] != [t.shape for t in self.inputs]:
+                    self._record(given)
+                if self.recordable:
+                    for ours, theirs in zip(self.inputs, given, strict=True):
+                        ours.copy_(theirs)
+                    self.graph.replay()
+                    return self.output
+        return self.model.hidden(ids, attention_mask)
 
     def _hidden(self):
         """The hidden states of `inputs`, whose places in memory the graph keeps."""
         ids, *rest = self.inputs
-        return self.model.hidden(ids, context=((rest[0], rest[1]), rest[2])) if rest else self.model.hidden(ids)
+        return self.model.hidden(ids, context=(rest[:2], rest[2]) if rest else None)
 
     @torch.no_grad()
     def _record(self, given):

@@ -222,7 +222,7 @@ def cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     try:
         groups = [line.split(":", 2)[2].lstrip("/") for line in own.read_text().splitlines()
                   if line.startswith("0::") or ":memory:" in line]
-    except (OSError, IndexError):
+    except OSError:
         return []
     out = []
     for version, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"),

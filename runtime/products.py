@@ -20,6 +20,7 @@ import torch
 
 import kernels
 from runtime import checks, cuda
+from runtime.processes import batches
 from starquant import Across, Blocks, Kronecker, apply_basis
 
 
@@ -128,8 +129,7 @@ def _in_slices(layer, codes, ends, y):
     N, K = y.shape[1], layer.in_features
     width = slice_width(len(codes), N, K, layer.packed, y.device)
     scratch = torch.empty(width, K, dtype=torch.int8, device=y.device) if layer.packed else None
-    for n in range(0, N, width):
-        part = slice(n, min(n + width, N))
+    for part in batches(N, width):
         w = layer.weight_packed[part]
         w = cuda.unpack(w, scratch[: len(w)], y.dtype) if layer.packed else w.to(torch.int8)
         acc = kernels.product(lambda a, w: torch._int_mm(a, w.t()), codes, w, 2 ** (layer.abits + layer.wbits - 2))
