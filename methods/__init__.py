@@ -65,11 +65,10 @@ def QuantConfig(method: str = "starquant", **values) -> Settings:
 def config_from(args) -> Settings:
     """The settings that the flags of `calibrate.py` ask for."""
     values = {name: getattr(args, name) for name in FLAGS}
-    kinds = {name: type(f.default) for m in METHODS for name, f in settings_of(m).items() if name not in values}
-    flags = dict(values)
+    kinds = {name: type(f.default) for m in METHODS for name, f in settings_of(m).items() if name not in FLAGS}
     for item in args.set:
         name, equals, value = item.partition("=")
-        if name in flags:
+        if name in FLAGS:
             raise Refused(f"--set {item!r}: give --{name} instead.")
         if not equals or name not in kinds:
             raise Refused(f"--set {item!r}: expected SETTING=VALUE with a setting of {', '.join(kinds)}.")

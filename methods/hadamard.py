@@ -13,6 +13,8 @@ import torch
 
 from starquant import Kronecker
 
+H2 = torch.tensor([[1, 1], [1, -1]])
+
 
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % p for p in range(2, isqrt(n) + 1))
@@ -32,8 +34,6 @@ def hadamard(n: int):
     """Hadamard matrix of order n, (n, n) int64 of ±1; ValueError where neither construction reaches n."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.int64)
-    if n == 2:
-        return torch.tensor([[1, 1], [1, -1]])
     if n % 4 == 0 and _is_prime(n - 1):  # q = n − 1 ≡ 3 (mod 4)
         # Paley I: H = I + S,  S = [[0, 1ᵀ], [−1, Q]] skew-symmetric
         S = torch.zeros(n, n, dtype=torch.int64)
@@ -44,11 +44,10 @@ def hadamard(n: int):
         # Paley II: H = C ⊗ [[1, 1], [1, −1]] + I ⊗ [[1, −1], [−1, −1]],  C = [[0, 1ᵀ], [1, Q]] symmetric
         C = torch.ones(q + 1, q + 1, dtype=torch.int64)
         C[0, 0], C[1:, 1:] = 0, _jacobsthal(q)
-        return (torch.kron(C, torch.tensor([[1, 1], [1, -1]]))
-                + torch.kron(torch.eye(q + 1, dtype=torch.int64), torch.tensor([[1, -1], [-1, -1]])))
-    if n % 8 == 0:
+        return torch.kron(C, H2) + torch.kron(torch.eye(q + 1, dtype=torch.int64), torch.tensor([[1, -1], [-1, -1]]))
+    if n == 2 or n % 8 == 0:
         # Sylvester: H_n = H_2 ⊗ H_{n/2}
-        return torch.kron(hadamard(2), hadamard(n // 2))
+        return torch.kron(H2, hadamard(n // 2))
     raise ValueError(f"no Hadamard matrix of order {n} follows from the Sylvester and Paley constructions.")
 
 

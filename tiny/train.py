@@ -9,11 +9,8 @@ Objective
 Phases
     A phase takes its batches from the domains of its mix, in turn. Its learning rate rises for 200 steps and falls
     linearly to zero over --steps, or sooner if --minutes run out. --seed determines everything but the time.
-    `--preset shipped` repeats the phases that made the embedded model, each from the weights of the one before.
 
-What survives
-    Every 200 steps, on Ctrl-C and after a phase, all that the run needs to go on is written whole to one file (STATE),
-    and then the model. The same command with --resume goes on, on a CPU to the same bytes. The end removes STATE.
+`docs/tiny.md` says how a run goes on after an interruption, and how the embedded model was trained.
 """
 
 import json
@@ -41,7 +38,6 @@ DOMAINS = ("chain", "code", "english", "math", "sums")
 DEFAULTS = {"steps": 5200, "minutes": math.inf, "tokens": 3072, "lr": 2e-3, "seed": 0}
 RECORD, STATE = "training.json", "resume.safetensors"
 WARM_UP = EVERY = 200  # steps in which the learning rate rises, and between two writings
-T_MIN = 1e-3
 
 
 def training_batch(tokenizer, domain: str, tokens: int, mask_id: int, key: int):
@@ -56,7 +52,7 @@ def training_batch(tokenizer, domain: str, tokens: int, mask_id: int, key: int):
     else:
         ids, region = tasks.problem_tokens(tokenizer, domain, "train", tokens // 56, key)
     g = torch.Generator().manual_seed(key)
-    t = sampling.stratified_ratios(len(ids), g, T_MIN)
+    t = sampling.stratified_ratios(len(ids), g, 1e-3)
     return ids, sampling.mask_tokens(ids, region, t, mask_id, g), (1 / t)[:, None].expand(ids.shape), region.sum()
 
 
