@@ -1,22 +1,16 @@
 """The quantized linear on a CPU, and on every other device that the CUDA passes do not serve.
 
 `linear(layer, x, state)` takes tokens x (..., d) through the four steps of `runtime/layers.py`: transform, quantize,
-multiply, finish.
+multiply, finish. The readable path takes a few PyTorch operations for each, with `kernels.py`. It runs on every device
+and defines the result. Its operations walk over the data many times; rounding by feedback takes b steps of several.
 
-The readable path
------------------
-`readable` does these steps with `kernels.py`, a few PyTorch operations each. It runs on every device and defines the
-result. Its operations walk over the data many times, and rounding by feedback takes b steps of several operations.
-
-The compiled path
------------------
-`cpu_kernels.c` does all four steps in one call. Steps 2 to 4 give the same bits, because they take the same IEEE
-operations in the same order. Step 1 sums in the order of the channels, without rounding a product before it is added,
-as matrix libraries mostly do; where one sums in another order, a sum may differ in its last bit, and the codes of a few
-channels by one. The system's C compiler compiles the file at first use, for the processor that it runs on, and the
-result is kept in the user's cache folder. `compiled` compares it with the readable path once in every process before it
-serves. Where there is no compiler, or no integer dot product in the processor, or any bit differs, the readable path
-serves and one warning says so.
+The compiled path, `cpu_kernels.c`, does all four steps in one call. Steps 2 to 4 give the same bits, because they take
+the same IEEE operations in the same order. Step 1 sums in the order of the channels, without rounding a product before
+it is added, as matrix libraries mostly do; where one sums in another order, a sum may differ in its last bit, and the
+codes of a few channels by one. The system's C compiler compiles the file at first use, for the processor that it runs
+on, and the result is kept in the user's cache folder. `compiled` compares it with the readable path once in every
+process before it serves. Where there is no compiler, or no integer dot product in the processor, or any bit differs,
+the readable path serves and one warning says so.
 
 A thread takes 16 tokens at a time through steps 1 and 2, so that a vector holds the same channel of all of them. Then
 it takes 32 rows of the weight at a time, lays them out so that one instruction reads four channels of 16 rows, and

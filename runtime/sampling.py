@@ -12,9 +12,9 @@ some predictions are committed, and the others stay masked.
 | `entropy` | negative entropy | all of them in the last pass |
 | `origin` | none | Dream: every masked token by itself with probability 1 − s/t |
 
-Sources
-    These are the official code (LLaDA's `generate.py`, Dream's `generation_utils.py`) to the letter, with the order of
-    its random draws.
+These are the official code (LLaDA's `generate.py`, Dream's `generation_utils.py`) to the letter, with the order of its
+random draws. The head of the model runs only at the masked positions that may be committed: those before the end of the
+current block, or all of them in Dream's schedule.
 
 Parallel decoding
     With `threshold` τ or `factor` f there is no fixed number of passes. Each pass commits at least one masked position
@@ -22,11 +22,6 @@ Parallel decoding
     (n + 1)(1 − c_n) < f, where c_n is the n-th largest confidence. The confidence is the probability of the predicted
     token, so that the algorithm is `low_confidence` or `maskgit_plus`. Both rules are Fast-dLLM's (arXiv 2505.22618).
     Its code differs from its paper where all but the least sure position pass the test of f: it commits that one, too.
-
-Cost
-    The head of the model runs only at the masked positions that may be committed: those before the end of the current
-    block, or all of them in Dream's schedule. At temperature > 0 the official LLaDA code draws noise for every position
-    and every token of the vocabulary. That draw keeps its full size here, so that a seed gives the official text.
 """
 
 from dataclasses import dataclass
@@ -173,7 +168,7 @@ def llada_prediction(logits, where, algorithm, temperature, last: list[int], gen
         x0 = logits.argmax(-1)
     else:
         noise = torch.rand((*where.shape, logits.shape[-1]), dtype=torch.float64, device=logits.device,
-                           generator=generator)  # (B, L, V), as the official code draws it
+                           generator=generator)  # (B, L, V), as the official code draws it: a seed gives its text
         x0 = gumbel_max(logits, temperature, noise[where]).argmax(-1)
     if algorithm == "random":
         return x0, torch.rand(where.shape, device=logits.device, generator=generator)[where]
