@@ -68,14 +68,13 @@ def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...
 
 
 @torch.no_grad()
-def inputs_of(model, ids, names=FUSED) -> list[dict]:
-    """Inputs of the linears `names` of every block for token ids (n, L): [{name: (n, L, d)}, ...] by block."""
+def inputs_of(model, ids, names=FUSED):
+    """(place, linear, its input (N, d), states (N,)) of the linears `names` for token ids (n, L), a block at a time."""
     x, state, rope, _ = model.prepare(ids.to(model.device))
-    out = []
-    for block in model.blocks:
+    for i, block in enumerate(model.blocks):
         x, seen = run_block(block, x, state, rope, watch=names)
-        out.append(seen)
-    return out
+        for name, inputs in seen.items():
+            yield {"block": i, "linear": name}, getattr(block, name), inputs.flatten(0, 1).float(), state.flatten()
 
 
 def input_of(name: str, block, x, state, rope, spill: Path | None = None):

@@ -62,22 +62,17 @@ class Run:
                               sequences=self.sequences)
 
     def key(self, setting: dict | None, seed: int, threshold: float | None = None) -> dict:
-        """All that determines a cell except the code; with a threshold, of the cell that decodes by it.
-
-        Of `setting` only what differs from the method's defaults is kept.
-        """
-        if setting is not None:
-            defaults = dataclasses.asdict(config_of({"method": setting.get("method", "starquant")}, seed))
-            defaults["method"] = "starquant"
+        """All that determines a cell except the code; with a threshold, of the cell that decodes by it."""
+        if setting is not None:  # what differs from the method's defaults
+            method = {"method": setting.get("method", "starquant")}
+            defaults = dataclasses.asdict(config_of(method, seed)) | {"method": "starquant"}
             setting = {k: v for k, v in setting.items() if defaults.get(k) != v}
         key = {"weights": weights_digest(resolve(self.name)), "stress": self.c, "problems": self.problems, "seed": seed,
                "setting": setting, "segments": self.segments, "device": self.kind}
-        if threshold is None:
-            key |= {"nelbo": self.nelbo, "sequences": self.sequences or self.problems}
-        else:
-            key["threshold"] = threshold
-        usual = {"segments": 128, "device": "cpu", "sequences": self.problems}  # left out
-        return {name: value for name, value in key.items() if name not in usual or value != usual[name]}
+        key |= {"threshold": threshold} if threshold else {
+            "nelbo": self.nelbo, "sequences": self.sequences or self.problems}
+        usual = {"segments": 128, "device": "cpu", "sequences": self.problems}.items()  # left out
+        return {name: value for name, value in key.items() if (name, value) not in usual}
 
     @property
     def kind(self) -> str:
@@ -86,7 +81,8 @@ class Run:
 
     def measure(self, setting: dict | None, seed: int, threshold: float | None = None) -> dict[str, list[float]]:
         """Values per example of one setting (None: 16 bit) calibrated with and judged on a seed."""
-        model, label = self.calibrated(json.dumps(setting), seed), (setting or {"method": "16-bit"}).get("method", "")
+        model = self.calibrated(json.dumps(setting), seed)
+        label = "16-bit" if setting is None else setting.get("method", "starquant")
         if threshold is not None:
             values = metrics.parallel(model, self.problems, seed, threshold, label)
         elif setting is None:
@@ -99,11 +95,10 @@ class Run:
     @lru_cache(maxsize=1)  # noqa: B019 (a cell of each kind needs the same model)
     def calibrated(self, setting: str, seed: int):
         """The model of a setting in JSON (null: 16 bit)."""
-        model, setting = self.model(), json.loads(setting)
-        if setting is None:
-            return model
+        if (setting := json.loads(setting)) is None:
+            return self.model()
         tokens, region = self.calibration_set(setting, seed)
-        judged = quantize_model(model, tokens, config_of(setting, seed), region)
+        judged = quantize_model(self.model(), tokens, config_of(setting, seed), region)
         if setting.get("gates") == "off":
             switch_gates_off(judged)
         return judged
@@ -129,7 +124,7 @@ def switch_gates_off(model) -> None:
 @cache
 def weights_digest(folder: Path) -> str:
     files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
-    sums = [sha256(file) for file in files]
+    sums = list(map(sha256, files))
     return (sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest())[:16]
 
 
@@ -140,11 +135,6 @@ def digest(key: dict) -> str:
 def stored_cells(*files: Path) -> dict[str, dict]:
     """Finished cells by digest, the later of two."""
     return {cell["digest"]: cell for cell in json_lines(*files) if "digest" in cell}
-
-
-def store(cell: dict, file: Path) -> None:
-    with open(file, "ab", buffering=0) as out:  # a line is one write, so that processes may append side by side
-        out.write((json.dumps(cell) + "\n").encode())
 
 
 def measured(run: Run, todo: list[tuple], kinds: list, out: Path, fresh: bool = False, desc: str = "") -> list[list]:
@@ -163,9 +153,11 @@ def measured(run: Run, todo: list[tuple], kinds: list, out: Path, fresh: bool = 
         for threshold in kinds:
             key = run.key(setting, seed, threshold)
             if finished(key) is None:
-                cells[digest(key)] = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
-                                      "values": run.measure(setting, seed, threshold)}
-                store(cells[digest(key)], out / "cells.jsonl")
+                cell = {"digest": digest(key), "commit": commit, "torch": torch.__version__, **key,
+                        "values": run.measure(setting, seed, threshold)}
+                with open(out / "cells.jsonl", "ab", buffering=0) as file:  # one write, so that processes may append
+                    file.write((json.dumps(cell) + "\n").encode())
+                cells[cell["digest"]] = cell
     for others in processes.gather(cells):
         cells |= others
     return [[finished(run.key(setting, seed, threshold)) for threshold in kinds] for setting, seed in todo]

@@ -99,19 +99,16 @@ def prompts_for(model):
 
 def figure_1(model):
     """Histograms of one input at four steps, and the size of both states' activations at every step."""
-    states = denoising_states(model, prompts_for(model))
-    block, name = len(model.blocks) // 2, "qkv"
-    rms, drawn_steps = {"masked": [], "unmasked": []}, [0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1]
+    block, name, rms = len(model.blocks) // 2, "qkv", {"masked": [], "unmasked": []}
     figure, axes = plt.subplots(1, 5, figsize=(WIDTH, 2.6), width_ratios=[1, 1, 1, 1, 1.5])
-    panels = dict(zip(drawn_steps, axes, strict=False))
-    for step, ids in enumerate(states):
-        x, masked = inputs_of(model, ids, (name,))[block][name], ids == model.mask_id
+    panels = dict(zip([0, WRITTEN // 3, 2 * WRITTEN // 3, WRITTEN - 1], axes, strict=False))
+    for step, ids in enumerate(denoising_states(model, prompts_for(model))):
+        *_, x, masked = list(inputs_of(model, ids, (name,)))[block]
         for label, where, colour in (("masked", masked, ORANGE), ("unmasked", ~masked, BLUE)):
-            values = x[where]
-            rms[label].append(float(values.square().mean().sqrt()))
+            rms[label].append(float(x[where].square().mean().sqrt()))
             if step in panels:
-                panels[step].hist(values.flatten().cpu().numpy(), bins=80, density=True, histtype="step", color=colour,
-                                  linewidth=1.2, label=label)
+                panels[step].hist(x[where].flatten().cpu().numpy(), bins=80, density=True, histtype="step",
+                                  color=colour, linewidth=1.2, label=label)
     limit = max(abs(v) for p in panels.values() for v in p.get_xlim())
     for step, panel in panels.items():
         panel.set(title=f"step {step + 1} of {WRITTEN}", yscale="log", xlim=(-limit, limit), ylim=(1e-4, 20),
@@ -174,10 +171,9 @@ def draw_3(numbers):
 def figure_4(model):
     """Quantiles of |input of the attention output projection| in every block at the first step."""
     ids = denoising_states(model, prompts_for(model))[0]
-    shares = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999}
-    values = [seen["out"].abs().flatten() for seen in inputs_of(model, ids, ("out",))]
-    numbers = {k: [float(torch.quantile(v, q)) for v in values] for k, q in shares.items()}
-    numbers["maximum"] = [float(v.max()) for v in values]
+    values = [x.abs().flatten() for *_, x, _ in inputs_of(model, ids, ("out",))]
+    numbers = {k: [float(torch.quantile(v, q)) for v in values]
+               for k, q in {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999, "maximum": 1}.items()}
     figure, axis = plt.subplots(figsize=(4.6, 2.8))
     blocks = range(1, len(values) + 1)
     for (label, heights), colour, marker in zip(numbers.items(), (GREY, SKY, BLUE, RED), "osv^", strict=True):
@@ -193,23 +189,20 @@ def figure_5(model):
     """Share of energy that gating removes from each linear's input, per way to choose the subspaces."""
     config = QuantConfig(seed=SEED, tac="none")
     tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, SEED)
-    ids = masked_copies(tokens, region, model.mask_id, config).to(model.device)
+    ids = masked_copies(tokens, region, model.mask_id, config)
     kinds = {"learned from random (paper)": config,
              "learned from closed form": QuantConfig(seed=SEED, tac="none", allocation="closed_form")}
     fitted = {kind: calibrated(model, kind, setting) for kind, setting in kinds.items()}
-    state, generator = (ids == model.mask_id).flatten(), torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     numbers = {k: [] for k in ("random", "learned from random (paper)", "closed form", "learned from closed form")}
-    for i, seen in enumerate(inputs_of(model, ids)):
-        for name in FUSED:
-            x = seen[name].flatten(0, 1).float()
-            d = x.shape[1]
-            d_s = d // config.state_fraction
-            bases = {"random": initial_basis(d, "kronecker", generator),
-                     "closed form": allocate_subspaces(x, state, d_s, d_s, "kronecker", generator),
-                     **{k: getattr(m.blocks[i], name).P[0] for k, m in fitted.items()}}
-            lost = 1 - state_gate(state, d, d_s, d_s)
-            for k, P in bases.items():
-                numbers[k].append(float(transform(x, P.to(x), lost).square().sum() / x.square().sum()))
+    for place, _, x, state in inputs_of(model, ids):
+        d, d_s = x.shape[1], x.shape[1] // config.state_fraction
+        bases = {"random": initial_basis(d, "kronecker", generator),
+                 "closed form": allocate_subspaces(x, state, d_s, d_s, "kronecker", generator),
+                 **{k: getattr(m.blocks[place["block"]], place["linear"]).P[0] for k, m in fitted.items()}}
+        lost = 1 - state_gate(state, d, d_s, d_s)
+        for k, P in bases.items():
+            numbers[k].append(float(transform(x, P.to(x), lost).square().sum() / x.square().sum()))
     return draw_5(numbers), numbers
 
 

@@ -29,10 +29,10 @@ from torch import nn
 
 from calibrate import quantize_model
 from calibration.segments import calibration_texts, masked_copies, text_segments
-from calibration.streams import run_block
+from calibration.streams import inputs_of
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, resolve, write_json, write_text
-from experiments.cells import Run, current_commit, switch_gates_off
+from experiments.cells import Run, current_commit
 from experiments.rows import NO_TAC
 from methods import QuantConfig
 from methods.sgat import allocate_subspaces, initial_basis
@@ -77,15 +77,6 @@ def text(model, seed: int, split: str):
                          QuantConfig(seed=seed))
 
 
-def linears(model, ids):
-    """(place, linear, its input (N, d), states (N,)) of every linear for token ids (n, L), a block at a time."""
-    x, state, rope, _ = model.prepare(ids.to(model.device))
-    for i, block in enumerate(model.blocks):
-        x, seen = run_block(block, x, state, rope, watch=FUSED)
-        for name, inputs in seen.items():
-            yield {"block": i, "linear": name}, getattr(block, name), inputs.flatten(0, 1).float(), state.flatten()
-
-
 @torch.no_grad()
 def measure(model) -> dict[str, list[dict]]:
     """The balance of every gate, {kind of P: [{"block", "linear", "state", ...}, ...]}, for drawn P at every ρ."""
@@ -94,8 +85,8 @@ def measure(model) -> dict[str, list[dict]]:
     held_out, out, generator = text(model, SEED + 1, "eval"), {}, torch.Generator().manual_seed(SEED)
     for transform in ("kronecker", "dense"):
         trained = quantize_model(model, tokens, QuantConfig(seed=SEED, tac="none", transform=transform), region)
-        for (place, layer, x, x_state), (*_, unseen, state) in zip(linears(model, noisy), linears(model, held_out),
-                                                                   strict=True):
+        for (place, layer, x, x_state), (*_, unseen, state) in zip(
+                inputs_of(model, noisy), inputs_of(model, held_out), strict=True):
             weight, d, d_s = layer.weight.float(), x.shape[1], x.shape[1] // 32
             bases = {"random": initial_basis(d, transform, generator),
                      "trained": getattr(trained.blocks[place["block"]], place["linear"]).P[0],
@@ -116,26 +107,31 @@ def pays(row: dict) -> bool:
 def own_gates(model, noisy) -> list[dict]:
     """The balance of every gate of a quantized model for token ids noisy (n, L)."""
     rows = []
-    for place, layer, x, state in linears(model, noisy):
+    for place, layer, x, state in inputs_of(model, noisy):
         if layer.d_m or layer.d_u:
             z = apply_basis(x, layer.P)
             rows += balances(z, state, layer.weight(), layer.gates(z), 1, layer.abits, layer.clip, **place)
     return rows
 
 
-def gating(layer, masked: bool, unmasked: bool):
-    """The gated linear for tokens of some states alone; those of the others use all of P."""
-    new, without = copy.copy(layer), copy.copy(layer)
-    switch_gates_off(without)
-    new.forward = lambda x, state: torch.where(((state & masked) | (~state & unmasked))[..., None], layer(x, state),
-                                               without(x, state))
+def gated(layer, *kept: bool):
+    """The gated linear with the gates of masked and of unmasked tokens where they are kept, and all of P elsewhere."""
+    new, weight = copy.copy(layer), layer.weight()
+    gates = [gate if keep else torch.ones_like(gate) for keep, gate in zip(kept, layer.gates(weight), strict=True)]
+
+    def forward(x, state):
+        # Ŷ = Q(X P G_s) W̃ᵀ
+        z = apply_basis(x.float(), layer.P) * torch.where(state[..., None], *gates)
+        return layer.finish(linear(fake_quantize_rows(z, layer.abits, layer.clip), weight), state).to(x.dtype)
+
+    new.forward = forward
     return new
 
 
 def keeping(model, kept):
     """The quantized model with those gates alone: kept holds (block, linear, state)."""
     return rebuilt(model, blocks=nn.ModuleList(
-        rebuilt(block, **{name: gating(getattr(block, name), *((i, name, s) in kept for s in STATES))
+        rebuilt(block, **{name: gated(getattr(block, name), *((i, name, s) in kept for s in STATES))
                           for name in FUSED}) for i, block in enumerate(model.blocks)))
 
 

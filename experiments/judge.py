@@ -29,23 +29,18 @@ MEASURES = {"nelbo": "NELBO, nats/token", "kl": "KL from it, nats/token", "math"
 def report(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None = None) -> tuple[str, dict]:
     """A Markdown table of means with 95 % intervals (and paired differences), and the same as numbers."""
     header, rows, numbers = ["measure", "value", "95 % interval"], [], {}
-    if reference:
-        header += ["against it", "95 % interval"]
     for key, per_example in values.items():
         mean, low, high = numbers[key] = measures.bootstrap(per_example)
-        rows.append([MEASURES[key], f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
-        if reference and key in reference:
+        rows.append([MEASURES[key], f"{mean:.4f}", f"{low:.4f} to {high:.4f}"] + ["", ""] * bool(reference))
+        if key in (reference or {}):
             mean, low, high = numbers[f"{key}_difference"] = measures.bootstrap(per_example - reference[key])
-            rows[-1] += [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
-        elif reference:
-            rows[-1] += ["", ""]
-    return measures.markdown_table(header, rows), numbers
+            rows[-1][3:] = f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"
+    return measures.markdown_table(header + ["against it", "95 % interval"] * bool(reference), rows), numbers
 
 
 def checkpoints(args) -> dict[str, Checkpoint]:
     """{name: folder} of the model to compare with, if any, and of the judged one. Refused if they do not compare."""
-    names = [args.against, args.model] if args.against else [args.model]
-    found = {name: Checkpoint(resolve(name)) for name in names}
+    found = {name: Checkpoint(resolve(name)) for name in (args.against, args.model) if name}
     tokenizers = {name: load_tokenizer(checkpoint.folder) for name, checkpoint in found.items()}
     for name, tokenizer in tokenizers.items():
         if tokenizer is None:
@@ -62,19 +57,17 @@ def judge(args) -> dict:
     measured, record = (on_text if args.data else on_tasks)(args, found)
     record |= {"threshold": args.threshold, "seed": args.seed, "torch": torch.__version__}
     for name in found:
-        values, path = measured[name]
-        reference = None
+        (values, paths), reference = measured[name], None
         if name == args.model and args.against:
             reference, other = measured[args.against]
-            agreement = [measures.fidelity(p, q) for p, q in zip(path, other, strict=True)]
-            values = values | {k: torch.cat([a[k] for a in agreement]) for k in agreement[0]}
+            values = values | metrics.agreement(paths, other)
         text, record[name] = report(values, reference)
         print(f"\n**{name}**" + (f" against {args.against}" if reference else "") + f"\n\n{text}")
     return record
 
 
 def on_text(args, found: dict[str, Checkpoint]):
-    """({name: (values per segment, [trajectory])}, what the record says about the text)."""
+    """({name: (values per segment, {"text": trajectory})}, what the record says about the text)."""
     length = args.length or (64 if all(tasks.knows_our_tasks(c.folder) for c in found.values()) else 256)
     answer, (_, last) = args.gen_length or min(32, length // 2), list(found.items())[-1]
     if 2 * answer > length:
@@ -96,14 +89,13 @@ def on_text(args, found: dict[str, Checkpoint]):
             values = measures.likelihoods(copies, predicted, reference)
             path = measures.trajectory(model, segments[:, :answer], answer, answer, progress=bar.update)
             fast = measures.trajectory(model, segments[:, :answer], None, answer, args.threshold, progress=bar.update)
-            values["passes"] = fast.passes
-        measured[name], reference = (values, [path]), predicted
+        measured[name], reference = (values | {"passes": fast.passes}, {"text": path}), predicted
         del model
     return measured, {"data": args.data, "segments": len(segments), "length": length, "gen_length": answer}
 
 
 def on_tasks(args, found: dict[str, Checkpoint]):
-    """({name: (values per example, trajectories)}, what the record says about the problems)."""
+    """({name: (values per example, {task: trajectory})}, what the record says about the problems)."""
     for name, checkpoint in found.items():
         if not tasks.knows_our_tasks(checkpoint.folder):
             raise Refused(f"{name} was not trained on the embedded tasks; give a text to judge it on: --data FILE.")
@@ -115,5 +107,5 @@ def on_tasks(args, found: dict[str, Checkpoint]):
         fast = metrics.parallel(model, args.problems, args.seed, args.threshold, f"{name}, in parallel")
         values["passes"] = torch.cat([fast[f"{task}_passes"] for task in metrics.GENERATION])
         values |= {f"{task}_parallel": fast[task] for task in metrics.GENERATION}
-        measured[name] = values, list(paths.values())
+        measured[name] = values, paths
     return measured, {"problems": args.problems}

@@ -151,8 +151,8 @@ def setting(protocol: str, task: str, mc_num=None, gen_length=None, steps=None) 
 def table(protocol: str, results: dict[str, dict]) -> str:
     """Our numbers beside published ones, in percent. results: task -> what the harness measured, {"acc,none": ...}."""
     model = REPORTED_MODEL.get(protocol)
-    beside = {f"paper: {name}": row for name, row in REPORTED.get(model, {}).items()}
-    beside |= {f"QDLM: {name}": row for name, row in QDLM.get(model, {}).items()}
+    beside = {f"{source}: {name}": row for source, rows in (("paper", REPORTED), ("QDLM", QDLM))
+              for name, row in rows.get(model, {}).items()}
     rows = []
     for task, values in results.items():
         for i, (key, name) in enumerate((k, n) for k, n in METRICS.items() if k in values):
@@ -167,11 +167,9 @@ def table(protocol: str, results: dict[str, dict]) -> str:
     text = markdown_table(["task", "measure", "here", *beside], rows)
     if not model:
         return text
-    notes = [f"The paper's columns are for {model} (its Tables 1 and 5)."]
-    if model in QDLM:
-        notes.append("QDLM's (arXiv 2508.14896) are under its own settings.")
-    notes.append(f"Means at W4A4 known at second hand: {'; '.join(SECOND_HAND[model])}.")
-    return text + "\n\n" + " ".join(notes)
+    own = "QDLM's (arXiv 2508.14896) are under its own settings. " * (model in QDLM)
+    return (f"{text}\n\nThe paper's columns are for {model} (its Tables 1 and 5). {own}Means at W4A4 known at second "
+            f"hand: {'; '.join(SECOND_HAND[model])}.")
 
 
 def _percent(value: float | None) -> str:

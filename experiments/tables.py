@@ -1,12 +1,8 @@
 """The paper's tables on the embedded model, cell by cell: python evaluate.py --table 2 [--stress 4] [--seeds 3]
 
-`rows.py` has the rows, `cells.py` measures, and `docs/results.md` says how to read the numbers. Tables and cells go to
-the folder of --out, `out/tables` unless given. Settings were chosen on calibration seeds and examples 0-9; tables
-report seeds from 10 on.
-
-Table 1 also decodes by a confidence threshold, and table `passes` by several; those values are cells of their own.
-`--stress c` gives the model outlier channels first. `--nelbo` leaves the tasks out. `--quick` is for a first look: the
-likelihoods of few examples, one seed, and one epoch on a sixth of the segments.
+`rows.py` has the rows, `cells.py` measures, and `docs/results.md` says how to read the numbers. Settings were chosen on
+calibration seeds and examples 0-9; tables report seeds from 10 on. Table 1 also decodes by a confidence threshold, and
+table `passes` by several; those values are cells of their own.
 """
 
 from pathlib import Path
@@ -41,24 +37,22 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     for row in TABLES[number]:
         trained = quick and "epochs" in settings_of(row.setting.get("method", "starquant"))
         table[row.label] = row.setting | ({"epochs": min(1, row.setting.get("epochs", 1))} if trained else {})
-    todo = [(label, setting, FIRST_SEED + i) for label, setting in table.items() for i in range(seeds)]
-    cells = measured(run, [(setting, seed) for _, setting, seed in todo], kinds, out, fresh, f"table {number}")
+    todo = [(setting, FIRST_SEED + i) for setting in table.values() for i in range(seeds)]
+    cells = measured(run, todo, kinds, out, fresh, f"table {number}")
     if processes.rank():
         return {}
-    rows, used = {}, [cell for of_kinds in cells for cell in of_kinds]
-    for (label, *_), of_kinds in zip(todo, cells, strict=True):
-        values = {at(k, threshold): v for threshold, cell in zip(kinds, of_kinds, strict=True)
-                  for k, v in cell["values"].items() if threshold or not run.nelbo or k in ("nelbo", "kl")}
-        rows.setdefault(label, []).append(values)
+    values = [{at(k, threshold): v for threshold, cell in zip(kinds, of_kinds, strict=True)
+               for k, v in cell["values"].items() if threshold or not run.nelbo or k in ("nelbo", "kl")}
+              for of_kinds in cells]
+    rows = {label: values[i * seeds : (i + 1) * seeds] for i, label in enumerate(table)}
+    made = {by: ", ".join(sorted({c[by] for of_kinds in cells for c in of_kinds})) for by in ("commit", "torch")}
     command = [f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}",
                "" if run.sequences in (None, run.problems) else f"--sequences {run.sequences}",
                "" if run.c == 1 else f"--stress {run.c:g}", "--quick" if quick else "--nelbo" if run.nelbo else ""]
     counterparts = {row.label: row.against for row in TABLES[number] if row.against != ABOVE}
-    record = {"command": " ".join(filter(None, command)), "commit": ", ".join(sorted({c["commit"] for c in used})),
-              "torch": ", ".join(sorted({c["torch"] for c in used})), "model": run.name, "device": run.kind,
-              "seeds": seeds, "first_seed": FIRST_SEED, "problems": run.problems,
-              "sequences": run.sequences or run.problems, "stress": run.c, "thresholds": [t for t in kinds if t],
-              "rows": summarize(rows, counterparts)}
+    record = {"command": " ".join(filter(None, command)), **made, "model": run.name, "device": run.kind, "seeds": seeds,
+              "first_seed": FIRST_SEED, "problems": run.problems, "sequences": run.sequences or run.problems,
+              "stress": run.c, "thresholds": [t for t in kinds if t], "rows": summarize(rows, counterparts)}
     name = file_name(number, run, seeds, quick)
     write_json(out / f"{name}.json", record, indent=1)
     write_text(out / f"{name}.md", markdown(record) + "\n")
@@ -80,10 +74,10 @@ def curves(record: dict) -> dict:
 def file_name(number: str, run: Run, seeds: int, quick: bool) -> str:
     """table-N, then model, stress, kind and size, each as far as it is not that of the published tables."""
     size = f"{seeds}x{run.problems}" + (f"x{run.sequences}" if run.sequences not in (None, run.problems) else "")
-    published = {f"{SEEDS}x{SEQUENCES}" if run.nelbo else f"{SEEDS}x{PROBLEMS}x{SEQUENCES}"}
+    published = f"{SEEDS}x{SEQUENCES}" if run.nelbo else f"{SEEDS}x{PROBLEMS}x{SEQUENCES}"
     parts = [f"table-{number}", "" if run.name == "tiny" else Path(run.name).name,
              "" if run.c == 1 else f"stress{run.c:g}", "quick" if quick else "nelbo" if run.nelbo else "",
-             "" if size in published else size]
+             "" if size == published else size]
     return "-".join(filter(None, parts))
 
 
@@ -93,25 +87,24 @@ def at(measure: str, threshold: float | None) -> str:
 
 
 def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> list[dict]:
-    """Each setting over its seeds and their examples: means with intervals, and paired differences."""
-    base = {k: by_seed(rows["16-bit"], k) for k in rows["16-bit"][0]}
-    out, measured, above, rtn = [], {}, None, None
+    """Each setting, 16 bit first, over its seeds and their examples: means with intervals, and paired differences."""
+    out, measured, base, above, rtn = [], {}, None, None, None
     for label, cells in rows.items():
-        values = {k: by_seed(cells, k) for k in cells[0]}
+        values = {k: torch.tensor([c[k] for c in cells], dtype=torch.float64) for k in cells[0]}  # (seeds, examples)
+        base = base or values
         # an accuracy varies with its problems, and more seeds bring more; what is counted from 16 bit varies with the
         # calibration seed, too
-        row = {"setting": label, **{k: bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()}}
-        row |= in_parallel(values, base)
+        row = {"setting": label, **{k: bootstrap(v if k == "kl" else v.flatten()) for k, v in values.items()},
+               **in_parallel(values, base)}
         out.append(row)
         if label == "16-bit":
             continue
         if "kl" in values:
             row["penalty"] = bootstrap(values["nelbo"] - base["nelbo"])
             row["kl_by_seed"] = values["kl"].mean(-1).tolist()
-            rtn = values["kl"] if "RTN" in label else rtn  # of the same bits: it comes first of them
+            rtn = values["kl"].mean() if "RTN" in label else rtn  # of the same bits: it comes first of them
             if rtn is not None:
-                # share of RTN's divergence that is gone
-                row["recovered"] = float(1 - values["kl"].mean() / rtn.mean())
+                row["recovered"] = float(1 - values["kl"].mean() / rtn)  # share of RTN's divergence that is gone
         other = (reference or {}).get(label, above)
         if other in measured:
             differences = {k: values[k] - measured[other][k] for k in ("kl", "nelbo", *metrics.TASKS) if k in values}
@@ -145,11 +138,6 @@ def significant(interval, differences) -> bool:
     """Whether the interval (mean, low, high) of differences (S, n) is clear of 0 and all seeds have its sign."""
     by_seed = differences.mean(-1)
     return interval[1] * interval[2] > 0 and bool((by_seed > 0).all() or (by_seed < 0).all())
-
-
-def by_seed(cells: list[dict], measure: str):
-    """(seeds, examples)"""
-    return torch.tensor([c[measure] for c in cells], dtype=torch.float64)
 
 
 def columns(record: dict) -> list:

@@ -131,6 +131,6 @@ def parallel(model, problems: int, seed: int, threshold: float, label: str = "")
 
 
 def agreement(paths: dict, reference: dict) -> dict[str, torch.Tensor]:
-    """Trajectory fidelity over both generation tasks, one value per prompt."""
-    parts = [fidelity(paths[task], reference[task]) for task in GENERATION]
+    """Trajectory fidelity over all prompts of two dicts {task: trajectory}, one value per prompt."""
+    parts = [fidelity(paths[task], reference[task]) for task in paths]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
