@@ -137,9 +137,10 @@ def joined_tokens(tokenizer, texts: list[str]):
     return torch.tensor([t for e in tokenizer.encode_batch(texts) for t in e.ids], dtype=torch.long)
 
 
-def window_starts(tokens, n: int, length: int, seed: int):
-    """Where n random windows of the joined tokens (T,) begin, (n,)."""
-    return torch.randint(len(tokens) - length, (n,), generator=torch.Generator().manual_seed(seed))
+def windows(tokens, n: int, length: int, seed: int):
+    """The places of n random windows of the joined tokens (T,), (n, length)."""
+    starts = torch.randint(len(tokens) - length, (n,), generator=torch.Generator().manual_seed(seed))
+    return starts[:, None] + torch.arange(length)
 
 
 def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int, seed: int):
@@ -151,7 +152,7 @@ def text_segments(tokenizer, texts: list[str], source: str, n: int, length: int,
     if len(tokens) < 2 * length:
         raise Refused(f"{source} gives {len(tokens)} tokens, too few for segments of {length}; give at least "
                       f"{2 * length} or lower --length.")
-    ids = tokens[window_starts(tokens, n, length, seed)[:, None] + torch.arange(length)]
+    ids = tokens[windows(tokens, n, length, seed)]
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
@@ -163,8 +164,7 @@ def held_out_segments(tokenizer, texts: list[str], n: int, length: int, seed: in
     tokens = joined_tokens(tokenizer, texts)
     free = torch.ones(len(tokens), dtype=torch.bool)
     if calibrated:
-        used = window_starts(tokens, calibrated[0], length, calibrated[1])
-        free[used[:, None] + torch.arange(length)] = False
+        free[windows(tokens, calibrated[0], length, calibrated[1])] = False
     cut = tokens[: len(tokens) // length * length].view(-1, length)
     cut = cut[free[: cut.numel()].view(cut.shape).all(-1)]
     return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:n]]

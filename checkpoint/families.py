@@ -101,11 +101,10 @@ def _read(raw: dict, table: dict) -> dict:
     table: key -> type, (type, default) or ([implemented values], default). A null counts as absent where the default
     is null, zero or false.
     """
-    raw, values, other, wrong = _plain(raw), {}, [], []
-    for key, value in raw.items():
-        off = not value and type(value) not in (int, float)
-        if not (off or key in table or key in HARMLESS):
-            other.append(f"{key} = {reprlib.repr(value)}")
+    raw, values, wrong = _plain(raw), {}, []
+    # null, false and empty values mean that what they stand for is off
+    other = [f"{key} = {reprlib.repr(value)}" for key, value in raw.items()
+             if (value or type(value) in (int, float)) and key not in HARMLESS and key not in table]
     for key, entry in table.items():
         kind, default = entry if isinstance(entry, tuple) else (entry, REQUIRED)
         value = values[key] = default if raw.get(key) is None and not default else raw.get(key, default)

@@ -221,7 +221,7 @@ def write_index(folder: Path, shards: int, checksums: bool = True) -> int:
     for file in files:
         with open(folder / file, "rb") as shard:
             header = shard.read(int.from_bytes(shard.read(8), "little"))
-        weight_map |= {name: file for name in json.loads(header) if name != "__metadata__"}
+        weight_map |= {name: file for name in sorted(json.loads(header)) if name != "__metadata__"}
         size += (folder / file).stat().st_size - 8 - len(header)
     sums = {"sha256": {file: sha256(folder / file) for file in files}} if checksums else {}
     write_json(folder / INDEX, {"metadata": {"total_size": size, **sums}, "weight_map": weight_map})

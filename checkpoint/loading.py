@@ -157,17 +157,15 @@ def _tensors(checkpoint: Checkpoint, module: str, device) -> dict[str, torch.Ten
 
 def block_tensors(block, i: int) -> dict[str, torch.Tensor]:
     """Tensors of block i, 16-bit or quantized, by their names in a folder."""
-    c, names = block.config, NAMES[block.config.family]
+    names, out = NAMES[block.config.family], {}
     prefix = names.block.format(i)
-    out = {f"{prefix}.{theirs}.weight": getattr(block, ours).weight.detach() for ours, theirs in norm_names(c).items()}
-    for name in (*FUSED, "tac", "softmax_value"):
-        module = getattr(block, name)
-        for kind, tensor in (module.state_dict() if module is not None else {}).items():
+    for name, module in block.named_children():
+        for kind, tensor in module.state_dict().items():
             if isinstance(module, nn.Linear):
-                parts = zip(names.linears[name], tensor.split(part_sizes(c)[name]), strict=True)
+                parts = zip(names.linears[name], tensor.split(part_sizes(block.config)[name]), strict=True)
                 out |= {f"{prefix}.{part}.{kind}": rows for part, rows in parts}
             else:
-                out[f"{prefix}.{name}.{kind}"] = tensor
+                out[f"{prefix}.{names.norms.get(name, name)}.{kind}"] = tensor
     return out
 
 
