@@ -24,7 +24,7 @@ from checkpoint.folder import write_json
 from checkpoint.loading import is_quantized
 from checkpoint.published import SHAPES, write_checkpoint
 from experiments import peers, predict
-from experiments.timing import busy, ceilings, in_turn, measure, measure_each, roofline
+from experiments.timing import busy, ceilings, measure, measure_each, roofline
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import memory_table
 from model import generate, load_model, swiglu
@@ -104,26 +104,21 @@ def head_rows(point) -> int:
     return batch * tokens * (STEPS + 1) // 2
 
 
-def linear_roofline(top, weight: float, tokens: int, C: int, d: int, element: int, integer: bool) -> float:
-    """Least seconds of tokens (tokens, d) times a weight (C, d) of so many bytes; element: bytes of an activation."""
-    return roofline(top, weight + tokens * (C + d) * element, 2 * tokens * C * d, "integer" if integer else "float")
+def linear_roofline(top, linear, tokens: int, element: int) -> float:
+    """Least seconds of a linear on tokens (tokens, d), whose numbers take `element` bytes, as those of the output."""
+    kind, weight = ("integer", linear.weight_packed) if isinstance(linear, QuantLinear) else ("float", linear.weight)
+    C, d = len(weight), linear.in_features
+    return roofline(top, weight.nbytes + tokens * (C + d) * element, 2 * tokens * C * d, kind)
 
 
-def step_roofline(c, top, point, weight_bytes: float, head_bits: int, element: int) -> float:
-    """Least seconds of one denoising step: linears, attention and head, each at its own roofline.
-
-    weight_bytes: bytes of one weight of a linear; at most 1 means a quantized model. element: bytes of one activation.
-    """
-    batch, length, _ = point
-    tokens, quantized = batch * length, weight_bytes <= 1
-    block = sum(linear_roofline(top, C * d * weight_bytes, tokens, C, d, element, quantized)
-                for C, d in linear_shapes(c).values())
+def step_roofline(model, top, point, element: int) -> float:
+    """Least seconds of one denoising step: linears, attention and head, each at its own roofline."""
+    (batch, length, _), c = point, model.config
+    tokens, heads = batch * length, c.n_heads * c.head_dim
+    block = sum(linear_roofline(top, getattr(model.blocks[0], fused), tokens, element) for fused in FUSED)
     # Q Kᵀ and A V
-    heads = c.n_heads * c.head_dim
     block += roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
-    V, D, eight = c.vocab_size, c.d_model, quantized and head_bits < 16
-    head = linear_roofline(top, V * D * (1 if eight else element), head_rows(point), V, D, element, eight)
-    return c.n_layers * block + head
+    return c.n_layers * block + linear_roofline(top, model.head, head_rows(point), element)
 
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
@@ -136,11 +131,8 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
             calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks]
                      for name, m in models.items()}
             row = {"linear": fused, "M": tokens, "N": C, "K": d, **measure_each(calls, repeats, device)}
-            for name in models:
-                weight = getattr(models[name].blocks[0], fused)
-                integer = isinstance(weight, QuantLinear)
-                size = (weight.weight_packed if integer else weight.weight).nbytes
-                row[name]["roofline"] = linear_roofline(top, size, tokens, C, d, x.element_size(), integer)
+            for name, m in models.items():
+                row[name]["roofline"] = linear_roofline(top, getattr(m.blocks[0], fused), tokens, dtype.itemsize)
             out.append(row)
     return out
 
@@ -165,18 +157,17 @@ def shares(model, point, repeats: int) -> dict:
     qkv = torch.randn(batch, length, shapes["qkv"][0], device=device).to(dtype)
     gate_up = torch.randn(batch, length, 2 * c.d_ffn, device=device).to(dtype)
     open_rows = model.norm(x).flatten(0, 1)[:head_rows(point)]
-    calls = {"linears": [partial(in_turn, [partial(getattr(b, f), inputs[f], state) for f in FUSED]) for b in blocks],
+    calls = {"linears": [lambda b=b: [getattr(b, f)(inputs[f], state) for f in FUSED] for b in blocks],
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, open_rows)]}
     before = "transforms, gates, codes"  # before the product; on a CPU one call does both
     if isinstance(blocks[0].qkv, QuantLinear) and device.type == "cuda":
-        calls[before] = [partial(in_turn, [partial(first_half, getattr(b, f), inputs[f], state) for f in FUSED])
-                         for b in blocks]
+        calls[before] = [lambda b=b: [first_half(getattr(b, f), inputs[f], state) for f in FUSED] for b in blocks]
     if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
-    seconds = {name: s.get("median", float("nan")) for name, s in measure_each(calls, repeats, device).items()}
-    seconds = {name: s * (1 if name == "head" else c.n_layers) for name, s in seconds.items()}
+    seconds = {name: s.get("median", float("nan")) * (1 if name == "head" else c.n_layers)
+               for name, s in measure_each(calls, repeats, device).items()}
     if before in seconds:
         seconds["linears"] -= seconds[before]  # a QuantLinear contains them
     return seconds
@@ -184,13 +175,12 @@ def shares(model, point, repeats: int) -> dict:
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def cell(entry: dict, scale: float, digits: int, key: str = "median") -> str:
-    """A time or rate, its least possible time in parentheses where there is one, or what went wrong."""
+def cell(entry: dict, scale: float, digits: int) -> str:
+    """A time, the least possible one in parentheses where it is known, or what went wrong."""
     if "failed" in entry:
         return entry["failed"].replace("|", "/")
-    value = f"{(entry if key in entry else entry['step_s'])[key] * scale:.{digits}f}"
-    least = entry.get("roofline") if key == "median" else None
-    return value if least is None else f"{value} ({least * scale:.{digits}f})"
+    value = f"{entry.get('step_s', entry)['median'] * scale:.{digits}f}"
+    return f"{value} ({entry['roofline'] * scale:.{digits}f})" if "roofline" in entry else value
 
 
 def table_4(result: dict) -> str:
@@ -204,13 +194,13 @@ def table_4(result: dict) -> str:
         full = p["models"]["16-bit"]
         for name in QUANTIZED:
             quantized = p["models"][name]
+            rates = [cell(m, 1, 2) if "failed" in m else f"{m['tokens_per_s']:.2f}" for m in (full, quantized)]
             failed = "failed" in full or "failed" in quantized
             speed = "" if failed else f"{quantized['tokens_per_s'] / full['tokens_per_s']:.2f}"
             full_bytes = full.get("peak_bytes", memory[name]["sixteen_bit"])
             quantized_bytes = quantized.get("peak_bytes", memory[name]["total"])
             rows.append((f"{name}, batch {p['batch']}, length {p['length']}, {p['tokens_per_step']} per step",
-                         cell(full, 1, 2, "tokens_per_s"), cell(quantized, 1, 2, "tokens_per_s"), speed,
-                         f"{full_bytes / 1e9:.4g}", f"{quantized_bytes / 1e9:.4g}",
+                         *rates, speed, f"{full_bytes / 1e9:.4g}", f"{quantized_bytes / 1e9:.4g}",
                          f"{full_bytes / quantized_bytes:.2f}"))
     return markdown_table(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
 
@@ -244,8 +234,8 @@ def usual_points(device_type: str, args) -> list[tuple]:
     return args.points or POINTS[device_type + shapes]
 
 
-def measure_all(args, keep=lambda result: None) -> dict:
-    """Measure everything; the result is what the JSON line holds. keep(result) is called when there is more of it."""
+def measure_all(args):
+    """Measure everything; yields the result, which the JSON line holds, whenever there is more of it."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or ("bf16" if args.random_weights else None), device)
     repeats, asked = args.repeats or REPEATS[device.type], usual_points(device.type, args)
@@ -275,11 +265,10 @@ def measure_all(args, keep=lambda result: None) -> dict:
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; the machine reaches "
         f"{top['bytes_per_s'] / 1e9:.3g} GB/s, {top['float_ops_per_s'] / 1e12:.3g} TFLOP/s and "
         f"{top['integer_ops_per_s'] / 1e12:.3g} T/s of integers")
-    keep(result)
+    yield result
     packed = quantized_twin(model, args.seed, args.head_bits, args.embed_bits)
     plus = plus_twin(packed, args.seed)
-    models = {"16-bit": model, "starquant": packed, "starquant, int8": unpacked(packed), "starquant+": plus,
-              "starquant+, int8": unpacked(plus)}
+    models = {"16-bit": model, **dict(zip(QUANTIZED, (packed, unpacked(packed), plus, unpacked(plus)), strict=True))}
     sizes = {name: memory_table(c, head_bits=args.head_bits, embed_bits=args.embed_bits, method=method, weights=weights)
              for name, (method, weights) in QUANTIZED.items()}
     result["memory"] = {name: s | {"ratio": s["sixteen_bit"] / s["total"]} for name, s in sizes.items()}
@@ -287,22 +276,21 @@ def measure_all(args, keep=lambda result: None) -> dict:
     all_models = models | ({"16-bit, eager glue": eager(model)} if device.type == "cuda" else {})
     all_models |= peers.models(model, log) if args.peers else {}
     engines = peers.engines(model, log) if args.peers and device.type == "cpu" else {}
-    weight_bytes = {name: 0.5 if weights == "packed" else 1 for name, (_, weights) in QUANTIZED.items()}
     points = result["denoising"] = []
-    for batch, length, tokens in asked:
+    for point in asked:
+        batch, length, tokens = point
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
-                 "models": denoising(all_models, (batch, length, tokens), repeats)}
-        for name in models:
-            entry["models"][name]["roofline"] = step_roofline(
-                c, top, (batch, length, tokens), weight_bytes.get(name, dtype.itemsize), args.head_bits, dtype.itemsize)
+                 "models": denoising(all_models, point, repeats)}
+        for name, m in models.items():
+            entry["models"][name]["roofline"] = step_roofline(m, top, point, dtype.itemsize)
         if device.type == "cpu":
             entry["blocks"] = blocks_alone(models, engines, (batch, length), repeats)
         points.append(entry)
         log(f"{batch} x {length}, ms per step (least possible): "
             + "; ".join(f"{name} {cell(measured, 1e3, 2)}" for name, measured in entry["models"].items()))
-        keep(result)
+        yield result
     result |= {"linear_models": list(models), "linears": linears(models, top, repeats)}
-    keep(result)
+    yield result
     where = result["shares"] = {}
     for name, m in models.items():
         if "failed" not in points[-1]["models"][name]:
@@ -310,8 +298,7 @@ def measure_all(args, keep=lambda result: None) -> dict:
             step = points[-1]["models"][name]["step_s"]["median"]
             where[name] |= {"sampling and rest": step - sum(where[name].values()), "step": step}
     result["products"] = products.chosen()
-    keep(result)
-    return result
+    yield result
 
 
 def point(text: str) -> tuple[int, int, int]:
@@ -349,21 +336,21 @@ def parse(argv=None):
                         "--random-weights, else fp32, unless given")
     parser.add_argument("--seed", type=at_least(0, 2**63), default=0, help="of random weights and inputs (0)")
     args = parser.parse_args(argv)
-    args.kept = ""  # what an interrupted run leaves
-    args.command = "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
     args.random_weights |= args.write is not None
     wrong = {
         "--blocks needs --random-weights": args.blocks is not None and not args.random_weights,
         "--gain needs --write": args.gain is not None and not args.write,
         "--write measures nothing": args.write and (args.points or args.repeats or args.peers or args.out),
         "--gpu needs --predict": args.gpu and not args.predict,
-        "--predict knows --model, --gpu, --points and --out alone": args.predict and (
-            args.random_weights or args.repeats or args.peers or args.embed_bits or args.head_bits == 16 or args.dtype
-            or args.device != "auto" or args.seed),
+        "--predict knows --model, --gpu, --points and --out alone": args.predict and any(
+            value != parser.get_default(name) for name, value in vars(args).items()
+            if name not in ("predict", "model", "gpu", "points", "out")),
         "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
         f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}
     for sentence in (sentence for sentence, holds in wrong.items() if holds):
         parser.error(sentence)
+    args.kept = ""  # what an interrupted run leaves
+    args.command = "python bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
     return args
 
 
@@ -374,20 +361,15 @@ def run(args) -> dict:
         size = write_checkpoint(args.model, args.write, args.blocks, args.gain or 30.0, args.seed)
         return {"model": args.model, "blocks": args.blocks, "bytes": size, "out": str(args.write)}
     if args.predict:
-        result = predict.predict(args.model, args.gpu or "h200", args.points or POINTS["cuda"])
-        if args.out:
-            write_json(args.out, result)
-        print(predict.table(result))
-        return result
-
-    def keep(part):
-        if args.out:
-            write_json(args.out, part)
-            args.kept = f"{args.out} holds what was measured."
-
+        results, table = [predict.predict(args.model, args.gpu or "h200", args.points or POINTS["cuda"])], predict.table
+    else:
+        results, table = measure_all(args), tables
     with torch.no_grad():
-        result = measure_all(args, keep)
-    print(tables(result))
+        for result in results:
+            if args.out:
+                write_json(args.out, result)
+                args.kept = f"{args.out} holds what was measured."
+    print(table(result))
     return result
 
 

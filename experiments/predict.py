@@ -62,7 +62,7 @@ FLOP = {"tiled_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * 
         "centred_blocks": lambda x, *_: ("bf16", 2 * x.numel() * 64), "tac": lambda z, *_: ("bf16", 4 * z.numel() * 16),
         "feedback": lambda x, *_: ("fp32", x.numel() * 64),
         "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1))}
-FORMS = {}  # of results that were made before: the meta device takes half a millisecond to find one
+MADE = {}  # results of another call with tensors of such forms: the meta device takes up to 3 ms to find one
 
 
 def touched(*tensors) -> int:
@@ -80,14 +80,13 @@ def tensors(values) -> list:
 @cache
 def about(function) -> tuple[str, bool, bool]:
     """The name of an operation, whether it makes a view, and whether it makes one tensor, maybe in place."""
-    name, returns = function._schema.name.removeprefix("aten::"), function._schema.returns
-    alias = returns and returns[0].alias_info
-    return (name, bool(alias and not alias.is_write) or name in ("detach", "_unsafe_view"),
-            [str(value.type) for value in returns] == ["Tensor"] and function._overloadname != "out")
+    name = function.overloadpacket.__name__
+    return (name, function.is_view or name == "_unsafe_view",
+            [str(value.type) for value in function._schema.returns] == ["Tensor"] and function._overloadname != "out")
 
 
 def form(value):
-    """What the form of a result depends on: of a tensor what `empty_strided` takes, of a list its items."""
+    """What the form of a result depends on: shape, strides and type of a tensor, the items of a list."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
     return tuple(map(form, value)) if isinstance(value, list | tuple) else (type(value), value)
@@ -96,14 +95,10 @@ def form(value):
 def run(function, args, kwargs):
     """function(*args, **kwargs), a tensor on the meta device."""
     key = function, form(args), form([*kwargs.items()])
-    if key not in FORMS:
+    if key not in MADE:
         out = function(*args, **kwargs)
-        FORMS[key] = None if out is args[0] else form(out)
-        return out
-    if FORMS[key] is None:  # in place
-        return args[0]
-    shape, stride, dtype = FORMS[key]
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        MADE[key] = None if out is args[0] else torch.empty_like(out)  # None: in place
+    return args[0] if MADE[key] is None else torch.empty_like(MADE[key])
 
 
 class Count(TorchDispatchMode):

@@ -10,6 +10,7 @@ import os
 import time
 from functools import partial
 
+import numpy as np
 import torch
 
 import kernels
@@ -43,8 +44,7 @@ def measure(functions: dict, repeats: int, device) -> dict:
                 out[name] = {"failed": why}
             times[name].append(time.perf_counter() - start)
     for name in [name for name in functions if name not in out]:
-        low, median, high = torch.tensor(times[name][WARM_UPS:], dtype=torch.float64).quantile(
-            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        low, median, high = np.quantile(times[name][WARM_UPS:], (0.25, 0.5, 0.75)).tolist()
         out[name] = {"median": median, "low": low, "high": high}
     return out
 
