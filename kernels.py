@@ -26,13 +26,7 @@ It is a private function with strict operands on CUDA: two int8 matrices, the le
 (K, N) column-major, K and N multiples of 8, more than 16 rows, and on Hopper a multiple of 32 of them. A weight stored
 as (N, K) is column-major when it is transposed, so it needs no copy. Released versions computed wrong numbers for a
 left operand of stride 0 or of fewer than 17 rows. `int_mm` therefore copies the activations into fresh storage, padded
-with zeros, which change no sum.
-
-When it cannot serve
---------------------
-`backend` compares `_int_mm` with exact integers once for each kind of device. Where it is wrong, and on a CPU without
-int8 dot products (VNNI), where it is slow, `float_mm` serves: a floating-point product of integers is exact as long as
-all sums fit the mantissa. A GPU may also refuse single shapes; `product` sends those to `float_mm` and says so once.
+with zeros, which change no sum. Where it is wrong or slow, or refuses a shape, `float_mm` gives the same integers.
 
 This file is for reading and serves every device and shape. What runs is `runtime/cuda.py` and `runtime/cpu.py`, which
 fuse the same steps; tests hold their integers to be these.
@@ -132,8 +126,8 @@ def product(multiply, a, w, largest: int = 128 * 128):
 
 @cache
 def backend(device_type: str) -> str:
-    """"int_mm" or "float": what `int_matmul` uses on this kind of device."""
-    if device_type == "cpu" and not torch.cpu._is_vnni_supported():
+    """"int_mm" or "float": what `int_matmul` uses on this kind of device; "float" where `int_mm` is wrong or slow."""
+    if device_type == "cpu" and not torch.cpu._is_vnni_supported():  # no int8 dot products
         return "float"
     fault = self_check(device_type)
     if fault and device_type != "cpu":

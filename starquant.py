@@ -409,14 +409,8 @@ class Blocks(Factor, namedtuple("Blocks", "B")):
     """P = blockdiag(B_1, ..., B_n), B (n, b, b), d = n b."""
 
     def apply(self, x):
-        if torch.is_grad_enabled() and (x.requires_grad or self.B.requires_grad):
-            x = rearrange(x, "... (n b) -> ... n b", n=len(self.B))
-            return einsum(x, self.B, "... n b, n b c -> ... n c").flatten(-2)
-        # the same, every block written to its place; einsum would put them together in a pass of its own
-        blocks = x.reshape(-1, *self.B.shape[:2])  # (M, n, b)
-        y = x.new_empty(blocks.shape)
-        torch.bmm(blocks.transpose(0, 1), self.B, out=y.transpose(0, 1))
-        return y.view(x.shape)
+        x = rearrange(x, "... (n b) -> ... n b", n=len(self.B))
+        return einsum(x, self.B, "... n b, n b c -> ... n c").flatten(-2)
 
 
 class Across(Factor, namedtuple("Across", "A")):
