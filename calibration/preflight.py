@@ -33,8 +33,6 @@ HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shap
 # for TAC's two representations parts, which add up to three
 FORWARDS = 5
 
-# ---- memory, from below ----------------------------------------------------------------------------------------------
-
 
 def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = False, gptq: bool = False) -> dict:
     """Bytes of memory that calibrating on `tokens` tokens takes, by part, and `total`, a lower bound of the peak.
@@ -73,8 +71,6 @@ def spilled_bytes(c: ModelConfig, tokens: int, itemsize: int) -> int:
     """
     widths = [d for _, d in linear_shapes(c).values()]
     return tokens * (3 * c.d_model + sum(widths) + max(widths)) * itemsize
-
-# ---- every run -------------------------------------------------------------------------------------------------------
 
 
 def check(source: Checkpoint, out: Path, config: Settings, tokens: int, device, dtype, spill: Path | None = None,
@@ -127,8 +123,6 @@ def warn_of_few_tokens(c: ModelConfig, tokens: int, config: Settings) -> None:
     if tokens < 2 * channels and config.method != "rtn" and rank() == 0:
         print(f"calibrate.py: {tokens} tokens are fewer than two for each of the {channels} channels of the widest "
               f"linear, so the result suffers; give more --segments.", file=sys.stderr)
-
-# ---- --dry-run -------------------------------------------------------------------------------------------------------
 
 
 def timed(function, device):

@@ -23,9 +23,6 @@ WINOGRANDE = {"repo_id": "allenai/winogrande", "filename": "winogrande_xl/train-
               "revision": "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "repo_type": "dataset"}
 
 
-# ---- states ----------------------------------------------------------------------------------------------------------
-
-
 def token_states(model, tokens, region, mask_id: int, config: Settings):
     """Segments (S, L) with [MASK] in place: masked copies, or states from the trajectory of the model `model()`."""
     if config.states == "masked":
@@ -62,8 +59,6 @@ def rollout(model, tokens, ratios, rows: int = 16):
                 break
         out.append(states.cpu())
     return torch.cat(out)
-
-# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def find_texts(name: str) -> Path:

@@ -47,23 +47,20 @@ def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...
     """
     kept = {}
 
-    def keep(name, part):
+    def see(name, part, last=False):
         if name not in kept:  # the first segments show the width
             kept[name] = activations((len(x), *part.shape[1:]), part, spill)
         kept[name][now] = part
-
-    def see(name, args):
-        keep(name, args[0])
-        if stop:
+        if last:
             raise Reached
 
     with ExitStack() as hooks:
         for name in watch:
             hooks.enter_context(getattr(block, name).register_forward_pre_hook(
-                lambda _, args, name=name: see(name, args)))
+                lambda _, args, name=name: see(name, args[0], stop)))
         for now in batches(len(x), rows):
             with suppress(Reached):
-                keep("output", block(x[now].to(state.device), state[now], rope))
+                see("output", block(x[now].to(state.device), state[now], rope))
     return kept.pop("output", None), kept
 
 

@@ -55,8 +55,6 @@ def _qwen2_bpe(folder: Path):
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
-# ---- chat ----------------------------------------------------------------------------------------------------------
-
 
 def _llada_chat(messages) -> str:
     turns = (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>" for m in messages)
