@@ -295,10 +295,10 @@ def figure_hero():
     if not plain.keys() == stressed.keys() != set():
         raise Refused(f"{RESULTS} holds no table-1 and table-1-stress4 of the same rows; run evaluate.py --table 1.")
     names = sorted(plain, key=lambda name: -plain[name][0])
+    colours = [LOOKS[name].color if name.startswith(("starquant+", "STaR-Quant")) else DIM for name in names]
     figure, axis = plt.subplots(figsize=(8, 3.9))
     dot = {"markersize": 7, "markeredgewidth": 1.4}
-    for place, name in enumerate(names):
-        colour = LOOKS[name].color if name.startswith(("starquant+", "STaR-Quant")) else DIM
+    for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
         points = [(*stressed[name], "white"), (*plain[name], colour)]  # mean, low, high, inside of the dot
         axis.plot([mean for mean, *_ in points], [place] * 2, color=colour, linewidth=3, alpha=0.3, zorder=1)
         for mean, low, high, inside in points:
@@ -309,9 +309,9 @@ def figure_hero():
         axis.text(max(p[2] for p in points) * 1.06, place, f"{right[0]:.1f}", color=colour, va="center")
     axis.set(xscale="log", xlim=(1.4, 700), yticks=range(len(names)), yticklabels=names,
              xlabel="KL divergence from the 16-bit model, 10⁻³ nats per token (log scale; further left is better)")
-    for label in axis.get_yticklabels():
-        if label.get_text().startswith(("starquant+", "STaR-Quant")):
-            label.set(color=LOOKS[label.get_text()].color, fontweight="bold")
+    for label, colour in zip(axis.get_yticklabels(), colours, strict=True):
+        if colour != DIM:
+            label.set(color=colour, fontweight="bold")
     plain_numbers(axis.xaxis)
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
@@ -341,16 +341,16 @@ def make(number: str, out: Path, model: str | None = None, c: float = 1.0, devic
             raise Refused(f"{model} is quantized already; a figure takes the 16-bit model.")
         given = [loaded if c == 1 else stress(loaded, c)]
     out.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure, numbers = FIGURES[number](*given)
     name = "" if model in (None, "tiny") else f"-{Path(model).name}"
     stem = (f"figure-{number}" if number.isdigit() else number) + name + (f"-stress{c:g}" if c != 1 else "")
-    if isinstance(figure, str):  # it moves
-        write_text(out / f"{stem}.svg", figure)
-    else:
-        figure.savefig(out / f"{stem}.png", dpi=160)
-        figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
-        plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, numbers = FIGURES[number](*given)
+        if isinstance(figure, str):  # it moves
+            write_text(out / f"{stem}.svg", figure)
+        else:
+            figure.savefig(out / f"{stem}.png", dpi=160)
+            figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
+            plt.close(figure)
     write_json(out / f"{stem}.json", numbers, indent=1)
     print(f"{out / stem}.svg", file=sys.stderr)
     return {"out": str(out), "figure": stem}

@@ -229,7 +229,7 @@ def hugging_face_evaluate():
             sys.modules["evaluate"] = ours
 
 
-def find_tasks(names, include=None, unsafe=False):
+def find_tasks(names, include, unsafe):
     """The harness' TaskManager, once it has every task and its data; tasks of the folder `include` come first."""
     import datasets
     import huggingface_hub

@@ -29,7 +29,7 @@ def tried(builders: dict, log) -> dict:
     return out
 
 
-def models(model, log=print) -> dict:
+def models(model, log) -> dict:
     """The 16-bit model compiled, and with its blocks quantized by torchao."""
     probe = torch.zeros(1, 32, dtype=torch.long, device=model.device)
 
@@ -65,7 +65,7 @@ class Blocks(nn.Module):
 
 
 @torch.no_grad()
-def engines(model, log=print) -> dict:
+def engines(model, log) -> dict:
     """{name: run}: run(x, cos, sin) takes numpy arrays in fp32 through the blocks of a 16-bit model on the CPU."""
     rope, _ = model.context(torch.zeros(1, 64, dtype=torch.long))
     example = torch.randn(1, 64, model.config.d_model), *(t.float() for t in rope)

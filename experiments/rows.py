@@ -23,9 +23,9 @@ RTN, QUAROT, PLUS = {"method": "rtn"}, {"method": "quarot"}, {"method": "starqua
 NO_TAC, NO_GATES, UNTRAINED, GATES_OFF = {"tac": "none"}, {"state_fraction": 0}, {"epochs": 0}, {"gates": "off"}
 CLOSED, DENSE, ASYMMETRIC, KV = ({"allocation": "closed_form"}, {"transform": "dense"}, {"weights": "asymmetric"},
                                  {"kv_bits": 4})
-NEAREST = "starquant+, activations rounded to nearest", PLUS | {"rounding": "nearest"}
-RAW_GAIN = "starquant+, gain as GPTQ leaves it", PLUS | {"gain": "none"}
-EVEN = "starquant+, both sides even (a = ½)", PLUS | {"exponent": 0.5}
+NEAREST = Row("starquant+, activations rounded to nearest", PLUS | {"rounding": "nearest"})
+RAW_GAIN = Row("starquant+, gain as GPTQ leaves it", PLUS | {"gain": "none"}, "starquant+")
+EVEN = Row("starquant+, both sides even (a = ½)", PLUS | {"exponent": 0.5})
 
 
 def bits(row: Row, wbits: int, abits: int, suffix: str = "", against: str | None = ABOVE) -> Row:
@@ -41,7 +41,7 @@ def low_bit_rows():
             yield from (bits(SETTINGS[label], w, a, name) for label in ("QuaRot", "FlatQuant", "STaR-Quant"))
         yield bits(SETTINGS["starquant+ (ours)"], w, a, name)
         if (w, a) in ((4, 3), (3, 4), (2, 4)):
-            yield from (bits(Row(*row), w, a, name, f"starquant+ (ours){name}") for row in (NEAREST, EVEN, RAW_GAIN))
+            yield from (bits(row, w, a, name, f"starquant+ (ours){name}") for row in (NEAREST, EVEN, RAW_GAIN))
 
 
 def data_rows():
@@ -51,9 +51,9 @@ def data_rows():
              **{f"{n} segment{'s' * (n > 1)}": {"segments": n} for n in (64, 16, 4, 1)}}
     yield Row("RTN", RTN)
     for label in ("starquant+ (ours)", "QuaRot", "STaR-Quant"):
-        yield Row(f"{label}, own text, 128 segments", SETTINGS[label].setting, "RTN")
-        yield from (Row(f"{label}, {kind}", SETTINGS[label].setting | change, f"{label}, own text, 128 segments")
-                    for kind, change in kinds.items())
+        own, setting = f"{label}, own text, 128 segments", SETTINGS[label].setting
+        yield Row(own, setting, "RTN")
+        yield from (Row(f"{label}, {kind}", setting | change, own) for kind, change in kinds.items())
 
 
 SETTINGS = {row.label: row for row in (  # the methods as Table 1 has them
@@ -94,8 +94,8 @@ TABLES = {
         Row("DLLMQuant++, K and V in 4 bits", {"method": "dllmquant++"} | KV),
         Row("starquant+, Kronecker balance", PLUS | {"balance": "kronecker"}, "QuaRot"),
         Row("starquant+", PLUS),
-        Row(*NEAREST),
-        Row(*RAW_GAIN, "starquant+"),
+        NEAREST,
+        RAW_GAIN,
         Row("starquant+, states weigh alike", PLUS | {"mask_weight": 1.0}, "starquant+"),
         Row("starquant+, one mean for both states", PLUS | {"centre": "joint"}, "starquant+"),
         Row("starquant+, no centring", PLUS | {"centre": "none"}, "starquant+"),

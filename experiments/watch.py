@@ -145,20 +145,16 @@ def show_denoising(models: dict, ids: torch.Tensor, out=None, seed: int = 0, **o
     start, mask_ids, steps = ids.shape[1], {m.mask_id for m in models.values()}, options.get("steps")
     latest, shown, digits = [None] * len(models), 0, len(str(steps or options["gen_length"]))
 
-    def frame(batch, columns: int, room: int | None) -> list[str]:
-        answers, rows = [step.ids[0, start:].tolist() for step in latest], []
-        marks = marks_of(answers, batch, mask_ids, start)
-        for name, model, step, answer, mark in zip(short(models, columns), models.values(), latest, answers, marks,
-                                                   strict=True):
-            head = f"{name} {step.index + 1:>{digits}}" + (f"/{steps}" if steps else "")
-            line = cells(model.tokenizer, answer, model.mask_id, mark)
-            rows += screen_rows(head, line if coloured else [(c, "") for c, _ in line], columns, room)
-        return rows
-
     def write(batch, whole: bool = False):
         nonlocal shown
         columns, lines = shutil.get_terminal_size() if live else (10**9, 10**9)
-        rows = frame(batch, columns - 1, None if whole else max((lines - 1) // len(models), 1))
+        columns, room = columns - 1, None if whole else max((lines - 1) // len(models), 1)
+        answers, rows = [step.ids[0, start:].tolist() for step in latest], []
+        for name, model, step, answer, marks in zip(short(models, columns), models.values(), latest, answers,
+                                                    marks_of(answers, batch, mask_ids, start), strict=True):
+            head = f"{name} {step.index + 1:>{digits}}" + (f"/{steps}" if steps else "")
+            line = cells(model.tokenizer, answer, model.mask_id, marks if coloured else [""] * len(answer))
+            rows += screen_rows(head, line, columns, room)
         out.write((f"\033[{shown}A\033[J" if shown else "") + "\n".join(rows) + "\n")
         out.flush()
         shown = len(rows) if live else 0

@@ -162,6 +162,10 @@ def test_the_published_picture_shows_every_row_of_table_1(monkeypatch, tmp_path)
     numbers = json.loads((tmp_path / "out" / "figures" / "hero.json").read_text())
     assert list(numbers["plain"]) == list(numbers["stressed"]) == list(SETTINGS)
     assert (tmp_path / "out" / "figures" / "hero.png").stat().st_size > 5000
+    svg = tmp_path / "out" / "figures" / "hero.svg"
+    drawn = svg.read_bytes()
+    assert evaluate.main(["--figure", "hero"]) == 0
+    assert svg.read_bytes() == drawn  # its names of marks and clips, too
 
 
 def test_a_figure_carries_its_model_and_stress(small_folder, tmp_path):
