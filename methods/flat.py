@@ -60,6 +60,8 @@ def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int = 0, or
     x, y, state = inputs[:3]
     d, norm = weight.shape[1], float(y.square().sum(-1).mean()) or 1.0
     start = initial_basis(d, "kronecker", generator).to(x)
+    # δ = w_max^(1−α) / x_max^α, α = 0.3, at the start
+    diagonal = weight.abs().amax(0).clamp_min(1e-5) ** 0.7 / x.abs().amax((0, 1)).clamp_min(1e-5) ** 0.3
 
     def loss_of(rows, value):
         P, clip_x, clip_w = value
@@ -67,7 +69,7 @@ def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int = 0, or
         y_hat = quantized_linear(phi, folded_weight(weight, P, orthogonal, clip_w), config.abits, config.wbits)
         return reconstruction_loss(y[rows], y_hat if bias is None else y_hat + bias) / norm
 
-    parameters = FlatParameters(start, len(weight), channel_scale(inputs, weight), orthogonal)
+    parameters = FlatParameters(start, len(weight), diagonal, orthogonal)
     (P, clip_x, clip_w), record = minimize(parameters, loss_of, len(x), config.lr, config.epochs, config.batch,
                                            config.schedule, generator, progress)
     codes = quantize_weight(folded_weight(weight, P, orthogonal, clip_w), config.wbits)
@@ -81,14 +83,6 @@ def clip_range(x, clip):
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
-
-
-def channel_scale(inputs, weight):
-    """Start of the per-channel diagonal δ, (d,)."""
-    x_max = inputs.x.abs().amax((0, 1)).clamp_min(1e-5)
-    w_max = weight.abs().amax(0).clamp_min(1e-5)
-    # x · w_max^(1−α) / x_max^α, α = 0.3
-    return w_max**0.7 / x_max**0.3
 
 
 def fit_freeact(weight, bias, inputs, config, generator, progress):

@@ -23,13 +23,12 @@ from runtime.layers import rebuilt
 from runtime.processes import Parser, Refused, writable
 from tiny import tasks
 
-FRACTION = 32  # one channel in 32 is scaled, as many as SGAT gives a state
-
 
 def disparate_channels(x, state):
     """The d / 32 channels of x (..., d) whose root mean square differs most between masked and unmasked tokens."""
+    # as many as SGAT gives a state
     rms_m, rms_u = (x[s].square().mean(0).sqrt() for s in (state, ~state))
-    return (rms_m - rms_u).abs().topk(max(x.shape[-1] // FRACTION, 1)).indices
+    return (rms_m - rms_u).abs().topk(max(x.shape[-1] // 32, 1)).indices
 
 
 @torch.no_grad()

@@ -146,18 +146,15 @@ def _code(rng: random.Random) -> tuple[list[str], Problem]:
     return [f"code/{doc}"], Problem(f'def f({params}):\n """Return {doc}."""\n', f" return {expr}", tuple(inputs))
 
 
-def problem(task: str, split: str, rng: random.Random) -> Problem:
-    """One `math`, `code` or `chain` (three-step math) problem whose contents all hash into the split."""
-    make = {"math": _math, "code": _code, "chain": partial(_math, steps=3)}[task]
-    while True:
-        keys, p = make(rng)
-        if all(split_of(key) == split for key in keys):
-            return p
-
-
 def problems(task: str, split: str, n: int, seed: int) -> list[Problem]:
-    rng = random.Random(f"{task}/{split}/{seed}")
-    return [problem(task, split, rng) for _ in range(n)]
+    """`math`, `code` or `chain` (three-step math) problems whose contents all hash into the split."""
+    make = {"math": _math, "code": _code, "chain": partial(_math, steps=3)}[task]
+    rng, out = random.Random(f"{task}/{split}/{seed}"), []
+    while len(out) < n:
+        keys, problem = make(rng)
+        if all(split_of(key) == split for key in keys):
+            out.append(problem)
+    return out
 
 
 @dataclass(frozen=True)
