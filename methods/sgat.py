@@ -152,21 +152,20 @@ def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch
         moments = [x[s].mT @ x[s] / max(int(s.sum()), 1) for s in (state, ~state)]
         return least_energy(moments, (d_u, d_m), d, generator)
     n1, n2 = kronecker_sizes(d)
-    gate_m, gate_u = subspace_gates(d, d_m, d_u)
-    lost = {"masked": (gate_m == 0).view(n1, n2), "unmasked": (gate_u == 0).view(n1, n2)}
-    X = rearrange(x, "n (i j) -> n i j", i=n1)
-    tokens = {"masked": X[state], "unmasked": X[~state]}
-    rows = [i for i in reversed(range(n1)) if any(lost[s][i].any() for s in lost)]
+    # of masked and of unmasked tokens: what the gate takes (n1, n2), and the inputs (N_s, n1, n2)
+    lost = [(gate == 0).view(n1, n2) for gate in subspace_gates(d, d_m, d_u)]
+    tokens = [rearrange(x[own], "n (i j) -> n i j", i=n1) for own in (state, ~state)]
+    rows = [i for i in reversed(range(n1)) if lost[0][i].any() or lost[1][i].any()]
     # energy of each state in the directions of P1: E[X Xᵀ]
-    energy = {s: einsum(T, T, "n i k, n j k -> i j") / max(len(T), 1) for s, T in tokens.items()}
-    moments = [sum(int(lost[s][i].sum()) * energy[s] for s in lost) for i in rows]
+    energy = [einsum(T, T, "n i k, n j k -> i j") / max(len(T), 1) for T in tokens]
+    moments = [sum(int(lost[s][i].sum()) * energy[s] for s in (0, 1)) for i in rows]
     P1 = least_energy(moments, [1] * len(rows), n1, generator)
     # energy of each state within each of these rows, in the directions of P2: E[xᵀ x], x = P1_iᵀ X
-    inner = {(s, i): einsum(T, P1[:, i], "n i j, i -> n j") for s, T in tokens.items() for i in rows}
+    inner = {(s, i): einsum(T, P1[:, i], "n i j, i -> n j") for s, T in enumerate(tokens) for i in rows}
     energy = {key: x.mT @ x / max(len(x), 1) for key, x in inner.items()}
     moments, counts = [], []
     # neighbouring columns j that the same states lose in the same rows share a moment, the last columns first
-    for losing, columns in groupby(reversed(range(n2)), lambda j: [key for key in energy if lost[key[0]][key[1], j]]):
+    for losing, columns in groupby(reversed(range(n2)), lambda j: [(s, i) for s, i in energy if lost[s][i, j]]):
         if losing:
             moments.append(sum(energy[key] for key in losing))
             counts.append(len(list(columns)))

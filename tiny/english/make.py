@@ -5,13 +5,11 @@ import re
 import sys
 from pathlib import Path
 
-ASCII = {"—": " - ", "–": "-", "’": "'", "‘": "'", "“": '"', "”": '"', "…": "..."}
+ASCII = str.maketrans({"—": " - ", "–": "-", "’": "'", "‘": "'", "“": '"', "”": '"', "…": "..."})
 
 
 def clean(text: str) -> str:
-    for char, plain in ASCII.items():
-        text = text.replace(char, plain)
-    text = text.encode("ascii", "ignore").decode()
+    text = text.translate(ASCII).encode("ascii", "ignore").decode()
     return re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
 
 
