@@ -140,17 +140,12 @@ def figure_3(model):
     """Relative MSE of the final hidden state: on the 16-bit model's states, and on each model's own."""
     prompts = prompts_for(model)
     reference = denoising_states(model, prompts)
-    exact = [model.hidden(ids) for ids in reference]
-
-    def error(hidden, step):
-        return float((hidden - exact[step]).square().sum() / exact[step].square().sum())
-
-    numbers = {}
+    exact, numbers = [model.hidden(ids) for ids in reference], {}
     for label, setting in VARIANTS.items():
         quantized = calibrated(model, label, QuantConfig(**setting, seed=SEED))
-        own = denoising_states(quantized, prompts)
-        numbers[label] = {"same": [error(quantized.hidden(ids), t) for t, ids in enumerate(reference)],
-                          "own": [error(quantized.hidden(ids), t) for t, ids in enumerate(own)]}
+        numbers[label] = {kind: [float((quantized.hidden(ids) - want).square().sum() / want.square().sum())
+                                 for ids, want in zip(states, exact, strict=True)]
+                          for kind, states in (("same", reference), ("own", denoising_states(quantized, prompts)))}
     return draw_3(numbers), numbers
 
 

@@ -54,23 +54,21 @@ class HarnessLM(LM):
 
     model: what `load_model` takes, or a loaded model, whose weights `identity` then tells apart in the cache.
     mc_num, mc_batch, cfg, seed: see `likelihood.log_likelihoods`. batch_size: sequences that go through the model at
-    once; an eighth of it when generating. gen_length: None takes the task's max_gen_toks. steps: None is gen_length, or
-    no number with a threshold or factor. block_length: None is gen_length. sampling: further options of `generate`.
+    once; an eighth of it when generating. sampling: options of `generate`, of which gen_length is the task's
+    max_gen_toks unless given, and steps is gen_length unless they, a threshold or a factor are given.
     check_greedy: also say whether greedy denoising gives the answer, at a pass per token; no task of the paper asks.
     chat: the prompts hold a chat template. cache: a folder for finished answers. weights: "packed" or "int8", as they
     lie in memory. device: without a GPU the harness' own default, cuda:0, is auto.
     """
 
-    def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, gen_length=None,
-                 steps=None, block_length=None, check_greedy=False, chat=False, max_length=None, cache=None,
-                 identity="", device="auto", dtype=None, weights="packed", max_batch_size=None, **sampling):
+    def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, check_greedy=False,
+                 chat=False, max_length=None, cache=None, identity="", device="auto", dtype=None, weights="packed",
+                 max_batch_size=None, **sampling):
         super().__init__()
         if isinstance(model, str):
-            if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
-                device = "auto"
-            device = processes.start(pick_device(device))
-            dtype = dtype and getattr(torch, dtype)
-            identity, model = fingerprint(model), load_model(model, device, dtype, weights)
+            no_gpu = device == "cuda:0" and not torch.cuda.is_available()
+            device = processes.start(pick_device("auto" if no_gpu else device))
+            identity, model = fingerprint(model), load_model(model, device, dtype and getattr(torch, dtype), weights)
         self.model: DiffusionLM = model
         self.tokenizer = model.tokenizer
         if self.tokenizer is None:
@@ -78,7 +76,7 @@ class HarnessLM(LM):
         self._device, self.family = model.device, model.config.family
         self.end = [model.config.eos_id] if self.family == "dream" else []  # Dream's answers end with EOS
         self.likelihood = {"mc_num": int(mc_num), "mc_batch": int(mc_batch), "cfg_scale": float(cfg), "seed": int(seed)}
-        self.sampling = {"gen_length": gen_length, "steps": steps, "block_length": block_length, **sampling}
+        self.sampling = dict.fromkeys(("gen_length", "steps", "block_length")) | sampling
         self.batch_size, self.check_greedy, self.chat = int(batch_size), check_greedy, chat
         self.max_length = max_length or MAX_LENGTH.get(self.family, 4096)
         self.settings = [identity, str(model.norm.weight.dtype), self.likelihood, self.sampling, check_greedy, chat,
