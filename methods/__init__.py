@@ -35,7 +35,7 @@ METHODS = {
     "dllmquant+": Method(dllmquant.DLLMQuant, dllmquant.fit_dllmquant_awq, awq.stored_awq),
     "dllmquant++": Method(dllmquant.DLLMQuantRotated, dllmquant.fit_dllmquant_quarot, quarot.stored_quarot),
     "flatquant": Method(sgat.Trained, flat.fit_flat, flat.stored_flat),
-    "freeact": Method(sgat.Gated, flat.fit_freeact, flat.stored_flat),
+    "freeact": Method(sgat.Gated, flat.fit_flat, flat.stored_flat),
 }
 FLAGS = ("method", "wbits", "abits", "seed", "inputs", "states")  # settings that are flags of `calibrate.py`
 

@@ -13,7 +13,7 @@ methods differ in their transforms and not in their training.
 import torch
 from torch import nn
 
-from methods.sgat import cayley, initial_basis, kronecker_sizes, minimize
+from methods.sgat import Gated, OrthogonalBasis, cayley, initial_basis, kronecker_sizes, minimize
 from runtime.layers import Grid, QuantLinear, quantize_weight
 from starquant import Diagonal, Kronecker, apply_basis, quantized_linear, reconstruction_loss, state_gate, transform
 
@@ -26,8 +26,7 @@ class FlatParameters(nn.Module):
 
     def __init__(self, start: Kronecker, channels: int, diagonal, orthogonal=False):
         super().__init__()
-        self.start, self.orthogonal = start, orthogonal
-        self.left = nn.ParameterList(torch.zeros_like(f) for f in start)
+        self.basis, self.orthogonal = OrthogonalBasis(start), orthogonal
         if not orthogonal:
             self.right = nn.ParameterList(torch.zeros_like(f) for f in start)
             self.sizes = nn.ParameterList(torch.ones_like(f[0]) for f in start)
@@ -35,44 +34,42 @@ class FlatParameters(nn.Module):
         self.clip_x, self.clip_w = (nn.Parameter(diagonal.new_full(size, 4.0)) for size in ((2,), (channels, 2)))
 
     def forward(self):
-        factors = []
-        for i, f in enumerate(self.start):
-            # P_i = U diag(s) Vᵀ, U = start · cayley(A), V = cayley(B), s = 1 at the start
-            U = f @ cayley(self.left[i])
-            factors.append(U if self.orthogonal else (U * self.sizes[i]) @ cayley(self.right[i]).mT)
+        P = self.basis()
+        if not self.orthogonal:
+            # P_i = U diag(s) Vᵀ, V = cayley(B), s = 1 at the start
+            P = Kronecker(*((U * s) @ cayley(B).mT for U, s, B in zip(P, self.sizes, self.right, strict=True)))
         # a copy of δ: what is kept as the best iterate must not follow the parameters
-        P = [Diagonal(self.diagonal.clone()), Kronecker(*factors)]
-        return P, self.clip_x.sigmoid(), self.clip_w.sigmoid()
+        return [Diagonal(self.diagonal.clone()), P], self.clip_x.sigmoid(), self.clip_w.sigmoid()
 
 
-def folded_weight(weight, P, orthogonal: bool, clip_w):
-    """The weight in the transformed space, clipped: (C, d)."""
-    # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
-    P = [p if orthogonal and isinstance(p, Kronecker) else p.inverse_transpose() for p in P]
-    return clip_range(apply_basis(weight, P), clip_w)
+def fit_flat(weight, bias, inputs, config, generator, progress):
+    """Train P and the clipping of one linear and round it to nearest: (QuantLinear, record).
 
-
-def fit_flat(weight, bias, inputs, config, generator, progress, d_s: int = 0, orthogonal: bool = False):
-    """FlatQuant: train P and the clipping of one linear and round it to nearest: (QuantLinear, record).
-
-    With d_s = d_m = d_u channels for each token state and an orthogonal P, it is FreeAct.
+    It is FreeAct if the settings have gates, for the two token states of a diffusion model, and FlatQuant otherwise.
     """
     x, y, state = inputs[:3]
     d, norm = weight.shape[1], float(y.square().sum(-1).mean()) or 1.0
+    orthogonal = isinstance(config, Gated)
+    d_s = config.subspace(d) if orthogonal else 0
     start = initial_basis(d, "kronecker", generator).to(x)
     # δ = w_max^(1−α) / x_max^α, α = 0.3, at the start
     diagonal = weight.abs().amax(0).clamp_min(1e-5) ** 0.7 / x.abs().amax((0, 1)).clamp_min(1e-5) ** 0.3
 
+    def folded(P, clip_w):
+        # of an orthogonal factor P⁻ᵀ is P, of the diagonal 1/δ
+        P = [p if orthogonal and isinstance(p, Kronecker) else p.inverse_transpose() for p in P]
+        return clip_range(apply_basis(weight, P), clip_w)
+
     def loss_of(rows, value):
         P, clip_x, clip_w = value
         phi = clip_range(transform(x[rows], P, state_gate(state[rows], d, d_s, d_s, x.dtype)), clip_x)
-        y_hat = quantized_linear(phi, folded_weight(weight, P, orthogonal, clip_w), config.abits, config.wbits)
+        y_hat = quantized_linear(phi, folded(P, clip_w), config.abits, config.wbits)
         return reconstruction_loss(y[rows], y_hat if bias is None else y_hat + bias) / norm
 
     parameters = FlatParameters(start, len(weight), diagonal, orthogonal)
     (P, clip_x, clip_w), record = minimize(parameters, loss_of, len(x), config.lr, config.epochs, config.batch,
                                            config.schedule, generator, progress)
-    codes = quantize_weight(folded_weight(weight, P, orthogonal, clip_w), config.wbits)
+    codes = quantize_weight(folded(P, clip_w), config.wbits)
     return QuantLinear(weight=codes, grid=Grid(config.abits, clip_x), P=P, d_m=d_s, d_u=d_s, bias=bias), record
 
 
@@ -83,12 +80,6 @@ def clip_range(x, clip):
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     return torch.minimum(torch.maximum(x, low * clip[..., :1]), high * clip[..., 1:])
-
-
-def fit_freeact(weight, bias, inputs, config, generator, progress):
-    """FreeAct for the two token states of a diffusion model: gates of d/32 (`state_fraction`)."""
-    d_s = config.subspace(weight.shape[1])
-    return fit_flat(weight, bias, inputs, config, generator, progress, d_s, orthogonal=True)
 
 
 def stored_flat(config, d: int, behind_norm: bool) -> dict:

@@ -384,7 +384,7 @@ class TestFlat:
         weight, inputs = linear_inputs()
         config = QuantConfig(state_fraction=0, epochs=3)
         star = METHODS["starquant"].fit(weight, None, inputs, config, generator(), lambda _: None)
-        flat_ = flat.fit_flat(weight, None, inputs, config, generator(), lambda _: None, orthogonal=True)
+        flat_ = flat.fit_flat(weight, None, inputs, config, generator(), lambda _: None)
         assert flat_[1] == pytest.approx(star[1])
         for a, b in zip(star[0].P[0], flat_[0].P[0], strict=True):
             assert torch.allclose(a, b, atol=1e-6)
