@@ -1,9 +1,8 @@
 """One model judged, or two compared: python evaluate.py --model Q [--against F] [--data FILE]
 
-With --data any model is judged on any text, which is cut into segments. It gets its NELBO per token and, against a
-second model, the KL from it. Then it continues the first tokens of every segment by as many again: one token a pass, to
-see how far the trajectories of both models agree, and in parallel at --threshold, to see how many passes it takes. The
-models are loaded one after the other. Without --data a model that knows the embedded tasks is judged on them.
+With --data the text is cut into segments, on which NELBO and KL are estimated. Then a model continues the first tokens
+of every segment by as many again: one token a pass, to compare trajectories, and in parallel at --threshold, to count
+the passes. The models are loaded one after the other.
 """
 
 import torch
