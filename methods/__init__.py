@@ -32,8 +32,8 @@ METHODS = {
     "gptq": Method(gptq.GPTQ, gptq.fit_gptq),
     "awq": Method(Settings, awq.fit_awq, awq.stored_awq),
     "quarot": Method(quarot.QuaRot, quarot.fit_quarot, quarot.stored_quarot),
-    "dllmquant+": Method(dllmquant.DLLMQuant, dllmquant.fit_dllmquant_awq, awq.stored_awq),
-    "dllmquant++": Method(dllmquant.DLLMQuantRotated, dllmquant.fit_dllmquant_quarot, quarot.stored_quarot),
+    "dllmquant+": Method(dllmquant.DLLMQuant, dllmquant.fit_dllmquant, awq.stored_awq),
+    "dllmquant++": Method(dllmquant.DLLMQuantRotated, dllmquant.fit_dllmquant, quarot.stored_quarot),
     "flatquant": Method(sgat.Trained, flat.fit_flat, flat.stored_flat),
     "freeact": Method(sgat.Gated, flat.fit_flat, flat.stored_flat),
 }

@@ -24,8 +24,8 @@ def awq_loss(weight, s, H, bits: int):
     return output_error(error.double(), H).sum()
 
 
-def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=None, compensate=False):
-    """AWQ for one linear. token_weights (S, L) weigh the second moment; `compensate` rounds by GPTQ, not to nearest.
+def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=None):
+    """AWQ for one linear, rounded to nearest or by GPTQ (`second_order`); token_weights (S, L) weigh the second moment.
 
     AWQ's own code quantizes weights alone and differs in three points. It judges the error of the attention or MLP
     around a linear, here the linear itself is judged. It splits rows into groups of 128, here a row has one scale. It
@@ -38,7 +38,7 @@ def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=Non
     s = scales[int(losses.argmin())]
     H = H / s.double() / s.double()[:, None]  # second moment of x / s
     scale = shrunk_scale((weight * s).double(), config.wbits, H, AWQ_SHRINK)
-    if compensate:
+    if config.second_order:
         codes, scale = gptq(weight * s, H, config.wbits, scale)
     else:
         codes, scale = round_columns(weight * s, scale.float(), config.wbits).to(torch.int8), scale[:, 0]

@@ -71,16 +71,11 @@ def cgq_weights(state, confidence):
     return (torch.where(state, 1.0, CGQ_UNMASKED) + confidence.sqrt()).square()
 
 
-def fit_dllmquant_awq(weight, bias, inputs, config, generator, progress):
+def fit_dllmquant(weight, bias, inputs, config, generator, progress):
     """DLLMQuant+: AWQ's scales and clipping, judged and rounded (by GPTQ) under the certainty-guided Hessian.
 
     How this Hessian, which is made for GPTQ, combines with AWQ is unpublished. In this reading it takes part.
+    DLLMQuant++ is QuaRot with this Hessian.
     """
-    weights = cgq_weights(inputs.state, inputs.confidence)
-    return fit_awq(weight, bias, inputs, config, generator, progress, weights, compensate=True)
-
-
-def fit_dllmquant_quarot(weight, bias, inputs, config, generator, progress):
-    """DLLMQuant++: QuaRot with the certainty-guided Hessian."""
-    weights = cgq_weights(inputs.state, inputs.confidence)
-    return fit_quarot(weight, bias, inputs, config, generator, progress, weights)
+    fit, weights = fit_quarot if config.rotated else fit_awq, cgq_weights(inputs.state, inputs.confidence)
+    return fit(weight, bias, inputs, config, generator, progress, weights)
