@@ -48,9 +48,10 @@ Gpu = namedtuple("Gpu", "name capability multiprocessors L2_MiB bytes_per_s rate
 HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "fp32": 67e12, "fp64": 67e12}
 GPUS = {"h100": Gpu("H100 SXM", (9, 0), 132, 50, 3.35e12, HOPPER), "h200": Gpu("H200", (9, 0), 132, 60, 4.8e12, HOPPER),
         "a40": Gpu("A40", (8, 6), 84, 6, 0.696e12,
-                   {"bf16": 149.7e12, "int8": 299.3e12, "fp32": 37.4e12, "fp64": 0.58e12}),
+                   {"bf16": 149.7e12, "int8": 299.3e12, "int4": 598.7e12, "fp32": 37.4e12, "fp64": 0.58e12}),
         "4090": Gpu("RTX 4090", (8, 9), 128, 72, 1.008e12,
-                    {"bf16": 165.2e12, "int8": 660.6e12, "fp8": 330.3e12, "fp32": 82.6e12, "fp64": 1.29e12})}
+                    {"bf16": 165.2e12, "int8": 660.6e12, "int4": 1321.2e12, "fp8": 330.3e12, "fp32": 82.6e12,
+                     "fp64": 1.29e12})}
 PRODUCTS, LOOK_UPS = ("mm", "addmm", "addmm_", "bmm", "_int_mm"), ("embedding", "index", "gather", "index_select")
 KINDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # FLOP / n³ of n x n matrices, with n right-hand sides (Golub and Van Loan, Matrix Computations)
@@ -120,7 +121,8 @@ class Count(TorchDispatchMode):
             self.sums["peak_bytes"] = max(self.sums["peak_bytes"], sum(self.alive.values()))
 
     def launch(self, name, dtype, grid, args, threads=None, sizes=None):  # in the place of `cuda._launch`
-        self.add(touched(*args), *FLOP.get(name, lambda *_: ())(*args))
+        kind, flop = FLOP.get(name, lambda *_: ("fp32", 0))(*args)
+        self.add(touched(*args), "int4" if getattr(sizes, "NIBBLES", 0) else kind, flop)
 
     def fp8_product(self, codes, weight, scale, w_scale, y):  # of `products.fp8_product`
         self.add(touched(codes, weight, scale, w_scale, y), "fp8", 2 * y.numel() * codes.shape[1])

@@ -46,8 +46,9 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 class Tile(NamedTuple):
     """Sizes of `tiled_product`: a CUDA block multiplies TM tokens by TN outputs, TK channels at a time, with STAGES
-    such tiles on their way. A warp has WM x WN of the tile, and RESIDENT blocks share a multiprocessor. With GROUPS,
-    for Hopper, that many warp groups share TN outputs instead; then TM is a multiple of 128, and TK is 128."""
+    such tiles on their way. A warp has WM x WN of the tile, and RESIDENT blocks share a multiprocessor. With NIBBLES,
+    for Ampere and Ada, tensor cores multiply codes of 4 bits instead of bytes, twice as fast. With GROUPS, for Hopper,
+    that many warp groups share TN outputs instead; then TM is a multiple of 128, and TK is 128."""
 
     TM: int
     TN: int
@@ -56,6 +57,7 @@ class Tile(NamedTuple):
     WM: int = 32
     WN: int = 32
     RESIDENT: int = 2
+    NIBBLES: int = 0
     GROUPS: int = 0
 
     @property
@@ -98,7 +100,8 @@ class Rotation(NamedTuple):
 
 Sizes = Tile | Rotation
 # of 24 sizes, those that were the fastest somewhere on an H200 (results/gpu-h200.md); other GPUs have no "grouped"
-TILES = {"tiled 32": Tile(32, 128, TK=256), "tiled 128": Tile(128, 128, WM=64, WN=64),
+TILES = {"tiled 32": Tile(32, 128, TK=256), "tiled 128 of 4 bits": Tile(128, 128, WM=64, WN=64, NIBBLES=1),
+         "tiled 128": Tile(128, 128, WM=64, WN=64),
          "grouped": Tile(128, 128, GROUPS=2), "grouped deep": Tile(128, 128, GROUPS=2, STAGES=6, RESIDENT=1)}
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -235,7 +238,8 @@ def gptq_columns(columns, errors, M, scale, bits: int):
     """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64, n ≤ GPTQ_BLOCK. errors (n, C) hold the columns of
     the weight, whose place their errors take. M (n, n), K_ij / K_jj, and scale (C,) are fp64."""
     (n, C), codes, M = columns.shape, torch.empty_like(columns, dtype=torch.int8), M.contiguous()
-    _launch("gptq_columns", torch.float32, (-(-C // 64),), [columns, errors, M, scale.contiguous(), codes, n, C, bits], 64)
+    _launch("gptq_columns", torch.float32, (-(-C // 64),),
+            [columns, errors, M, scale.contiguous(), codes, n, C, bits], 64)
     return codes
 
 # ---- products ------------------------------------------------------------------------------------------------------

@@ -74,8 +74,14 @@ const int LANES = TM / WM * (TN / WN) * 32;  // a warp has WM x WN of the tile
 
 // c += a b by the 32 lanes of a warp: a 16 x 32 and b 32 x 8 signed bytes. Lane 4 g + t has, four to a register, bytes
 // 4 t.. and 16 + 4 t.. of rows g and g + 8 of a and of column g of b, and columns 2 t, 2 t + 1 of rows g and g + 8 of c.
+// With NIBBLES, numbers of 4 bits take the place of bytes, twice as many: eight to a register, 8 t.. and 32 + 8 t..
+#if NIBBLES
+#define MMA "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32"
+#else
+#define MMA "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+#endif
 __device__ void multiply(int c[4], const unsigned a[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -87,7 +93,7 @@ __device__ unsigned place_w(unsigned row, unsigned piece) {
 
 // One tile of the product and its epilogue. The codes x (rows, K) come with the even channels before the odd ones in
 // every 32, as the halves of packed bytes have them; four bits in the upper half of a byte are 16 times their signed
-// value. gridDim.z blocks share out K (`joined`).
+// value. With NIBBLES the codes are packed like the weights, in registers. gridDim.z blocks share out K (`joined`).
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restrict__ w, ENDS, real* y, int4* partial,
               int* ended, int M, int N, unsigned K, int rows) {
@@ -116,17 +122,32 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
         asm volatile("cp.async.commit_group;" ::: "memory");
         unsigned at = base + step % STAGES * STAGE;
 #pragma unroll
-        for (int s = 0; s < TK / 32; s++) {
-            unsigned a[WM / 16][4], b[WN / 32][4];
+        for (int s = 0; s < TK / 32; s += 1 + NIBBLES) {
+            unsigned a[WM / 16][4], b[1 + NIBBLES][WN / 32][4];
 #pragma unroll
-            for (int j = 0; j < WN / 32; j++) load_matrices(b[j], at + TILE_X + place_w(row_w + 32 * j, s));
+            for (int h = 0; h <= NIBBLES; h++)
 #pragma unroll
-            for (int i = 0; i < WM / 16; i++) load_matrices(a[i], at + place_x(row_x + 16 * i, 2 * s + lane / 16));
+                for (int j = 0; j < WN / 32; j++) load_matrices(b[h][j], at + TILE_X + place_w(row_w + 32 * j, s + h));
+#pragma unroll
+            for (int i = 0; i < WM / 16; i++) {
+#if NIBBLES
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    unsigned v[4];  // even channels of rows g and g + 8, then odd ones
+                    load_matrices(v, at + place_x(row_x + 16 * i, 2 * (s + h) + lane / 16));
+                    a[i][2 * h] = v[0] & 0x0f0f0f0fu | v[2] << 4 & 0xf0f0f0f0u;
+                    a[i][2 * h + 1] = v[1] & 0x0f0f0f0fu | v[3] << 4 & 0xf0f0f0f0u;
+                }
+#else
+                load_matrices(a[i], at + place_x(row_x + 16 * i, 2 * s + lane / 16));
+#endif
+            }
 #pragma unroll
             for (int j = 0; j < WN / 8; j++) {
-                unsigned even = b[j / 4][j % 4] << 4 & 0xf0f0f0f0u, odd = b[j / 4][j % 4] & 0xf0f0f0f0u;
+                unsigned w0 = b[0][j / 4][j % 4], w1 = b[NIBBLES][j / 4][j % 4];
+                if (!NIBBLES) w0 = w0 << 4 & 0xf0f0f0f0u, w1 &= 0xf0f0f0f0u;  // even channels, odd channels
 #pragma unroll
-                for (int i = 0; i < WM / 16; i++) multiply(c[i][j], a[i], even, odd);
+                for (int i = 0; i < WM / 16; i++) multiply(c[i][j], a[i], w0, w1);
             }
         }
     }
@@ -140,8 +161,8 @@ tiled_product(const unsigned char* __restrict__ x, const unsigned char* __restri
 #pragma unroll
             for (int j = 0; j < WN / 8; j += 2) {
                 int n = n0 + wn + j / 4 * 32 + 8 * t + j % 4 * 2;
-                int sum[4] = {c[i][j][2 * r] >> 4, c[i][j][2 * r + 1] >> 4, c[i][j + 1][2 * r] >> 4,
-                              c[i][j + 1][2 * r + 1] >> 4};
+                int sum[4] = {c[i][j][2 * r], c[i][j][2 * r + 1], c[i][j + 1][2 * r], c[i][j + 1][2 * r + 1]};
+                for (int k = 0; k < 4 && !NIBBLES; k++) sum[k] >>= 4;
                 if (n < N) finish4(sum, m, n, THE_ENDS, y, N);
             }
         }

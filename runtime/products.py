@@ -105,7 +105,7 @@ def ways(layer, x) -> list[Way]:
     if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in cuda.TILES.items()
                   if K % tile.TK == 0 and suits(tile, M, torch.cuda.get_device_capability(index))
-                  and checks.ready(index, x.dtype, tile)]
+                  and layer.abits <= (4 if tile.NIBBLES else 8) and checks.ready(index, x.dtype, tile)]
     if (max(layer.abits, layer.wbits) <= 4 and layer.weight_zero is None and K % 32 == 0 and x.dtype == torch.bfloat16
             and x.is_cuda and fp8_is_exact(index)):
         if not layer.packed:
@@ -116,7 +116,8 @@ def ways(layer, x) -> list[Way]:
 
 def suits(tile: cuda.Tile, M: int, capability: tuple) -> bool:
     """Whether a tile is worth a try: neither mostly empty nor read again and again, on a GPU with its instructions."""
-    works = capability == (9, 0) if tile.GROUPS else capability >= (8, 0)
+    works = (capability == (9, 0) if tile.GROUPS else (8, 0) <= capability < (9, 0) if tile.NIBBLES
+             else capability >= (8, 0))
     return works and (tile.TM <= 32 or tile.TM <= 2 * M) and (tile.TM >= 128 or M <= 4 * tile.TM)
 
 

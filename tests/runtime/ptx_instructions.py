@@ -270,18 +270,20 @@ class Instructions:
         return convert
 
     def _mma(self, parts, a):
-        """mma.sync.aligned.row.col, m16n8k32.s32.s8.s8.s32 or m16n8k16.f32.bf16.bf16.f32: fragments by the PTX manual
-        (9.7.14.5). A register has 4 bytes of neighbouring columns of A or rows of B, as many numbers as they are."""
+        """mma.sync.aligned.row.col, m16n8k32.s32.s8.s8.s32, m16n8k64.s32.s4.s4.s32 or m16n8k16.f32.bf16.bf16.f32:
+        fragments by the PTX manual (9.7.14.5). A register has 4 bytes of neighbouring columns of A or rows of B, as many
+        numbers as they are, the first one lowest."""
         D, A, B, C = ([r.strip() for r in v[1:-1].split(",")] for v in a)
-        small = parts[-2] == "s8"
-        T, K, n = (np.int32, 32, 4) if small else (np.float32, 16, 2)
+        T, K, n = {"s8": (np.int32, 32, 4), "s4": (np.int32, 64, 8), "bf16": (np.float32, 16, 2)}[parts[-2]]
         A, B, C = self._readers(A, np.uint32), self._readers(B, np.uint32), self._readers(C, T)
         write = [self._writer(r) for r in D]
         group, four, next_to = np.arange(32)[:, None] // 4, np.arange(32)[:, None] % 4, np.arange(n)
         sums_at = [(group[:, 0] + 8 * (i // 2), 2 * four[:, 0] + i % 2) for i in range(4)]
 
         def numbers(bits):  # (warps * 32,) -> (warps, 32, n); products of integers are exact in fp32
-            if small:
+            if n == 8:
+                return ((bits[:, None] >> 4 * next_to & 15 ^ 8).astype(np.int32) - 8).reshape(-1, 32, 8)
+            if n == 4:
                 return bits.copy().view(np.int8).reshape(-1, 32, 4)
             return (bits.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, 32, 2)
 

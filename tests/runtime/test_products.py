@@ -10,7 +10,8 @@ from kernel_checks import check_tile, paired, plant, plus_layer
 
 from runtime import cuda, products
 
-TILES = {"tiled": cuda.Tile(32, 64, WM=16), "tiled, long": cuda.Tile(32, 64, 256, 3),
+TILES = {"tiled": cuda.Tile(32, 64, WM=16), "4 bits": cuda.Tile(32, 64, WM=16, NIBBLES=1),
+         "4 bits, wide": cuda.Tile(64, 64, WM=64, STAGES=3, NIBBLES=1), "tiled, long": cuda.Tile(32, 64, 256, 3),
          "tiled, wide": cuda.Tile(64, 64, WM=64, STAGES=3), "grouped": cuda.Tile(128, 128, STAGES=3, GROUPS=2),
          "grouped, wide": cuda.Tile(128, 256, GROUPS=2), "grouped, tall": cuda.Tile(256, 128, GROUPS=2)}
 
@@ -31,7 +32,7 @@ class TestTiles:
         assert not launch.conflicts[tile.kernel]
 
     @pytest.mark.parametrize("splits", [2, 3])
-    @pytest.mark.parametrize("name", ["tiled", "grouped"])
+    @pytest.mark.parametrize("name", ["tiled", "4 bits", "grouped"])
     def test_blocks_that_share_out_the_channels(self, launch, name, splits):
         check_tile("cpu", TILES[name], 33, 640, 48, torch.bfloat16, splits, shifted=True)
 
@@ -46,7 +47,8 @@ class TestTiles:
 
     @pytest.mark.parametrize(("name", "old", "new"), [
         # values
-        ("tiled", "4 & 0xf0f0f0f0u, odd", "4 & 0xf0f0f0e0u, odd"),
+        ("tiled", "w0 << 4 & 0xf0f0f0f0u", "w0 << 4 & 0xf0f0f0e0u"), ("4 bits", "| v[2] << 4", "| v[3] << 4"),
+        ("4 bits", "w1 = b[NIBBLES]", "w1 = b[0]"), ("4 bits", "2 * (s + h) + lane / 16", "2 * s + lane / 16"),
         ("grouped", "a[i / 2 * 4 + i % 2 * 2 + s]", "a[i / 2 * 4 + i % 2 * 2 + 1 - s]"),
         ("grouped", "where + 2 * s", "where + 4 * s"), ("grouped", "if (m >= M) continue;", ""),
         ("tiled", "more.x; c[4 * i + 1]", "0; c[4 * i + 1]"), ("tiled", "ended[tile] = 0", "ended[tile] = 1"),
@@ -116,6 +118,15 @@ def test_tiles_serve_activations_that_32_bits_count(M, tiled, monkeypatch):
     assert (bool(tiles), last.name) == (tiled, "slices")
 
 
+@pytest.mark.parametrize("abits", [2, 4, 5, 8])
+def test_only_codes_of_4_bits_are_packed_in_registers(abits, monkeypatch):
+    monkeypatch.setattr(products.checks, "ready", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    x = SimpleNamespace(shape=(512, 2048), device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32)
+    found = products.ways(SimpleNamespace(packed=True, abits=abits, wbits=4, weight_zero=None), x)
+    assert ("tiled 128 of 4 bits" in [way.name for way in found]) == (abits <= 4)
+
+
 class TestFastest:
     @pytest.fixture(autouse=True)
     def timed(self, monkeypatch):
@@ -160,6 +171,7 @@ def test_a_tile_serves_any_number_of_tokens_on_every_gpu_with_its_instructions(c
         names = [name for name, tile in cuda.TILES.items() if products.suits(tile, M, capability)]
         assert ("tiled 32" in names) == (M <= 128)
         assert ("tiled 128" in names) == (M >= 64)
+        assert ("tiled 128 of 4 bits" in names) == (M >= 64 and capability[0] == 8)
         assert ("grouped" in names) == (M >= 64 and capability == (9, 0))
     assert all(tile.shared < 100 * 1024 for tile in cuda.TILES.values() if not tile.GROUPS)  # of an RTX 3090 or 4090
     assert not any(products.suits(tile, 32, (7, 5)) for tile in cuda.TILES.values())

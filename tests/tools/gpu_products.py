@@ -35,6 +35,7 @@ SOME = {"64x128": Tile(64, 128, WN=64), "64x128 tall": Tile(64, 128, WM=64), "64
 MANY = {"128x128": Tile(128, 128, WM=64, WN=64), "128x128 8 warps": Tile(128, 128, WM=32, WN=64, RESIDENT=1),
         "128x128 tall": Tile(128, 128, WM=64, WN=32, RESIDENT=1), "256x128": Tile(256, 128, WM=64, WN=64, RESIDENT=1),
         "128x128 3 stages": Tile(128, 128, STAGES=3, WM=64, WN=64),
+        "128x128 of 4 bits": Tile(128, 128, WM=64, WN=64, NIBBLES=1),
         "128x256": Tile(128, 256, WM=64, WN=64, RESIDENT=1)}
 GROUPED = {name: tile._replace(GROUPS=2) for name, tile in {
     "128x128": Tile(128, 128), "128x256": Tile(128, 256, RESIDENT=1), "256x128": Tile(256, 128, RESIDENT=1),
