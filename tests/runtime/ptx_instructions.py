@@ -271,7 +271,7 @@ class Instructions:
 
     def _mma(self, parts, a):
         """mma.sync.aligned.row.col, m16n8k32.s32.s8.s8.s32, m16n8k64.s32.s4.s4.s32 or m16n8k16.f32.bf16.bf16.f32:
-        fragments by the PTX manual (9.7.14.5). A register has 4 bytes of neighbouring columns of A or rows of B, as many
+        fragments by the PTX manual (9.7.14.5). A register has 4 bytes of neighbours: columns of A or rows of B, as many
         numbers as they are, the first one lowest."""
         D, A, B, C = ([r.strip() for r in v[1:-1].split(",")] for v in a)
         T, K, n = {"s8": (np.int32, 32, 4), "s4": (np.int32, 64, 8), "bf16": (np.float32, 16, 2)}[parts[-2]]
