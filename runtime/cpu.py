@@ -40,6 +40,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 import kernels
@@ -129,7 +130,7 @@ TENSORS = ("weight_packed", "weight_scale", "bias", "clip", "mean", "shift", "we
 class Factor(ctypes.Structure):
     """`Factor` of cpu_kernels.c: the address of its matrices, how many channels they mix, and which."""
 
-    _fields_ = [("T", POINTER), *((name, NUMBER) for name in ("n", "step", "several", "half"))]
+    _fields_ = [("T", POINTER), *((name, NUMBER) for name in ("n", "step", "next"))]
 
 
 class Layer(ctypes.Structure):
@@ -170,6 +171,12 @@ def turns(P, K: int):
             yield factor[0], K // len(factor[0]) if isinstance(factor, Across) else 1
 
 
+def filled(T):
+    """Matrices T (..., n, n) in fp32, their rows filled up with zeros to whole eights."""
+    n, T = T.shape[-1], T.float()
+    return (F.pad(T, (0, -n % 8)) if n % 8 else T).contiguous()
+
+
 def described(layer) -> Layer:
     """The layer as the C code sees it, kept with the layer for as long as it has the same tensors.
 
@@ -183,7 +190,7 @@ def described(layer) -> Layer:
         block = 0 if layer.feedback is None else layer.feedback.shape[-1]
         apply_basis(torch.empty(0, K), layer.P)  # ValueError for a factor that does not fit
         sizes = (N * ((K + 1) // 2 if packed else K), N, N, 2, 2 * K, 2 * N, N, N, K * block)
-        dtypes = {"weight_sum": torch.int32, "weight_zero": torch.int32, "feedback": torch.bfloat16,
+        dtypes = {"weight_sum": torch.int32, "weight_zero": torch.int32,
                   "weight_packed": torch.uint8 if packed else torch.int8}
         kept = {name: tensor.to("cpu", dtypes.get(name, torch.float32)).contiguous() for name in TENSORS
                 if (tensor := getattr(layer, name)) is not None}
@@ -191,8 +198,10 @@ def described(layer) -> Layer:
             if name in kept and kept[name].numel() != size:
                 shape = tuple(kept[name].shape)
                 raise ValueError(f"{name} of shape {shape} does not fit a linear of {K} to {N} channels.")
-        matrices = [(T.contiguous(), step) for T, step in turns(layer._stored(), K)]
-        array = (Factor * len(matrices))(*((T.data_ptr(), T.shape[-1], step, T.ndim == 3, T.dtype == torch.bfloat16)
+        if block:
+            kept["feedback"] = filled(kept["feedback"])
+        matrices = [(filled(T), step) for T, step in turns(layer.P, K)]
+        array = (Factor * len(matrices))(*((T.data_ptr(), T.shape[-2], step, T[0].numel() if T.ndim == 3 else 0)
                                            for T, step in matrices))
         about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed, len(array), ctypes.addressof(array),
                       **{name: tensor.data_ptr() for name, tensor in kept.items()})

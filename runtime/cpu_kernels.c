@@ -22,9 +22,9 @@ typedef __m256 floats;
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));  // bf16, the upper halves of fp32
 
-typedef struct {                       // a factor of P multiplies n channels, `step` apart, by a matrix of T
-    const void *T;                     // (n, n), or (K / n, n, n) where every n channels have a matrix of their own
-    long n, step, several, half;       // whether it is the latter, and whether it is bf16, not fp32
+typedef struct {                       // a factor of P multiplies n channels, `step` apart, by a matrix
+    const float *T;                    // (n, up(n, 8)): rows are filled up with zeros
+    long n, step, next;                // how far away the matrix of the next n channels is; 0 if it is the same
 } Factor;
 
 typedef struct {                       // the tensors of a QuantLinear; null where it does not have one
@@ -36,7 +36,7 @@ typedef struct {                       // the tensors of a QuantLinear; null whe
     const int32_t *mean;               // (2, K), the bits of fp32: row 0 for unmasked tokens, row 1 for masked ones
     const float *shift;                // (2, N)
     const int32_t *sum, *zero;         // (N,): sums of the weight's rows, zero points of an asymmetric weight
-    const uint16_t *feedback;          // (K / block, block, block)
+    const float *feedback;             // (K / block, block, up(block, 8))
 } Layer;
 
 typedef struct { floats scale; ints masked, zero, rest, codes[]; } Tokens;  // LANES of them, four codes to a word
@@ -44,10 +44,8 @@ typedef struct { floats scale; ints masked, zero, rest, codes[]; } Tokens;  // L
 static inline long up(long n, long of) { return (n + of - 1) / of * of; }
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline void copy(void *to, const void *from, long bytes, long left) {  // no more than are left
-    if (left >= bytes)
-        memcpy(to, from, bytes);  // one instruction
-    else if (left > 0)
-        memcpy(to, from, left);
+    if (left >= bytes) memcpy(to, from, bytes);  // one instruction
+    else if (left > 0) memcpy(to, from, left);
 }
 static inline ints load(const void *from, long left) {  // what is missing becomes zero
     ints v = {0};
@@ -79,74 +77,59 @@ static inline ints dot(ints acc, int32_t x, ints w) {
 #endif
 }
 
-#ifdef __AVX512VNNI__
-static inline void exchange(ints r[16], int s) {  // corners of 2s x 2s blocks change places
-    ints i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, from = i + ((i & s) != 0 & (16 - s));
-    #pragma GCC unroll 16
-    for (int k = 0; k < 16; k++)
-        if (!(k & s)) {
-            ints a = r[k], b = r[k + s];
-            r[k] = (ints)_mm512_permutex2var_epi32((__m512i)a, (__m512i)from, (__m512i)b);
-            r[k + s] = (ints)_mm512_permutex2var_epi32((__m512i)a, (__m512i)(from + s), (__m512i)b);
-        }
-}
-static inline void transpose(ints r[16]) { exchange(r, 1), exchange(r, 2), exchange(r, 4), exchange(r, 8); }
-#else
 static inline void transpose(ints r[LANES]) {
+#ifdef __AVX512VNNI__
+    ints i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    #pragma GCC unroll 4
+    for (int s = 1; s < 16; s *= 2)
+        #pragma GCC unroll 16
+        for (int k = 0; k < 16; k++)
+            if (!(k & s)) {  // corners of 2s x 2s blocks change places
+                __m512i a = (__m512i)r[k], b = (__m512i)r[k + s], from = (__m512i)(i + ((i & s) != 0 & 16 - s));
+                r[k] = (ints)_mm512_permutex2var_epi32(a, from, b);
+                r[k + s] = (ints)_mm512_permutex2var_epi32(a, (__m512i)((ints)from + s), b);
+            }
+#else
     int32_t t[LANES][LANES];
     memcpy(t, r, sizeof t);
     for (int i = 0; i < LANES * LANES; i++) r[i / LANES][i % LANES] = t[i % LANES][i / LANES];
-}
 #endif
+}
 
 // ---- 1. transform: tokens lose the mean of their state, are multiplied by P, and lose the channels of the other state
 
-static const float *widened(const void *T, long i, int half, long n, int32_t *to) {  // T_i as (n, up(n, 8)) fp32
-    if (!half && n % 8 == 0) return (float *)T + i * n * n;
-    for (long r = 0; r < n; r++)
-        for (long k = 0, at = (i * n + r) * n; k < n; k++)
-            to[r * up(n, 8) + k] = half ? ((uint16_t *)T)[at + k] << 16 : ((int32_t *)T)[at + k];
-    return (float *)to;
-}
-
 // a_j += sum_i x_i T_ij, summed and rounded as torch's libraries mostly do, which fuse from four channels on
-static void add_products(floats a[8], const floats *x, const float *T, long n, long stride) {
-    floats sum[8];
-    memcpy(sum, a, sizeof sum);
+static inline void add_products(floats a[8], const floats *x, const float *T, long n, long stride) {
     for (long i = 0; i < n; i++, T += stride)
         #pragma GCC unroll 8
         for (int j = 0; j < 8; j++)
-            if (n < 4) sum[j] += x[i] * T[j];
-            else sum[j] = plus_product(sum[j], x[i], T[j]);
-    memcpy(a, sum, sizeof sum);
+            if (n < 4) a[j] += x[i] * T[j];
+            else a[j] = plus_product(a[j], x[i], T[j]);
 }
 
 static void transform(const Layer *l, const char *tokens, long count, int half, ints masked, floats *x, floats *old) {
     long K = l->K;  // x (K, LANES)
     for (long k = 0; k < K; k += LANES) {
-        ints r[LANES] = {0};
-        for (long t = 0; t < count; t++) {
+        ints *r = (ints *)x + k;
+        for (long t = 0; t < LANES; t++) {
+            long at = t * K + k, left = t < count ? K - k : 0;
             halves upper = {0};
-            if (half) copy(&upper, tokens + 2 * (t * K + k), sizeof upper, 2 * (K - k));
-            r[t] = half ? __builtin_convertvector(upper, ints) << 16 : load(tokens + 4 * (t * K + k), 4 * (K - k));
+            if (half) copy(&upper, tokens + 2 * at, sizeof upper, 2 * left);
+            r[t] = half ? __builtin_convertvector(upper, ints) << 16 : load(tokens + 4 * at, 4 * left);
         }
         transpose(r);
-        memcpy(x + k, r, sizeof r);
     }
     for (long k = 0; l->mean && k < K; k++) x[k] -= (floats)((masked & l->mean[K + k]) | (~masked & l->mean[k]));
-    for (const Factor *f = l->P; f < l->P + l->factors; f++) {
-        const float *T = NULL;
+    for (const Factor *f = l->P; f < l->P + l->factors; f++)
         for (long p = 0, n = f->n; p < K / n; p++) {
             floats *part = x + p * (f->step == 1 ? n : 1);
-            if (!T || f->several) T = widened(f->T, p, f->half, n, (int32_t *)(old + n));
             for (long k = 0; k < n; k++) old[k] = part[k * f->step];
             for (long j = 0; j < n; j += 8) {
                 floats y[8] = {0};
-                add_products(y, old, T + j, n, up(n, 8));
+                add_products(y, old, f->T + p * f->next + j, n, up(n, 8));
                 for (long i = 0; i < least(8, n - j); i++) part[(j + i) * f->step] = y[i];
             }
         }
-    }
     floats m = -to_floats(masked), u = 1 - m;  // G_m = diag(1_sh, 1_m, 0_u), G_u = diag(1_sh, 0_m, 1_u)
     for (long k = K - l->d_u - l->d_m; k < K; k++) x[k] *= k < K - l->d_u ? m : u;
 }
@@ -158,7 +141,7 @@ static void transform(const Layer *l, const char *tokens, long count, int half, 
 static void feed_back(const Layer *l, floats *x, long n, floats s, floats z, floats *e) {
     long b = l->block, B = up(b, 8);
     float half = 1 << (l->bits - 1);
-    const float *V = widened(l->feedback, n, 1, b, (int32_t *)(e + b));
+    const float *V = l->feedback + n * b * B;
     for (long k = 0; k < b; k += 8) {
         floats u[8];
         for (int i = 0; i < 8; i++) u[i] = x[k + i] / s;
@@ -244,10 +227,9 @@ static inline void finish(const Layer *l, ints sum, const Tokens *x, long t, lon
 
 // x (M, K), state (M,) -> y (M, N), both fp32 or, if half, bf16. Returns 1 if there is no memory for the codes, else 0.
 int linear(const Layer *l, const char *x, const uint8_t *state, char *y, long M, int half, int threads) {
-    long K = l->K, N = l->N, size = half ? 2 : 4, n = l->block;
-    for (int i = 0; i < l->factors; i++) n = l->P[i].n > n ? l->P[i].n : n;
+    long K = l->K, N = l->N, size = half ? 2 : 4;
     long group = sizeof(Tokens) + sizeof(ints) * up(K, 8) / 4, groups = (M + LANES - 1) / LANES;
-    long room = sizeof(ints) * (K + 128 + n + n * up(n, 8) / LANES);  // a thread's own: tokens and matrices, or a panel
+    long room = sizeof(ints) * 2 * up(K, 64);  // a thread's own: tokens and what they were, or a panel
     char *all = aligned_alloc(64, up(groups * group + threads * room, 64));
     if (!all) return 1;
     #pragma omp parallel num_threads(threads)

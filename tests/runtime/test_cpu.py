@@ -284,7 +284,7 @@ class TestCompiling:
         ("z = rounded(-low / s)", "z = (-low / s)"), ("high = larger(high, x[k])", "high = larger(low, x[k])"),
         ("V[(k + i) * B + k + j]", "V[(k + i) * B + k]"), ("v += (floats)load(l->shift", "v -= (floats)load(l->shift"),
         ("to->rest += code", "to->rest -= code"), ("masked & l->mean[K + k]", "masked & l->mean[k]"),
-        ("? m : u", "? u : m"), ("if (!T || f->several)", "if (!T)"),
+        ("? m : u", "? u : m"), ("f->T + p * f->next", "f->T"),
         ("old[k] = part[k * f->step]", "old[k] = part[k]")])
     def test_a_library_that_differs_does_not_serve(self, line, wrong, monkeypatch, tmp_path):
         text, source = cpu.SOURCE.read_text(), tmp_path / "wrong.c"
