@@ -1,9 +1,33 @@
 """STaR-Quant (arXiv 2606.04945): Equations 1-18, 27-30 and Appendices A and C, in the paper's order and symbols.
 
 Tensors are row-major: activations x (..., d), weight W (C, d), token state (...) bool with True = masked. One equation
-is one function, and its formula stands directly above its lines. README.md has a table of all of them, with the
-functions that do their work when a model is calibrated or runs. The tests compare every function with an independent
-float64 computation (`tests/test_equations*.py`). Appendix B, the training of P, is `methods/sgat.py`.
+is one function, and its formula stands directly above its lines. The column *runs in* names the function that does its
+work when a model is calibrated or runs; "tests only" marks a reference. The tests compare every function with an
+independent float64 computation (`tests/test_equations*.py`). Appendix B, the training of P, is `methods/sgat.py`.
+
+Eq.   | what                                      | function            | runs in             | test
+1     | Y = X Wᵀ                                  | linear              | Linear.forward      | TestEq1
+2     | X_int = clamp(⌊X/s⌉ + z, 0, 2ᵇ−1)         | quantize            | quantize_rows       | TestEq2
+3     | X̂ = s (X_int − z)                         | dequantize          | scaled_product      | TestEq3
+4     | s = (max − min)/(2ᵇ−1), z = ⌊−min/s⌉      | quant_params        | quantize_rows       | TestEq4
+5     | Y ≈ Q_a(X) Q_w(Wᵀ)                        | quantized_linear    | int_linear          | TestEq5
+6     | Y = (XP)(P⁻¹Wᵀ)                           | transformed_linear  | QuantLinear.forward | TestEq6
+7     | X^m, X^u by token state, and back         | split_by_state      | tests only          | TestEq7
+8     | P = [U_sh, U_m, U_u]                      | subspaces           | tests only          | TestEq8
+9     | G_m, G_u                                  | subspace_gates      | QuantLinear.gates   | TestEq9
+10    | P_s = P G_s                               | state_basis         | tests only          | TestEq10
+11    | Φ_s(X) = X P G_s                          | transform           | QuantLinear.phi     | TestEq11
+12    | W̃ = Q_w(P_e Wᵀ)                           | fold_weight         | QuantLinear.fold    | TestEq12
+13    | Ŷ^s = Q_a(Φ_s(X^s)) W̃                     | sgat_linear         | QuantLinear.forward | TestEq13
+14    | L = E ‖Y − Ŷ‖²                            | reconstruction_loss | fit_flat            | TestEq14
+15    | L = E Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖²       | sgat_loss           | fit_sgat            | TestEq15
+16    | Z = softmax(Q Kᵀ/√d_h) V                  | attention_value     | Block.attention     | TestEq16
+17    | Z_tac = Ẑ Mᵀ + 1 dᵀ per block             | tac_apply           | TAC.forward         | TestEq17
+18    | M = Σ_fp^½ (Σ_q + λI)^−½, d = μ_fp − M μ_q | tac_fit             | estimate_tac        | TestEq18
+27    | X Wᵀ = Φ_s(X) P_e Wᵀ if X P G_s^⊥ = 0     | sgat_exact          | tests only          | TestEq27
+28    | Δ_s = X P G_s^⊥ P_e Wᵀ                    | leakage             | tests only          | TestEq28
+29    | Eq. 15 with W̃ = Q_w(PᵀWᵀ)                 | sgat_loss           | fit_sgat            | TestEq29
+30    | μ_b, Σ_b of each block                    | block_statistics    | tac_fit             | TestEq30
 
 Glossary: d input width, C output width, d_sh/d_m/d_u subspace sizes, b bits, s scale, z zero point, P basis,
 P_e = P⁻¹ its weight-side partner, G gate, Q_a/Q_w activation/weight quantizer, g TAC block size, B blocks, M/d TAC map.
