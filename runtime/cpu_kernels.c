@@ -147,13 +147,13 @@ static void feed_back(const Layer *l, floats *x, long n, floats s, floats z, flo
         for (int i = 0; i < 8; i++) u[i] = x[k + i] / s;
         add_products(u, e, V + k, k, B);
         #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 8 && k + i < b; i++) {
             // r = clamp(round(u_i)),  e = u_i - r in bf16,  u_j <- u_j - e V_ij
             floats r = smaller(larger(rounded(u[i]), -half - z), half - 1 - z);
             floats error = -(floats)to_bf16((ints)(u[i] - r));
             #pragma GCC unroll 8
             for (int j = i + 1; j < 8; j++) u[j] = plus_product(u[j], error, V[(k + i) * B + k + j]);
-            if (k + i < b) e[k + i] = error, x[k + i] = r + z;
+            e[k + i] = error, x[k + i] = r + z;
         }
     }
 }
