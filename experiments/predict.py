@@ -176,10 +176,7 @@ def pretended(count: Count):
         name = known.get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
         return name if name in calls else next(iter(calls))
 
-    def serves(*_):
-        return True
-
-    with (mock.patch.multiple(checks, ready=serves, usable=serves),
+    with (mock.patch.multiple(checks, ready=lambda *_: True, usable=lambda *_: True),
           mock.patch.multiple(cuda, _launch=count.launch, _multiprocessors=lambda _: gpu.multiprocessors,
                               _counters=lambda device: torch.empty(0, device=device)),
           mock.patch.multiple(products, fastest=fastest, fp8_product=count.fp8_product,

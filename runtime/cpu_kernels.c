@@ -1,4 +1,4 @@
-// The quantized linear on a CPU, in the order of the steps in cpu.py. That file compiles this one, draws a packed weight
+// The quantized linear on a CPU, in the order of the steps in layers.py. cpu.py compiles this file, draws a packed weight
 // and says which bits are those of the readable path. M tokens, K channels, N outputs. A vector holds one number of each
 // of LANES tokens, or of each of LANES rows of the weight.
 #include <immintrin.h>
