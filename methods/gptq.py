@@ -43,8 +43,7 @@ def output_error(error, H):
 
 
 def damped(H, damping: float):
-    """H + λ I, λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on the diagonal. (..., d, d)"""
-    H = H.clone()  # no other matrix of this size is made: for an 8B model it is a gigabyte
+    """H + λ I in H's place (..., d, d), λ = damping · mean(diag H); inputs that never occur (H_ii = 0) get 1 on it."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     diagonal += damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0).to(H)
     return H
@@ -52,8 +51,8 @@ def damped(H, damping: float):
 
 def upper_factor(H, damping: float):
     """K (..., d, d), upper triangular, with K Kᵀ = H for the damped H (..., d, d)."""
-    # reverse H, take its Cholesky factor, reverse that
-    return torch.linalg.cholesky(damped(H, damping).flip(-2, -1)).flip(-2, -1)
+    # reverse H, take its Cholesky factor, reverse that; for an 8B model each of these matrices is a gigabyte
+    return torch.linalg.cholesky(damped(H.flip(-2, -1), damping)).flip(-2, -1)
 
 
 def round_columns(weight, scale, bits: int, out=None):
@@ -112,12 +111,11 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = c
         end = min(start + block, len(W))
         columns, near = W[start:end], M[start:end, start:end]
         errors = torch.empty_like(columns).copy_(weight[:, start:end].mT)
-        if one_kernel:
-            codes[start:end] = cuda.gptq_columns(columns, errors, near, s, bits)
+        rounded = cuda.gptq_columns(columns, errors, near, s, bits) if one_kernel else columns
         for i, w in enumerate(() if one_kernel else columns):
-            codes[start + i] = rounded = round_columns(w, s, bits)
-            errors[i] -= s * rounded
+            errors[i] -= s * round_columns(w, s, bits, out=w)
             columns[i + 1 :].addr_(near[i, i + 1 :], errors[i])
+        codes[start:end] = rounded
         columns.copy_(errors)
         many = block * (end // block & -(end // block))  # the largest block · 2^n that divides `end`
         # w_j + Σ_{i<j} e_i K_ij / K_jj, for all i and j of two neighbours of that size

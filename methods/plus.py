@@ -163,7 +163,8 @@ def balanced_basis(x, weight, kind: str, generator: torch.Generator, token_weigh
 def in_order(P: list, weight):
     """P with the columns of its blocks in `rounding_order`, one order for all blocks: weight (C, d)."""
     *outer, inner = P[0]
-    order = rounding_order(block_moments(fold_weight(weight, P), inner.shape[-1]).mean(0))
+    channels = fold_weight(weight, P).reshape(-1, inner.shape[-1]).double()  # of all blocks and outputs: (C d/b, b)
+    order = rounding_order(channels.mT @ channels)
     return [type(P[0])(*outer, inner[..., order]), *P[1:]]
 
 
@@ -183,7 +184,7 @@ def best_clip(x, folded, bits: int, token_weights=None, feedback=None):
     losses = []
     for c in CLIPS:
         error = fake_quantize_rows(x, bits, x.new_full((2,), c), feedback) - x
-        losses.append(float(((error @ folded.mT).square().sum(-1) * weights).sum()))
+        losses.append(float(((error @ folded.mT).square_().sum(-1) * weights).sum()))
     return x.new_full((2,), CLIPS[losses.index(min(losses))])
 
 

@@ -115,7 +115,7 @@ class TestGPTQ:
         x, W = torch.randn(40, 7, generator=g).double(), torch.randn(3, 7, generator=g).double()
         H = hessian(x)
         codes, scale = gptq(W, H, bits, damping=0.01, block=3)
-        s, want, open_H = quant_params(W, bits, symmetric=True)[0], W.clone(), damped(H, 0.01)
+        s, want, open_H = quant_params(W, bits, symmetric=True)[0], W.clone(), damped(H.clone(), 0.01)
         for i in range(7):
             inverse = torch.linalg.inv(open_H[i:, i:])
             q = s[:, 0] * round_columns(want[:, i : i + 1], s, bits)[:, 0]

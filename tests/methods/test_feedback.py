@@ -47,7 +47,7 @@ class TestMatrix:
         V = feedback_matrix(weight, b)
         moment = weight.mT @ weight
         for n in range(blocks):
-            M = damped(moment[n * b : (n + 1) * b, n * b : (n + 1) * b], 0.01)
+            M = damped(moment[n * b : (n + 1) * b, n * b : (n + 1) * b].clone(), 0.01)
             for i in range(b - 1):
                 # −e_i M_io + δ M_oo = 0
                 want = -torch.linalg.solve(M[i + 1 :, i + 1 :], M[i + 1 :, i])
