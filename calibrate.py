@@ -93,7 +93,6 @@ def quantize_model(model: DiffusionLM, tokens, config: Settings = QuantConfig(),
     return quantized.eval()
 
 
-@torch.no_grad()
 def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finished=lambda i: None, progress=None,
                      share=(0, 1), spill: Path | None = None):
     """Yield (index, quantized block, record) for each block; `finished(i)` gives a block of an earlier run, or None.
@@ -103,8 +102,9 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finish
     spill: a folder, in whose files both streams and the inputs of the linears are kept instead of in memory.
     """
     confidence = prediction_confidence(outer, blocks(), noisy, spill) if config.diffusion_aware else None
-    x, state, rope, _ = outer.prepare(noisy)
-    x_q = x_fp = activations(x.shape, x, spill).copy_(x.detach())  # (S, L, D)
+    with torch.no_grad():  # around this function it would keep `outer` alive
+        x, state, rope, _ = outer.prepare(noisy)
+        x_q = x_fp = activations(x.shape, x, spill).copy_(x)  # (S, L, D)
     del x
     del outer  # the embedding and head of an 8B model take as much as ten blocks
     for i, block in enumerate(blocks()):
@@ -119,6 +119,7 @@ def calibrate_blocks(outer: DiffusionLM, blocks, noisy, config: Settings, finish
         x_q = x_fp if config.inputs == "fp" else run_block(quantized, x_q, state, rope, spill=spill)[0]
 
 
+@torch.no_grad()
 def quantize_block(block, x_fp, x_q, state, rope, config: Settings, index: int, progress=lambda loss: None,
                    confidence=None, spill: Path | None = None):
     """Block `index` quantized, a record of what was fitted, and the 16-bit block's output (S, L, D).

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -286,6 +287,25 @@ class TestCalibrationText:
     def test_text_file_calibrates(self, small_folder, tmp_path):
         (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 30)
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--data", str(tmp_path / "t.txt")) == 0
+
+
+def test_embedding_and_head_are_freed_before_a_block_is_fitted(small_folder, tmp_path, monkeypatch):
+    """They take gigabytes of an 8B model."""
+    load, fit, loaded, freed = calibrate.load_outer, calibrate.quantize_block, [], []
+
+    def load_and_watch(*args, **options):
+        outer = load(*args, **options)
+        loaded.append(weakref.ref(outer))
+        return outer
+
+    def fit_and_see(*args, **options):
+        freed.append(loaded[0]() is None)
+        return fit(*args, **options)
+
+    monkeypatch.setattr(calibrate, "load_outer", load_and_watch)
+    monkeypatch.setattr(calibrate, "quantize_block", fit_and_see)
+    assert command(small_folder, tmp_path / "q", "--method", "rtn") == 0
+    assert freed == [True, True]
 
 
 @pytest.mark.parametrize("setting", [{"method": "rtn"}, {}, {"transform": "none"}, {"method": "flatquant"},
