@@ -5,10 +5,9 @@ from pathlib import Path
 import bench
 import calibrate
 import evaluate
-from tiny import stress
 
 ASK = ["--prompt", "x", "--steps", "1", "--gen-length", "1", "--device", "cpu"]
-COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main, "stress": stress.main}
+COMMANDS = {"calibrate": calibrate.main, "evaluate": evaluate.main, "bench": bench.main}
 
 
 def tree(folder: Path) -> dict:
@@ -25,7 +24,7 @@ def refused(command, arguments, words, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 2, err
     assert any(w in err for w in words.split("|")), err
-    assert err.startswith("python -m tiny.stress: " if command == "stress" else f"{command}.py: "), err
+    assert err.startswith(f"{command}.py: "), err
     assert err.endswith(".\n"), err
     assert err.count("\n") == 1, err
     assert out == ""

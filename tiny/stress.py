@@ -1,4 +1,4 @@
-"""Outlier channels without changing the function: python -m tiny.stress --model tiny --c 8 --out FOLDER
+"""Outlier channels without changing the function: python calibrate.py --stress 8
 
 Small models lack the outlier channels of 8B ones. `stress` makes them. It takes the input channels of every linear in
 which masked and unmasked tokens differ most, and multiplies them by c where they are made: in the gain of the norm, the
@@ -9,7 +9,6 @@ same function up to rounding (exactly, where c is a power of two), but a quantiz
 import copy
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch
 from checkpoint.families import FUSED
 from checkpoint.folder import Checkpoint, read_json, resolve, sha256, write_json
 from model import DiffusionLM, load_model
-from runtime import processes, sampling
+from runtime import sampling
 from runtime.layers import rebuilt
-from runtime.processes import Parser, Refused, writable
+from runtime.processes import Refused, writable
 from tiny import tasks
 
 
@@ -87,8 +86,6 @@ def scale_channels(block, name: str, where, c: float) -> None:
 def write_stressed(name: str, c: float, folder: Path) -> None:
     """The stressed model as a checkpoint of its own, in fp32, so that any c keeps the function."""
     source = Checkpoint(resolve(name))
-    if source.quantization:
-        raise Refused(f"{name} is quantized already; give the 16-bit model.")
     # only a folder that holds this model, stressed earlier, may be replaced
     empty = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
     about = {"c": c, "source": {file: sha256(source.folder / file) for file in sorted(set(source.files.values()))}}
@@ -104,20 +101,3 @@ def write_stressed(name: str, c: float, folder: Path) -> None:
     stressed.save(folder)
     if tasks.knows_our_tasks(source.folder):
         shutil.copy(source.folder / "training.json", folder)
-
-
-def run(args) -> dict:
-    write_stressed(args.model, args.c, args.out)
-    return {"model": args.model, "c": args.c, "out": str(args.out)}
-
-
-def main(argv=None) -> int:
-    parser = Parser("python -m tiny.stress", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="tiny, a hub id or a folder of a 16-bit model")
-    parser.add_argument("--c", type=float, default=8.0, help="factor of the outlier channels (8)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the stressed model")
-    return processes.run("python -m tiny.stress", run, parser.parse_args(argv), smaller="the size of the model")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

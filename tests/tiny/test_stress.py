@@ -10,6 +10,7 @@ from calibrate import run_block
 from checkpoint.families import FUSED
 from checkpoint.folder import sha256
 from model import load_model
+from runtime.processes import Refused
 from tiny import stress
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -78,32 +79,31 @@ def test_the_most_state_disparate_channels_are_c_times_larger(family):
                 assert float(gap[scaled].min()) >= float(gap[~scaled].max())
 
 
-def test_errors_are_one_sentence_and_nothing_is_written(tmp_path, capsys):
-    source = tmp_path / "stressed"
-    assert stress.main(["--model", str(tmp_path / "nothing"), "--out", str(source)]) == 2
-    assert "nothing" in capsys.readouterr().err
-    assert stress.main(["--model", str(FIXTURES / "llada"), "--c", "-1", "--out", str(source)]) == 2
-    assert not source.exists()
+@pytest.mark.parametrize(("name", "c", "words"), [("nothing", 8.0, "nothing"), (FIXTURES / "llada", -1.0, "positive")])
+def test_refusals_write_nothing(tmp_path, name, c, words):
+    with pytest.raises(Refused, match=words):
+        stress.write_stressed(str(name), c, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 def test_write_stressed_keeps_the_function(tmp_path, monkeypatch):
     model, noisy = fixture("llada")
     default = stress.stress
     monkeypatch.setattr(stress, "stress", lambda m, c: default(m, c, noisy))
-    assert stress.main(["--model", str(FIXTURES / "llada"), "--c", "6", "--out", str(tmp_path / "s")]) == 0
+    stress.write_stressed(str(FIXTURES / "llada"), 6.0, tmp_path / "s")
     assert json.loads((tmp_path / "s" / "config.json").read_text())["model_type"] == "llada"
     again = load_model(tmp_path / "s", "cpu", torch.float32)
     assert torch.allclose(again(noisy).double(), model(noisy), atol=1e-4)
     assert not torch.equal(again.blocks[0].attn_norm.weight.double(), model.blocks[0].attn_norm.weight)
 
 
-def test_the_source_and_other_models_are_not_replaced(small_folder, tmp_path, capsys):
+def test_the_source_and_other_models_are_not_replaced(small_folder, tmp_path):
     before = sha256(small_folder / "model.safetensors")
-    assert stress.main(["--model", str(small_folder), "--out", str(small_folder)]) == 2
-    assert "is not this model stressed" in capsys.readouterr().err
+    for source, c, out, words in ((small_folder, 8.0, small_folder, "is not this model stressed"),
+                                  (small_folder, 1e39, tmp_path / "huge", "makes weights infinite")):
+        with pytest.raises(Refused, match=words):
+            stress.write_stressed(str(source), c, out)
     assert sha256(small_folder / "model.safetensors") == before
-    for _ in range(2):  # the same once more is written again
-        assert stress.main(["--model", str(small_folder), "--out", str(tmp_path / "s")]) == 0
-    assert stress.main(["--model", str(small_folder), "--c", "1e39", "--out", str(tmp_path / "huge")]) == 2
-    assert "makes weights infinite" in capsys.readouterr().err
     assert not (tmp_path / "huge").exists()
+    for _ in range(2):  # the same once more is written again
+        stress.write_stressed(str(small_folder), 8.0, tmp_path / "s")
