@@ -190,9 +190,13 @@ class TestOnCpu:
         keep[1, :3] = 0
         ropes = [m.context(torch.zeros(2, 7, dtype=torch.long), mask)[0] for mask in (None, keep)]
         eager = [block.attn_norm(x), model.swiglu(gate_up), *(t for rope in ropes for t in block.heads(qkv, rope))]
+        launched = []
+        monkeypatch.setattr(cuda, "_launch", lambda name, *rest, launch=cuda._launch: (launched.append(name),
+                                                                                       launch(name, *rest)))
         monkeypatch.setattr(checks, "glues", lambda *_: True)
         norm, silu = block.attn_norm(x), model.swiglu(gate_up)
         turned = [t for rope in ropes for t in block.heads(qkv, rope)]
+        assert launched == ["rms_norm", "silu_up", "rope", "rope"]
         assert torch.allclose(norm, eager[0], rtol=2 * torch.finfo(dtype).eps)
         assert torch.allclose(silu, eager[1], rtol=2 * torch.finfo(dtype).eps)
         assert all(map(torch.equal, turned, eager[2:]))
