@@ -70,7 +70,7 @@ ARGUMENTS = [
         ("blank.txt", "blank.txt holds no text"),
         ("nul.txt", "nul.txt holds no text"),
         ("latin.txt", "not UTF-8 text; convert it first, from Latin-1 by iconv -f latin1 -t"),
-        ("short.txt", "too few for segments of 64; give at least 128 or lower --length"),
+        ("short.txt", "short.txt gives 4 tokens, too few for segments of 64; give at least 128 or lower --length"),
         ("a.csv", "a.csv is none of .txt, .jsonl and .parquet"),
         ("a.parquet", "cannot be read as parquet|needs pyarrow"),
         ("broken.jsonl", "broken.jsonl, row 2"),

@@ -130,8 +130,11 @@ class TestMemory:
     @pytest.mark.parametrize("gptq", [False, True])
     def test_llada_8b_streams_in_less_than_its_weights(self, gptq):
         c = read_config(SHAPES["llada-8b"])
-        total = preflight.memory_bytes(c, 128 * 256, 2, gptq=gptq)["total"]
-        assert total < 0.6 * 2 * 8_015_581_184
+        parts = preflight.memory_bytes(c, tokens := 128 * 256, 2, gptq=gptq)
+        assert parts["total"] < 0.6 * 2 * 8_015_581_184
+        # gate_up takes most: down's inputs, which wait for it, and its own inputs, outputs and weight in fp32
+        assert parts["inputs of later linears"] == 2 * tokens * 12288
+        assert parts["fitting a linear"] == 4 * (tokens * (4096 + 24576) + 4096 * 24576)
 
     def test_too_little_memory_is_named(self, small_folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(preflight, "free_memory", lambda device: 10**5)
