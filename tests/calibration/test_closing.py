@@ -35,17 +35,19 @@ def run(folder, text, out, *more):
                            "24", "--segments", "9", "--device", "cpu", "--method", "quarot", *more])
 
 
-def test_it_is_what_the_whole_models_give(folder, tmp_path, capsys):
-    assert run(folder, "long.txt", tmp_path / "q", "--problems", "5") == 0
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_it_is_what_the_whole_models_give(dtype, folder, tmp_path, capsys):
+    assert run(folder, "long.txt", tmp_path / "q", "--problems", "5", "--dtype", dtype) == 0
     out = capsys.readouterr().out
     rows = {row["model"]: row for row in json.loads(out.splitlines()[-1])["table"]}
     assert list(rows) == ["16-bit", "RTN W4A4", "quarot W4A4"]
     assert "On 5 segments of 24 tokens" in out
-    full = load_model(folder / "m", "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    full = load_model(folder / "m", "cpu", dtype)
     segments = held_out_segments(full.tokenizer, calibration_texts(str(folder / "long.txt")), 5, 24, SEED, (9, 0))
     whole = torch.ones_like(segments, dtype=torch.bool)
     models = {"RTN W4A4": quantize_model(full, segments, QuantConfig("rtn")),
-              "quarot W4A4": load_model(tmp_path / "q", "cpu")}
+              "quarot W4A4": load_model(tmp_path / "q", "cpu", dtype)}
     for name, model in models.items():
         want = metrics.losses(model, segments, whole, 2, SEED, reference=full)
         for measure in ("kl", "nelbo"):

@@ -8,14 +8,17 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from arguments import fast
 
+from calibration.output import quantization_config
 from checkpoint.families import read_config
 from checkpoint.folder import sha256
+from methods import QuantConfig
 from model import DiffusionLM
 
 
@@ -158,6 +161,22 @@ def test_a_folder_written_to_by_others_stays(calibration, whole, tmp_path):
     assert calibration(out, "--resume")["code"] == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert {k: v for k, v in checksums(out).items() if k != "notes.txt"} == whole[0]
+
+
+def test_in_bf16_it_goes_on_to_the_same_bytes(calibration, tmp_path):
+    """Finished blocks are read as they were computed."""
+    whole, out, bf16 = tmp_path / "whole", tmp_path / "q", ("--dtype", "bf16")
+    assert calibration(whole, *bf16)["code"] == 0
+    assert calibration(out, *bf16, event=("os.rename", 3))["code"] == -9
+    assert calibration(out, *bf16, "--resume")["code"] == 0
+    assert checksums(out) == checksums(whole)
+
+
+def test_the_config_names_the_format_of_the_codes(five_blocks):
+    """Two codes a byte, up to 4 bits."""
+    c = read_config(json.loads((five_blocks / "config.json").read_text()))
+    formats = [quantization_config(asdict(QuantConfig("rtn", wbits=b)), c, {})["format"] for b in (2, 4, 5, 8)]
+    assert formats == ["int4-packed", "int4-packed", "int8", "int8"]
 
 
 @pytest.fixture(scope="module")

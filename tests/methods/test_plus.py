@@ -35,6 +35,7 @@ from methods.rtn import Inputs
 from methods.storage import stored_linear
 from model import load_model
 from runtime.cpu import fake_quantize_rows
+from runtime.processes import Refused
 from starquant import apply_basis, fake_quantize, fold_weight
 from tiny import metrics, tasks
 
@@ -331,6 +332,8 @@ class TestFit:
         assert energy(wbits=8) == pytest.approx(even, rel=1e-3)
         assert even < energy() < energy(wbits=3) < energy(exponent=0.0)
         assert energy(exponent=0.0) == pytest.approx(energy(exponent=1.0), rel=0.05)  # up to the damping
+        with pytest.raises(Refused, match=r"exponent 1\.5 is not between -1 and 1"):
+            energy(exponent=1.5)
 
     @pytest.mark.parametrize("state", [True, False])
     def test_means_of_a_state_that_never_occurs_are_zero(self, state):
