@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write cuda",
-    "calibrate": "baselines", "runtime/attention": "baselines", "runtime/cuda": "checks products",
-    "runtime/sampling": "threshold sampling_options", "checkpoint/folder": "bad_input loading tokenizer output",
+    "calibrate": "baselines bad_arguments", "runtime/attention": "baselines", "runtime/layers": "calibrate",
+    "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options",
+    "checkpoint/folder": "bad_input loading tokenizer output",
     "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
     "checkpoint/published": "twins", "methods/__init__": "calibrate", "methods/settings": "calibrate",
     "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac calibrate",
