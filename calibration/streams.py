@@ -7,6 +7,7 @@ a file.
 import os
 import tempfile
 from contextlib import ExitStack, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -34,34 +35,44 @@ def activations(shape, like, spill: Path | None):
         return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
 
 
+class Room:
+    """One kind of activations of all segments, (S, ...), which is filled chunk by chunk."""
+
+    def __init__(self, segments: int, spill: Path | None):
+        self.segments, self.spill, self.filled, self.tensor = segments, spill, 0, None
+
+    def add(self, part):
+        if self.tensor is None:  # the first part shows the width
+            self.tensor = activations((self.segments, *part.shape[1:]), part, self.spill)
+        self.tensor[self.filled : self.filled + len(part)] = part
+        self.filled += len(part)
+
+
 class Reached(Exception):  # noqa: N818 (not an error)
     """The submodule whose input is wanted is reached, so the rest of the block need not run."""
 
 
 @torch.no_grad()
-def run_block(block, x, state, rope, rows: int = SEGMENTS, watch: tuple[str, ...] = (), spill: Path | None = None,
+def run_block(block, x, state, rope, at_once: int = SEGMENTS, watch: tuple[str, ...] = (), spill: Path | None = None,
               stop: bool = False):
     """x (S, L, D) -> the output of a block (S, L, D) and the input of each submodule in `watch`, {name: (S, L, d)}.
 
     stop: the block runs up to the first of these submodules, and the output is None.
     """
-    kept = {}
+    output, inputs = Room(len(x), spill), {name: Room(len(x), spill) for name in watch}
 
-    def see(name, part, last=False):
-        if name not in kept:  # the first segments show the width
-            kept[name] = activations((len(x), *part.shape[1:]), part, spill)
-        kept[name][now] = part
-        if last:
+    def keep(name, _, args):
+        inputs[name].add(args[0])
+        if stop:
             raise Reached
 
     with ExitStack() as hooks:
         for name in watch:
-            hooks.enter_context(getattr(block, name).register_forward_pre_hook(
-                lambda _, args, name=name: see(name, args[0], stop)))
-        for now in batches(len(x), rows):
+            hooks.enter_context(getattr(block, name).register_forward_pre_hook(partial(keep, name)))
+        for now in batches(len(x), at_once):
             with suppress(Reached):
-                see("output", block(x[now].to(state.device), state[now], rope))
-    return kept.pop("output", None), kept
+                output.add(block(x[now].to(state.device), state[now], rope))
+    return output.tensor, {name: room.tensor for name, room in inputs.items()}
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def test_watch_returns_what_reaches_a_linear(small_folder):
     model, chunks = load_model(small_folder, "cpu"), []
     x, state, rope, _ = model.prepare(ids(5))
     with torch.no_grad(), model.blocks[0].register_forward_pre_hook(lambda _, args: chunks.append(len(args[0]))):
-        whole, seen = run_block(model.blocks[0], x, state, rope, rows=2, watch=("qkv", "down"))
+        whole, seen = run_block(model.blocks[0], x, state, rope, at_once=2, watch=("qkv", "down"))
         assert chunks == [2, 2, 1]
         assert torch.allclose(seen["qkv"], model.blocks[0].attn_norm(x))
         assert torch.allclose(whole, model.blocks[0](x, state, rope), atol=1e-5)
