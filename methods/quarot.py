@@ -29,7 +29,7 @@ def fit_quarot(weight, bias, inputs, config, generator, progress, token_weights=
     P = [rotation(weight.shape[1], generator).to(inputs.x)]
     if inputs.gain is not None:
         gain = inputs.gain.to(inputs.x)
-        P.insert(0, Diagonal(1 / torch.where(gain.abs() < 1e-6 * gain.abs().amax(), 1, gain)))
+        P.insert(0, Diagonal(1 / torch.where(gain.abs() <= 1e-6 * gain.abs().amax(), 1, gain)))
     return fit_gptq(weight, bias, inputs, config, generator, progress, P, token_weights, search=True,
                     clip=quarot_clip(config.abits))
 

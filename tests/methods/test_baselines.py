@@ -13,7 +13,7 @@ import calibrate
 from calibrate import QuantConfig, quantize_block, quantize_model
 from checkpoint.families import FUSED, read_config
 from methods import METHODS, dllmquant, flat, settings_of
-from methods.awq import AWQ_EXPONENTS, awq_loss, awq_scale
+from methods.awq import AWQ_EXPONENTS, AWQ_SHRINK, awq_loss, awq_scale, fit_awq
 from methods.dllmquant import cgq_weights, ia_aq, tmas_ratios
 from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
 from methods.hadamard import exists, hadamard, hartley, rotation, rotation_sizes, spread
@@ -190,6 +190,19 @@ class TestAWQ:
         assert min(losses) < losses[0]
         s = awq_scale(x.abs().mean(0), record["exponent"]).float()
         assert torch.allclose(1 / fitted.P[0].d, s, rtol=1e-4)
+
+    def test_rounding_by_gptq_keeps_the_range_of_every_channel(self):
+        weight, inputs = linear_inputs(outlier=30.0)
+        nearest, second = (fit_awq(weight, None, inputs, QuantConfig(method), generator(), None)[0]
+                           for method in ("awq", "dllmquant+"))
+        assert torch.equal(second.weight_scale, nearest.weight_scale)
+        x = inputs.x.flatten(0, 1)
+        errors = [(apply_basis(x, f.P) @ f.weight().T - inputs.y.flatten(0, 1)).norm() for f in (second, nearest)]
+        assert errors[0] < 0.9 * errors[1]
+
+    def test_the_grids_are_those_of_its_code(self):
+        assert [20 * r for r in AWQ_EXPONENTS] == pytest.approx(list(range(20)))
+        assert [20 * f for f in AWQ_SHRINK] == pytest.approx(list(range(20, 10, -1)))
 
     def test_objective_is_the_output_error(self):
         weight, inputs = linear_inputs()
@@ -432,6 +445,15 @@ def test_confidence_is_that_of_the_model(shift):
     noisy = torch.where(torch.rand(ids.shape, generator=generator(2)) < 0.5, 63, ids)
     got = calibrate.prediction_confidence(model, model.blocks, noisy)
     assert torch.allclose(got, torch.softmax(model(noisy), -1).amax(-1), atol=1e-5)
+
+
+def test_a_channel_that_its_norm_closes_is_not_divided_by_its_gain():
+    """Nor are all of them, where a norm closes all."""
+    (weight, inputs), config, gains = linear_inputs(), QuantConfig("quarot"), torch.full((2, 32), 1000.0)
+    gains[0, 3:5], gains[1] = torch.tensor([0, 1e-4]), 0
+    for gain, want in zip(gains, ([1e-3, 1e-3, 1e-3, 1, 1] + 27 * [1e-3], 32 * [1]), strict=True):
+        fitted, _ = METHODS["quarot"].fit(weight, None, inputs._replace(gain=gain), config, generator(), None)
+        assert fitted.P[0].d.tolist() == pytest.approx(want)
 
 
 def test_gain_reaches_the_fit_and_is_taken_out():
