@@ -105,7 +105,7 @@ def main(argv=None) -> int:
     chosen = sorted(random.Random(args.seed).sample(range(possible), min(args.n, possible)))
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / "repository"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "cells.jsonl"))
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
         if not passes(folder, tests, args.seconds):
             parser.error(f"{' '.join(tests) or 'no test'}: must pass before anything is changed.")
         for index in chosen:
