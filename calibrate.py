@@ -285,8 +285,8 @@ def calibrate(args) -> dict:
     if processes.world() > 1 and config.inputs != "fp":
         raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
     source, texts = open_source(args)
-    own_text, stressed = texts is None, args.stress != 1
-    plan = preflight.check(source, args.out, config, args.segments * args.length, device, dtype, args.spill, stressed)
+    stressed, size = args.stress != 1, args.segments * args.length
+    plan = preflight.check(source, args.out, config, size, device, dtype, args.spill, stressed)
     if stressed and not args.dry_run:
         folder = args.out.parent / f"{Path(args.model).name}-stress{args.stress:g}"
         processes.first(lambda: write_stressed(args.model, args.stress, folder))
@@ -314,17 +314,8 @@ def calibrate(args) -> dict:
                                   (processes.rank(), processes.world()), args.spill)
         del outer  # the loop alone holds it now, and lets go of it once the segments are embedded
         write_blocks(stream, out, bar, n)
-    if processes.rank():
-        return {}
-    result = {"out": str(args.out), "seconds": round(time.time() - start, 1),
-              "peak_bytes": processes.peak_bytes(device), **asdict(config)}
-    if args.problems != 0:
-        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if own_text else
-                           closing.table_of_text(args, source, config, texts, device, dtype))
-        out.write_card(result["table"])
-        print(closing.described(args, result["table"]))
-    print(closing.farewell(args, source, config, own_text))
-    return result
+    seconds = round(time.time() - start, 1)
+    return {} if processes.rank() else report(args, source, config, texts, device, dtype, out, seconds)
 
 
 def open_source(args):
@@ -365,6 +356,18 @@ def write_blocks(stream, out: Output, bar, n: int) -> None:
         out.records |= records
     if processes.rank() == 0:
         out.finish(block)
+
+
+def report(args, source, config: Settings, texts, device, dtype, out: Output, seconds: float) -> dict:
+    """Judge what was written, print the closing table and what to do next; returns what the JSON line says."""
+    result = {"out": str(args.out), "seconds": seconds, "peak_bytes": processes.peak_bytes(device), **asdict(config)}
+    if args.problems != 0:
+        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if texts is None else
+                           closing.table_of_text(args, source, config, texts, device, dtype))
+        out.write_card(result["table"])
+        print(closing.described(args, result["table"]))
+    print(closing.farewell(args, source, config, texts is None))
+    return result
 
 
 def report_divergence(record: dict) -> None:
