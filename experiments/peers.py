@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from runtime.layers import rebuilt
+
 
 def tried(builders: dict, log) -> dict:
     """{name: builder()} of those that work; `log` is told what is left out, and why."""
@@ -35,8 +37,7 @@ def models(model, log) -> dict:
 
     @torch.no_grad()
     def compiled(quantize=lambda blocks: None):
-        twin = copy.copy(model)
-        twin._modules = model._modules | {"blocks": copy.deepcopy(model.blocks)}
+        twin = rebuilt(model, blocks=copy.deepcopy(model.blocks))
         quantize(twin.blocks)
         twin.hidden = torch.compile(twin.hidden)
         twin.hidden(probe)

@@ -218,15 +218,11 @@ def factor_kinds(shapes: dict, d: int) -> list:
     A file does not name kinds; the names and shapes of the tensors tell them.
     """
     kinds = []
-    while True:
-        i = len(kinds)
-        if f"transform_{i}P1" in shapes:
-            kinds.append(Kronecker)
-        elif f"transform_{i}" in shapes:
-            shape = shapes[f"transform_{i}"]
-            kinds.append({1: Diagonal, 3: Blocks}.get(len(shape), Dense if shape[:1] == (d,) else Across))
-        else:
-            return kinds
+    while (name := f"transform_{len(kinds)}") in shapes or f"{name}P1" in shapes:
+        shape = shapes.get(name)
+        kinds.append(Kronecker if shape is None else {1: Diagonal, 3: Blocks}.get(
+            len(shape), Dense if shape[:1] == (d,) else Across))
+    return kinds
 
 
 class QuantEmbedding(Quantized):
