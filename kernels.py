@@ -74,7 +74,7 @@ def row_sums(codes, k: int | None = None):
 # ---- integer matmul ------------------------------------------------------------------------------------------------
 
 
-def _multiple(n: int, of: int) -> int:
+def multiple(n: int, of: int) -> int:
     """The least multiple of `of`, at least one of it, that is not below n."""
     return max(-(-n // of), 1) * of
 
@@ -82,7 +82,7 @@ def _multiple(n: int, of: int) -> int:
 def int_mm(a, w):
     """Σ_k a_mk w_nk by `torch._int_mm`: a (M, K), w (N, K) int8 -> (M, N) int32; RuntimeError for a refused shape."""
     (M, K), N = a.shape, w.shape[0]
-    M32, K16, N16 = _multiple(M, 32), _multiple(K, 16), _multiple(N, 16)  # 16 bytes: vector loads are aligned to them
+    M32, K16, N16 = multiple(M, 32), multiple(K, 16), multiple(N, 16)  # 16 bytes: vector loads are aligned to them
     rows = torch.zeros(M32, K16, dtype=torch.int8, device=a.device)
     rows[:M, :K] = a
     if (N16, K16) != (N, K) or not w.is_contiguous():

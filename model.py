@@ -8,7 +8,7 @@ goes with the hidden states to every linear: a 16-bit linear ignores it, and a q
     text = write(model, "Ann has 4 boxes of 6 eggs.\n", gen_length=24)
     ids = generate(model, prompt_ids, steps=32, gen_length=32)
 
-Shapes: B batch, L length, D d_model, H heads, K key-value heads, h head_dim, F d_ffn, V vocabulary.
+Shapes: B batch, L length, D d_model, H heads, H_kv key-value heads, h head_dim, F d_ffn, V vocabulary.
 A block has four linears, `qkv`, `out`, `gate_up` and `down`: linears with the same input are fused, so that they share
 one product and one transform P. `checkpoint/loading.py` fills these modules from a folder and writes them to one.
 """
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(positions, config: ModelConfig, dtype):
+def cos_sin(positions, config: ModelConfig, dtype):
     """cos, sin of position / θ^(2j/h), each (..., L, h): both halves alike, for the half rotation."""
     h = config.head_dim
     # in the official code's order: θ^(−2j/h) is one unit in the last place off, which position 4000 makes 10⁻³
@@ -106,7 +106,7 @@ class Block(nn.Module):
         self.down = Linear(c.d_ffn, c.d_model, bias=False)
 
     def heads(self, qkv, rope):
-        """(B, L, (H + 2K) h) -> q (B, H, L, h) and k, v (B, K, L, h), q and k rotated to their positions."""
+        """(B, L, (H + 2 H_kv) h) -> q (B, H, L, h) and k, v (B, H_kv, L, h), q and k rotated to their positions."""
         c = self.config
         q, k, v = rearrange(qkv, "b l (n h) -> b n l h", h=c.head_dim).split((c.n_heads, c.n_kv_heads, c.n_kv_heads), 1)
         if not c.qk_norm and c.head_dim % 16 == 0 and checks.glues(qkv):
@@ -116,7 +116,7 @@ class Block(nn.Module):
         return rotate(q, *rope), rotate(k, *rope), v
 
     def attention(self, qkv, rope, mask):
-        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2K) h) -> (B, L, H h)."""
+        """softmax(Q Kᵀ / √h) V of Eq. 16, fused: (B, L, (H + 2 H_kv) h) -> (B, L, H h)."""
         q, k, v = self.heads(qkv, rope)
         if self.softmax_value is not None:
             z = self.softmax_value(q, k, v, mask)
@@ -179,7 +179,7 @@ class DiffusionLM(nn.Module):
             if self.config.positions_skip_padding:
                 mask = mask & keep[:, None, :, None]
                 positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(~keep, 1)[:, None]
-        return rope_table(positions, self.config, self.norm.weight.dtype), mask
+        return cos_sin(positions, self.config, self.norm.weight.dtype), mask
 
     def prepare(self, ids, attention_mask=None, context=None):
         """What the blocks take: embedded ids x (B, L, D), token states (B, L), RoPE's cos and sin, attention mask."""

@@ -1,8 +1,8 @@
 """The table that a calibration ends with: how good is what was written, beside 16 bit and RTN?
 
-The embedded model, calibrated on its own text, is judged on its tasks. Any other model or text: by NELBO and KL on
-segments of that text that the model was not calibrated on. Then every model is read block by block, as calibration
-reads it: the table takes the memory of one block, two embeddings and heads, and the activations of these segments.
+The embedded model, calibrated on its own text, is judged on its tasks. Any other model or text is judged by NELBO and
+KL on segments that were not calibrated on. Then every model is read block by block, as calibration reads it, and the
+table takes the memory of one block, two embeddings and heads, and the activations of these segments.
 """
 
 import shlex

@@ -36,9 +36,9 @@ from runtime.processes import Refused
 from tiny.tasks import knows_our_tasks
 
 VERSION = "0.3.0"
-STATE = "starquant.json"
+REPORT = "starquant.json"
 OURS = re.compile("|".join([r"model-\d{5}-of-\d{5}\.safetensors", r"LICENSE[\w.-]*",
-                            *map(re.escape, (INDEX, STATE, "config.json", "README.md", *TOKENIZER_FILES))]))
+                            *map(re.escape, (INDEX, REPORT, "config.json", "README.md", *TOKENIZER_FILES))]))
 # what a killed run leaves: a temporary file of `write_file`, or the safetensors library's for it (.tmpAb12Cd)
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
@@ -51,23 +51,23 @@ def default_folder(args) -> Path:
 
 
 def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
-    """The state of the run in `folder` that `resume` continues, {} for a new run. It changes nothing.
+    """The report of the run in `folder` that `resume` continues, {} for a new run. Nothing is changed.
 
     Raises Refused for a folder that holds anything else, or a run that differs in a file, an argument or a version,
-    naming the differences. A state that is "complete" leaves nothing to do.
+    naming the differences. A report that is "complete" leaves nothing to do.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise Refused(f"{folder} exists and is not a folder; choose another --out.")
     # a run killed before its first file was whole leaves temporary files at most
-    if not folder.exists() or all(p.name == f".{STATE}.tmp" for p in folder.iterdir()):
+    if not folder.exists() or all(p.name == f".{REPORT}.tmp" for p in folder.iterdir()):
         return {}
-    if not (folder / STATE).is_file():
+    if not (folder / REPORT).is_file():
         raise Refused(f"{folder} exists and is not a folder of this program; choose another --out.")
     if overwrite:
         return {}
     if not resume:
         raise Refused(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
-    before = disk.read_json(folder / STATE)
+    before = disk.read_json(folder / REPORT)
     if differences := _differences(before.get("run"), run):
         raise Refused(f"cannot resume {folder}: {', '.join(differences)} now.")
     return before
@@ -77,7 +77,7 @@ def left_by(args) -> str:
     """What an interrupted run leaves in --out, in a sentence."""
     if not args.opened:
         return f"This run wrote nothing to {args.out}."
-    if disk.read_json(args.out / STATE, {}).get("complete"):
+    if disk.read_json(args.out / REPORT, {}).get("complete"):
         return f"The model in {args.out} is complete."
     again = "the same command and --resume" + " instead of --overwrite" * args.overwrite
     if any(args.out.glob("model-*.safetensors")):
@@ -98,11 +98,11 @@ class Output:
         """Lock the folder and clear what a killed or replaced run left; on the first process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         hold(self.folder, self)
-        for path in self.folder.iterdir():  # what is not ours stays, and the state stays until a new one replaces it
-            if LEFTOVER.fullmatch(path.name) or (not resumed and path.name != STATE and OURS.fullmatch(path.name)):
+        for path in self.folder.iterdir():  # what is not ours stays, and the report stays until a new one replaces it
+            if LEFTOVER.fullmatch(path.name) or (not resumed and path.name != REPORT and OURS.fullmatch(path.name)):
                 path.unlink()
         if not resumed:
-            self._write_state(complete=False)
+            self._write_report(complete=False)
 
     def shard(self, i: int) -> str:
         """File of block i; i = number of blocks for the outer part."""
@@ -155,7 +155,7 @@ class Output:
         about = quantization_config(config, c, gate_sizes(block))
         disk.write_config(self.folder, c.raw | {"quantization_config": about})
         self.write_card()
-        self._write_state(complete=True)
+        self._write_report(complete=True)
 
     def write_card(self, rows=()) -> None:
         """Write README.md; rows: the closing table."""
@@ -165,9 +165,9 @@ class Output:
         """What stays in 16 bit is taken from the source again, since the modules may hold it in another type."""
         return {name: self.source.get(name) if stays_16_bit(name) else tensor for name, tensor in tensors.items()}
 
-    def _write_state(self, complete: bool) -> None:
+    def _write_report(self, complete: bool) -> None:
         blocks = [self.records[i] for i in sorted(self.records)]
-        disk.write_json(self.folder / STATE, {"complete": complete, "run": self.run, "blocks": blocks})
+        disk.write_json(self.folder / REPORT, {"complete": complete, "run": self.run, "blocks": blocks})
 
 
 def gate_sizes(block) -> dict:
@@ -213,7 +213,7 @@ def run_key(args, source: Checkpoint, tokens, config) -> dict:
 
 
 def _differences(before, run: dict) -> list[str]:
-    """The differences, in words, between the state of an earlier run (any JSON value) and a `run_key`."""
+    """The differences, in words, between the `run` of an earlier report (any JSON value) and a `run_key`."""
     def flat(run: dict) -> dict:
         parts = [(key, run.get(key)) for key in ("version", "torch", "python", "files", "config", "text")]
         return {k: v for key, part in parts for k, v in (part if isinstance(part, dict) else {key: part}).items()}

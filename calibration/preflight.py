@@ -29,8 +29,8 @@ from runtime.measures import markdown_table
 from runtime.processes import Refused, free_memory, rank, synchronize, watched, writable
 
 HEADER = 2**16  # bytes allowed for the text at the head of a shard (names, shapes, losses)
-# passes through a block that calibration takes: two whole ones of the streams; for the inputs of the four linears and
-# for TAC's two representations parts, which add up to three
+# passes through a block that calibration takes: two whole ones of the streams, and parts for the inputs of the four
+# linears and for TAC's two representations, which add up to less than three
 FORWARDS = 5
 
 
@@ -45,8 +45,8 @@ def memory_bytes(c: ModelConfig, tokens: int, itemsize: int, spilled: bool = Fal
     shapes = list(linear_shapes(c).values())  # in the order they are fitted
     # while one is fitted: the 16-bit inputs of those after it; its own input, output and weight in fp32
     stages = [(0 if spilled else tokens * sum(d for _, d in shapes[i + 1 :]) * itemsize,
-               4 * (tokens * (rows + d) + rows * d), gptq * (16 * d * d + 9 * rows * d))
-              for i, (rows, d) in enumerate(shapes)]
+               4 * (tokens * (C + d) + C * d), gptq * (16 * d * d + 9 * C * d))
+              for i, (C, d) in enumerate(shapes)]
     later, fit, second_order = max(stages, key=sum)
     parts = {
         "embedding": c.vocab_size * c.d_model * itemsize,

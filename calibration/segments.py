@@ -42,14 +42,14 @@ def masking_ratios(n: int, config: Settings, generator):
     return (dllmquant.tmas_ratios if config.diffusion_aware else sampling.stratified_ratios)(n, generator)
 
 
-def rollout(model, tokens, ratios, rows: int = 16):
+def rollout(model, tokens, ratios, at_once: int = 16):
     """Segments (S, L) and the share t in (0, 1] of each, (S,) -> (S, L): prompt, what the model wrote, and [MASK].
 
-    `rows` segments run at once, for at most L/2 steps.
+    `at_once` segments run together, for at most L/2 steps.
     """
     length = tokens.shape[1] // 2
     left, out = (ratios * length).ceil().clamp(1, length).to(model.device), []
-    for r in batches(len(tokens), rows):
+    for r in batches(len(tokens), at_once):
         prompt = tokens[r, : tokens.shape[1] - length].to(model.device)
         states, taken = F.pad(prompt, (0, length), value=model.mask_id), left[r] == length
         for step in sampling.denoise(model, prompt, length, length):

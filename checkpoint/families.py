@@ -1,8 +1,8 @@
 """Model families: what a Hugging Face `config.json` says, and how its tensors are named.
 
-One switchable Llama-type block (`model.py`) serves every family. A family is a table of keys and a list of names.
+One switchable Llama-type block (`model.py`) serves every family. A family is a dictionary of keys and a list of names.
 
-A key in the family's table must have a value of its type, or one of the values that are implemented. If it is absent,
+A key of the family must have a value of its type, or one of the values that are implemented. If it is absent,
 the default of the family's official code counts. Any other key is accepted if it cannot change what is computed
 (`HARMLESS`), or if its value is null, false or empty: then what it names is off. All keys that are left are refused by
 name, in one sentence.
@@ -95,17 +95,17 @@ REQUIRED = object()
 _NOUNS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def _read(raw: dict, table: dict) -> dict:
-    """The values of the keys in `table`; Refused for what is not implemented, missing or of a wrong type.
+def _read(raw: dict, keys: dict) -> dict:
+    """The values of `keys`; Refused for what is not implemented, missing or of a wrong type.
 
-    table: key -> type, (type, default) or ([implemented values], default). A null counts as absent where the default
+    keys: key -> type, (type, default) or ([implemented values], default). A null counts as absent where the default
     is null, zero or false.
     """
     raw, values, wrong = _plain(raw), {}, []
     # null, false and empty values mean that what they stand for is off
     other = [f"{key} = {reprlib.repr(value)}" for key, value in raw.items()
-             if (value or type(value) in (int, float)) and key not in HARMLESS and key not in table]
-    for key, entry in table.items():
+             if (value or type(value) in (int, float)) and key not in HARMLESS and key not in keys]
+    for key, entry in keys.items():
         kind, default = entry if isinstance(entry, tuple) else (entry, REQUIRED)
         value = values[key] = default if raw.get(key) is None and not default else raw.get(key, default)
         if isinstance(kind, list):

@@ -80,7 +80,7 @@ def _first(shape, d: int, otherwise: int) -> int:
 
 
 def below(tensors: dict, prefix: str) -> dict:
-    """What belongs to the names that begin with `prefix`, by the rest of these names."""
+    """The items whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

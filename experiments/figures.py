@@ -35,6 +35,7 @@ from experiments.animation import Panel, picture
 from experiments.cells import RESULTS
 from experiments.rows import SETTINGS
 from methods import QuantConfig
+from methods.settings import Settings
 from methods.sgat import allocate_subspaces, initial_basis
 from model import load_model
 from runtime.measures import trajectory
@@ -128,7 +129,7 @@ VARIANTS = {"RTN": {"method": "rtn", "kv_bits": 4, "softmax_bits": 4},
             "STaR-Quant without TAC": {"tac": "none"}, "STaR-Quant": {}, "starquant+ (ours)": {"method": "starquant+"}}
 
 
-def calibrated(model, label: str, config: QuantConfig):
+def calibrated(model, label: str, config: Settings):
     """The embedded model quantized on its own text, behind a bar of its blocks."""
     tokens, region = tasks.calibration_set(model.tokenizer, 128, 64, config.seed)
     with Bar(total=len(model.blocks), desc=label, leave=False) as bar:

@@ -213,7 +213,7 @@ class HarnessLM(LM):
 
 @contextmanager
 def hugging_face_evaluate():
-    """Within it `import evaluate`, as some tasks do, is Hugging Face's library and not our command of that name."""
+    """Inside, `import evaluate` gives a task Hugging Face's library and not our command of that name."""
     ours, here = sys.modules.pop("evaluate", None), Path(__file__).parents[1].resolve()
     installed = here == Path(torch.__file__).resolve().parents[1]  # among the libraries, whose package comes before
     hidden = [p for p in sys.path if Path(p or ".").resolve() == here and not installed]
@@ -250,7 +250,7 @@ def find_tasks(names, include, unsafe):
                 manager.load([name])
         except Exception as error:  # no network, no such file, a broken task: many types, before any work
             raise Refused(f"lm-eval cannot load task {name!r} and its data ({type(error).__name__}: "
-                                  f"{' '.join(str(error).split())[:200]}).") from None
+                          f"{' '.join(str(error).split())[:200]}).") from None
     return manager
 
 

@@ -19,7 +19,7 @@ from checkpoint.folder import read_json
 from runtime.measures import markdown_table
 
 BENCHMARKS = ("truthfulqa_mc2", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu", "ceval-valid", "humaneval",
-         "gsm8k")
+              "gsm8k")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def bits(row: Row, wbits: int, abits: int, suffix: str = "", against: str | None
 
 
 def low_bit_rows():
-    """Fewer bits than four, and four beside eight: which side costs, two methods tell."""
+    """Rows with fewer bits than four, and with four beside eight, where two methods tell which side costs."""
     for w, a in ((4, 8), (8, 4), (4, 3), (3, 4), (3, 3), (2, 4)):
         name = f" W{w}A{a}"
         yield bits(SETTINGS["RTN"], w, a, name, None)
@@ -45,7 +45,7 @@ def low_bit_rows():
 
 
 def data_rows():
-    """Calibration text of other kinds, and less of it."""
+    """Rows with calibration text of other kinds, and with less of it."""
     kinds = {"English alone": {"text": "english"}, "random tokens": {"text": "random"},
              "states of its own trajectory": {"states": "rollout"},
              **{f"{n} segment{'s' * (n > 1)}": {"segments": n} for n in (64, 16, 4, 1)}}

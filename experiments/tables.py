@@ -33,18 +33,18 @@ def make(number: str, run: Run, seeds: int = SEEDS, quick: bool = False, fresh: 
     if not kinds:
         raise Refused(f"table {number} has no likelihoods; leave --nelbo out.")
     out.mkdir(parents=True, exist_ok=True)
-    table = {"16-bit": None}
+    settings = {"16-bit": None}
     for row in TABLES[number]:
         trained = quick and "epochs" in settings_of(row.setting.get("method", "starquant"))
-        table[row.label] = row.setting | ({"epochs": min(1, row.setting.get("epochs", 1))} if trained else {})
-    todo = [(setting, FIRST_SEED + i) for setting in table.values() for i in range(seeds)]
+        settings[row.label] = row.setting | ({"epochs": min(1, row.setting.get("epochs", 1))} if trained else {})
+    todo = [(setting, FIRST_SEED + i) for setting in settings.values() for i in range(seeds)]
     cells = measured(run, todo, kinds, out, fresh, f"table {number}")
     if processes.rank():
         return {}
     values = [{at(k, threshold): v for threshold, cell in zip(kinds, of_kinds, strict=True)
                for k, v in cell["values"].items() if threshold or not run.nelbo or k in ("nelbo", "kl")}
               for of_kinds in cells]
-    rows = {label: values[i * seeds : (i + 1) * seeds] for i, label in enumerate(table)}
+    rows = {label: values[i * seeds : (i + 1) * seeds] for i, label in enumerate(settings)}
     made = {by: ", ".join(sorted({c[by] for of_kinds in cells for c in of_kinds})) for by in ("commit", "torch")}
     command = [f"python evaluate.py --table {number} --model {run.name} --seeds {seeds} --problems {run.problems}",
                "" if run.sequences in (None, run.problems) else f"--sequences {run.sequences}",
@@ -120,8 +120,8 @@ def summarize(rows: dict[str, list[dict]], reference: dict | None = None) -> lis
 
 
 def in_parallel(values: dict, base: dict) -> dict:
-    """Of `math` and `code` together, for each threshold: accuracy, passes an answer, and right answers per pass, these
-    as a share of those of `base` (16 bit or another row). Values are (S, n); results are (mean, low, high)."""
+    """Accuracy, passes an answer and right answers per pass of `math` and `code` together, for each threshold. Right
+    answers are a share of those of `base` (16 bit or another row). Values are (S, n), results (mean, low, high)."""
     found = {}
     for threshold in (k.removeprefix("math_passes at ") for k in values if k.startswith("math_passes at ")):
         right, passes, right_16, passes_16 = (

@@ -28,8 +28,8 @@ def fit_awq(weight, bias, inputs, config, generator, progress, token_weights=Non
     """AWQ for one linear, rounded to nearest or by GPTQ (`second_order`); token_weights (S, L) weigh the second moment.
 
     AWQ's own code quantizes weights alone and differs in three points. It judges the error of the attention or MLP
-    around a linear, here the linear itself is judged. It splits rows into groups of 128, here a row has one scale. It
-    does not clip q and k, here they are clipped like the rest.
+    around a linear; here the linear itself is judged. It splits rows into groups of 128; here a row has one scale. It
+    does not clip q and k; here they are clipped like the rest.
     """
     x = inputs.x.flatten(0, 1)
     H = hessian(x, None if token_weights is None else token_weights.flatten())

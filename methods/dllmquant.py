@@ -33,19 +33,19 @@ class DLLMQuantRotated(DLLMQuant):
 
 
 def ia_aq(A, v, bits: int, grid=IA_AQ_GRID):
-    """Interaction-aware quantizer of V (DLLMQuant), static per channel: v (B, K, L, h) -> scale, zero, both (K, 1, h).
+    """Interaction-aware quantizer of V (DLLMQuant), static per channel: v (B, H_kv, L, h) -> scale, zero, (H_kv, 1, h).
 
     Errors of V count as the softmax output A (B, H, L, L) spreads them. The loss is a sum over channels, so that each
     channel has its own α of `grid`. Under grouped queries, the losses of the heads that share a V are summed.
     """
     # s = α ŝ,  α minimizes ‖A (V̂ − V)‖_F²,  ŝ = (V_max − V_min) / (2^b − 1)
-    low, high = v.amin((0, 2)).clamp(max=0), v.amax((0, 2)).clamp(min=0)  # (K, h)
-    full = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # (K, 1, h)
+    low, high = v.amin((0, 2)).clamp(max=0), v.amax((0, 2)).clamp(min=0)  # (H_kv, h)
+    full = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # (H_kv, 1, h)
     zero = torch.round(-low[:, None] / full)
     losses = []
     for alpha in grid:
         error = dequantize(quantize(v, alpha * full, zero, bits), alpha * full, zero) - v
-        spread = A.unflatten(1, (v.shape[1], -1)) @ error[:, :, None]  # (B, K, H / K, L, h)
+        spread = A.unflatten(1, (v.shape[1], -1)) @ error[:, :, None]  # (B, H_kv, H / H_kv, L, h)
         losses.append(spread.square().sum((0, 2, 3)))
     best = torch.tensor(grid).to(v)[torch.stack(losses).argmin(0)]
     return best[:, None] * full, zero

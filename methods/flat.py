@@ -19,7 +19,7 @@ from starquant import Diagonal, Kronecker, apply_basis, quantized_linear, recons
 
 
 class FlatParameters(nn.Module):
-    """What is trained; a call gives (P, clip_x (2,), clip_w (C, 2)), P a list of factors.
+    """The trained parameters. A call gives (P, clip_x (2,), clip_w (C, 2)); P is a list of factors.
 
     A clip factor is sigmoid(p), and p starts at 4.
     """
@@ -60,11 +60,11 @@ def fit_flat(weight, bias, inputs, config, generator, progress):
         P = [p if orthogonal and isinstance(p, Kronecker) else p.inverse_transpose() for p in P]
         return clip_range(apply_basis(weight, P), clip_w)
 
-    def loss_of(rows, value):
+    def loss_of(which, value):
         P, clip_x, clip_w = value
-        phi = clip_range(transform(x[rows], P, state_gate(state[rows], d, d_s, d_s, x.dtype)), clip_x)
+        phi = clip_range(transform(x[which], P, state_gate(state[which], d, d_s, d_s, x.dtype)), clip_x)
         y_hat = quantized_linear(phi, folded(P, clip_w), config.abits, config.wbits)
-        return reconstruction_loss(y[rows], y_hat if bias is None else y_hat + bias) / norm
+        return reconstruction_loss(y[which], y_hat if bias is None else y_hat + bias) / norm
 
     parameters = FlatParameters(start, len(weight), diagonal, orthogonal)
     (P, clip_x, clip_w), record = minimize(parameters, loss_of, len(x), config.lr, config.epochs, config.batch,

@@ -19,17 +19,17 @@ class GPTQ(Settings):
     second_order = True
 
 
-def hessian(x, token_weights=None, rows: int = 8192, block: int | None = None):
+def hessian(x, token_weights=None, at_once: int = 8192, block: int | None = None):
     """Second moment of x (N, d) with token_weights (N,), 1 by default: (d, d) float64.
 
-    Products are taken in x's precision, `rows` tokens at a time, and summed in float64. With `block`, only the diagonal
-    blocks of that size are computed: (d / block, block, block).
+    Products are taken in x's precision, `at_once` tokens at a time, and summed in float64. With `block`, only the
+    diagonal blocks of that size are computed: (d / block, block, block).
     """
     # H = 2/N Σ_j w_j x_j x_jᵀ
     N, d = x.shape
     H = x.new_zeros((d // block, block, block) if block else (d, d), dtype=torch.float64)
     weights = x.new_ones(N) if token_weights is None else token_weights.to(x.dtype)
-    for part, w in zip(x.split(rows), weights.split(rows), strict=True):
+    for part, w in zip(x.split(at_once), weights.split(at_once), strict=True):
         weighted = w[:, None] * part
         if block:
             part, weighted = (t.view(-1, d // block, block).movedim(1, 0) for t in (part, weighted))  # (d/b, n, b)
@@ -50,7 +50,7 @@ def damped(H, damping: float):
 
 
 def upper_factor(H, damping: float):
-    """K (..., d, d), upper triangular, with K Kᵀ = H for the damped H (..., d, d)."""
+    """R (..., d, d), upper triangular, with R Rᵀ = H for the damped H (..., d, d)."""
     # reverse H, take its Cholesky factor, reverse that; for an 8B model each of these matrices is a gigabyte
     return torch.linalg.cholesky(damped(H.flip(-2, -1), damping)).flip(-2, -1)
 
@@ -92,9 +92,9 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = c
     scale (C, 1) is fixed before the first column; by default it is max|w| / (2^(b−1) − 1). Columns are taken in order.
 
     GPTQ's own code moves the open columns by the inverse of what is left of H. The same codes come from H itself, as
-    LDLQ does it (QuIP, arXiv 2307.13304): with H = K Kᵀ, K upper triangular, and e_j = w_j − s q_j, the error is
+    LDLQ does it (QuIP, arXiv 2307.13304): with H = R Rᵀ, R upper triangular, and e_j = w_j − s q_j, the error is
 
-        tr(E H Eᵀ) = ‖E K‖² = Σ_j K_jj² ‖e_j + Σ_{i<j} e_i K_ij / K_jj‖²,   q_j = ⌊(w_j + Σ_{i<j} e_i K_ij / K_jj) / s⌉
+        tr(E H Eᵀ) = ‖E R‖² = Σ_j R_jj² ‖e_j + Σ_{i<j} e_i R_ij / R_jj‖²,   q_j = ⌊(w_j + Σ_{i<j} e_i R_ij / R_jj) / s⌉
 
     Columns are rounded `block` at a time, and their errors move the columns behind them in products as large as can be:
     block 1 moves block 2, blocks 1 and 2 move 3 and 4, block 3 moves 4, blocks 1 to 4 move 5 to 8, and so on.
@@ -103,13 +103,13 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = c
     W = weight.new_empty(weight.mT.shape, dtype=torch.float64).copy_(weight.mT)
     s = (quant_params(weight.double(), bits, symmetric=True)[0] if scale is None else scale).double()[:, 0]
     W[H.diagonal() == 0] = 0
-    M = upper_factor(H.double(), damping)
-    M /= M.diagonal().clone()  # K_ij / K_jj
+    R = upper_factor(H.double(), damping)
+    R /= R.diagonal().clone()  # R_ij / R_jj
     codes = torch.empty_like(W, dtype=torch.int8)
     one_kernel = W.is_cuda and checks.ready(W.device.index, torch.float32, "gptq")
     for start in range(0, len(W), block):
         end = min(start + block, len(W))
-        columns, near = W[start:end], M[start:end, start:end]
+        columns, near = W[start:end], R[start:end, start:end]
         errors = torch.empty_like(columns).copy_(weight[:, start:end].mT)
         rounded = cuda.gptq_columns(columns, errors, near, s, bits) if one_kernel else columns
         for i, w in enumerate(() if one_kernel else columns):
@@ -118,8 +118,8 @@ def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = c
         codes[start:end] = rounded
         columns.copy_(errors)
         many = block * (end // block & -(end // block))  # the largest block · 2^n that divides `end`
-        # w_j + Σ_{i<j} e_i K_ij / K_jj, for all i and j of two neighbours of that size
-        W[end : end + many].addmm_(M[end - many : end, end : end + many].mT, W[end - many : end])
+        # w_j + Σ_{i<j} e_i R_ij / R_jj, for all i and j of two neighbours of that size
+        W[end : end + many].addmm_(R[end - many : end, end : end + many].mT, W[end - many : end])
     return codes.mT.contiguous(), s.float()
 
 
@@ -130,8 +130,8 @@ def fit_gptq(weight, bias, inputs, config, generator, progress, P=(), token_weig
     clip: factor by which every token's range is narrowed.
     """
     P = list(P)
-    rows = None if token_weights is None else token_weights.flatten()
-    H = hessian(apply_basis(inputs.x.flatten(0, 1), P), rows)
+    weights = None if token_weights is None else token_weights.flatten()
+    H = hessian(apply_basis(inputs.x.flatten(0, 1), P), weights)
     folded = fold_weight(weight, P) if P else weight
     scale = shrunk_scale(folded, config.wbits) if search else None
     codes, scale = gptq(folded, H, config.wbits, scale)

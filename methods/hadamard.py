@@ -62,18 +62,17 @@ def exists(n: int) -> bool:
 def rotation_sizes(d: int) -> tuple[int, int]:
     """(n1, n2), n1 n2 = d, n1 ≤ n2, both Hadamard orders, as close to √d as possible: 4096 -> 64, 64.
 
-    Where no two in reach give d, or only two that cost much more (n2 > 256 n1), of any order: 11008 -> 86, 128.
+    Where no such two exist, or only two that cost much more (n2 > 256 n1), any orders are taken: 11008 -> 86, 128.
     """
     pairs = [(n, d // n) for n in range(isqrt(d), 0, -1) if d % n == 0]
     return next((p for p in pairs if p[1] <= 256 * p[0] and exists(p[0]) and exists(p[1])), pairs[0])
 
 
 def rotation(d: int, generator: torch.Generator):
-    """Randomized Hadamard rotation H1 D1 ⊗ H2 D2 of width d, orthogonal, D random signs; float64. `spread` says what
-    stands for H where there is none.
+    """Randomized Hadamard rotation D1 H1 ⊗ D2 H2 of width d, orthogonal; float64. `spread` makes its factors.
 
-    QuaRot draws one sign per channel; signs that factor as the Kronecker product does cost nothing at run time. The
-    sign of an input channel is what is random: row i of P is the image of channel i.
+    QuaRot draws one sign per channel; signs that factor as the Kronecker product does cost nothing at run time. D gives
+    every input channel its sign, since row i of P is the image of channel i.
     """
     return Kronecker(*(spread(n, generator) for n in rotation_sizes(d)))
 
@@ -87,7 +86,7 @@ def hartley(n: int):
 
 
 def spread(n: int, generator: torch.Generator):
-    """D H, orthogonal, spreads every channel over all n: D random signs, H a Hadamard matrix over √n, evenly, or where
-    none is in reach the Hartley transform; (n, n) float64."""
+    """An orthogonal matrix D H, which spreads every channel over all n; (n, n) float64. D holds random signs. H is a
+    Hadamard matrix over √n, which spreads evenly, or the Hartley transform where none is in reach."""
     signs = torch.randint(2, (n, 1), generator=generator) * 2 - 1
     return signs * (hadamard(n).double() / n**0.5 if exists(n) else hartley(n))

@@ -168,9 +168,9 @@ def in_order(P: list, weight):
     return [type(P[0])(*outer, inner[..., order]), *P[1:]]
 
 
-def evenly(x, token_weights, rows: int = 4096):
-    """At most `rows` tokens of x (N, d), evenly taken, and their weights: (n, d), (n,)."""
-    step = -(-len(x) // rows)
+def evenly(x, token_weights, most: int = 4096):
+    """At most `most` tokens of x (N, d), evenly taken, and their weights: (n, d), (n,)."""
+    step = -(-len(x) // most)
     return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]
 
 
@@ -205,7 +205,7 @@ def unit_gain(y, y_hat, weights):
 
 def state_means(x, masked):
     """μ_u and μ_m, the mean of each token state: x (N, d), masked (N,) -> (2, d); 0 if a state does not occur."""
-    return torch.stack([x[rows].sum(0) / rows.sum().clamp_min(1) for rows in (~masked, masked)])
+    return torch.stack([x[own].sum(0) / own.sum().clamp_min(1) for own in (~masked, masked)])
 
 
 def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
@@ -266,9 +266,9 @@ def inverse_factor(H, damping: float):
 
     Row i of U is, up to the factor U_ii, the first row of the inverse of what H says of the channels from i on.
     """
-    K = upper_factor(H, damping)
-    # U = K⁻¹
-    return torch.linalg.solve_triangular(K, torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), upper=True)
+    R = upper_factor(H, damping)
+    # U = R⁻¹
+    return torch.linalg.solve_triangular(R, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device), upper=True)
 
 
 def feedback_matrix(weight, size: int, damping: float = 0.01):
@@ -279,19 +279,19 @@ def feedback_matrix(weight, size: int, damping: float = 0.01):
 
 
 def rounding_order(moment):
-    """Order of the channels of a second moment M (b, b) in which feedback leaves little error, as indices (b,).
+    """Order of the channels of a second moment (b, b) in which feedback leaves little error, as indices (b,).
 
     Pick the last channel first. No later channel can repair its error, so it should have the smallest variance. Then
     pick the channel with the smallest variance given those already picked, and so on to the front (a Cholesky
-    decomposition with the smallest pivot). The product of these variances is det M in any order, so their sum is least
-    when they are even. They shrink with every channel that is picked; taking the smallest first keeps them even.
+    decomposition with the smallest pivot). In any order the product of these variances is the determinant, so their sum
+    is least when they are even. They shrink with every channel that is picked; to pick the smallest keeps them even.
     """
-    M, order = moment.clone(), []
-    left = torch.ones(len(M), dtype=torch.bool, device=M.device)
-    for _ in range(len(M)):
-        i = int(torch.where(left, M.diagonal(), torch.inf).argmin())
+    rest, order = moment.clone(), []
+    left = torch.ones(len(rest), dtype=torch.bool, device=rest.device)
+    for _ in range(len(rest)):
+        i = int(torch.where(left, rest.diagonal(), torch.inf).argmin())
         order.append(i)
         left[i] = False
         # the variance of the others, less what channel i explains
-        M = M - torch.outer(M[:, i], M[i]) / M[i, i]
-    return torch.tensor(order[::-1], device=M.device)
+        rest = rest - torch.outer(rest[:, i], rest[i]) / rest[i, i]
+    return torch.tensor(order[::-1], device=rest.device)

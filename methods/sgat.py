@@ -25,7 +25,7 @@ from starquant import Dense, Kronecker, sgat_loss, subspace_gates
 
 @dataclass(frozen=True)
 class Trained(Settings):
-    """Of methods that train a transform (`minimize`)."""
+    """Settings of methods that train a transform (`minimize`)."""
 
     lr: float = between(1e-3, 0, 10, "learning rate of AdamW (App. B)")
     epochs: int = between(15, 0, 10**4, "epochs (App. B); 0 keeps the start")
@@ -36,7 +36,7 @@ class Trained(Settings):
 
 @dataclass(frozen=True)
 class Gated(Trained):
-    """Of methods with a subspace for each token state."""
+    """Settings of methods with a subspace for each token state."""
 
     state_fraction: int = between(32, 0, 10**6, "d_m = d_u = d / state_fraction (App. B); 0 for no gates")
 
@@ -96,10 +96,10 @@ class Cayley(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # (I + S)⁻¹ = (I + Q)/2, so dQ = −½ (I + Q) dS (I + Q) and ∂L/∂A = Mᵀ − M with M = ¼ (I + Q)ᵀ (∂L/∂Q) (I + Q)ᵀ
+        # (I + S)⁻¹ = (I + Q)/2, so dQ = −½ (I + Q) dS (I + Q) and ∂L/∂A = Dᵀ − D with D = ¼ (I + Q)ᵀ (∂L/∂Q) (I + Q)ᵀ
         (twice,) = ctx.saved_tensors
-        M = twice.mT @ grad @ twice.mT / 4
-        return M.mT - M
+        D = twice.mT @ grad @ twice.mT / 4
+        return D.mT - D
 
 
 cayley = Cayley.apply
@@ -183,9 +183,9 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     """
     norm = float(y.square().sum(-1).mean()) or 1.0
 
-    def loss_of(rows, P):
-        rows = rows.to(x.device)  # once: a GPU waits for every copy
-        batch = (t.index_select(0, rows) for t in (x, y, state))  # faster on a CPU than x[rows]
+    def loss_of(which, P):
+        which = which.to(x.device)  # once: a GPU waits for every copy
+        batch = (t.index_select(0, which) for t in (x, y, state))  # faster on a CPU than x[which]
         return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, orthogonal=True) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
@@ -194,9 +194,9 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
 @torch.enable_grad()  # whatever the caller's mode is
 def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, batch=4, schedule="constant",
              generator=None, progress=lambda loss: None):
-    """AdamW on `loss_of(rows, parameters())` over batches of segments; returns its best value and a record.
+    """AdamW on `loss_of(which, parameters())` over batches of segments; returns its best value and a record.
 
-    `rows` are numbers of segments, and the loss is a mean over them. One eighth of the segments is held out, at least
+    `which` holds numbers of segments; the loss is a mean over them. One eighth of the segments is held out, at least
     one; a single segment is both trained and judged on. A held-out loss that is not finite ends the training. The best
     iterate is kept in every case, at worst the start; `diverged` in the record says that the last iterate is worse than
     the start. Parameters named `clip...` learn 10 times as fast (FlatQuant).
@@ -212,15 +212,15 @@ def minimize(parameters: nn.Module, loss_of, segments: int, lr=1e-3, epochs=15, 
     def current():
         """The value and its held-out loss."""
         value = parameters()
-        losses = [loss_of(rows, value) * len(rows) for rows in held.split(16)]
+        losses = [loss_of(which, value) * len(which) for which in held.split(16)]
         return value, float(torch.stack(losses).sum()) / len(held)
 
     best, least = current()
     history = [least]
     for _ in range(epochs):
         order = train[torch.randperm(len(train), generator=generator)]
-        for rows in order.split(batch):
-            loss = loss_of(rows, parameters())
+        for which in order.split(batch):
+            loss = loss_of(which, parameters())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -14,7 +14,7 @@ from starquant import block_statistics, damp, tac_block_size
 
 @dataclass(frozen=True)
 class Compensated(Settings):
-    """Of methods that may correct the attention output by TAC; each adds the field `tac`, which names the fit."""
+    """Settings of methods that may correct the attention output by TAC; each adds `tac`, which names the fit."""
 
     tac_block: int = between(16, 1, 10**4, "g, channels per block of TAC (App. C, Table 3)")
     damping: float = between(3e-4, 0, 10, "ρ of TAC (App. C)")

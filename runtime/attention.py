@@ -12,7 +12,7 @@ from starquant import dequantize, fake_quantize, quantize
 
 
 def softmax_scores(q, k, mask=None):
-    """A = softmax(Q Kᵀ / √h): q (B, H, L, h), k (B, K, L, h) -> (B, H, L, L); a row that may see nothing is zero.
+    """A = softmax(Q Kᵀ / √h): q (B, H, L, h), k (B, H_kv, L, h) -> (B, H, L, L); a row that may see nothing is 0.
 
     mask: bool, True where a query (row) may see a key (column), or None.
     """
@@ -32,7 +32,7 @@ class QuantAttention(Quantized):
     """
 
     def __init__(self, bits, rotation=None, value_scale=None, value_zero=None):
-        """bits (2,): of K and V, and of the softmax output. value_scale, value_zero (K, 1, h): static, from `ia_aq`."""
+        """bits (2,): of K and V, and of the softmax output. value_scale, value_zero (H_kv, 1, h): from `ia_aq`."""
         super().__init__()
         bits = torch.as_tensor(bits, dtype=torch.int32)
         self.kv_bits, self.softmax_bits = bits.tolist()  # read once: inside a CUDA graph nothing can be
@@ -48,7 +48,7 @@ class QuantAttention(Quantized):
         return [t.float() if self.rotation is None else t.float() @ self.rotation for t in heads]
 
     def forward(self, q, k, v, mask=None):
-        """q (B, H, L, h), k, v (B, K, L, h), mask (B, 1, 1 or L, L) or None -> (B, H, L, h) in q's dtype."""
+        """q (B, H, L, h), k, v (B, H_kv, L, h), mask (B, 1, 1 or L, L) or None -> (B, H, L, h) in q's dtype."""
         dtype, kv_bits, softmax_bits = q.dtype, self.kv_bits, self.softmax_bits
         q, k, v = self.rotated(q, k, v)
         if kv_bits < 16:

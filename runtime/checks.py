@@ -87,9 +87,9 @@ def _checks(device, dtype, part):
         yield "rms_norm", torch.allclose(cuda.rms_norm(x, gain, 1e-5), gain * norm.to(dtype), **close)
         silu = torch.nn.functional.silu(x[..., :144]) * x[..., 144:]
         yield "silu_up", torch.allclose(cuda.silu_up(x), silu, **close)
-        for table in (fp32, dtype):
-            (cos, sin), heads = normal(2, 19, 16, to=table), x.unflatten(-1, (9, 32))[:, :, :6].transpose(1, 2)
-            first, second = heads.to(table).chunk(2, -1)  # (B, 6, L, 16)
+        for exact in (fp32, dtype):
+            (cos, sin), heads = normal(2, 19, 16, to=exact), x.unflatten(-1, (9, 32))[:, :, :6].transpose(1, 2)
+            first, second = heads.to(exact).chunk(2, -1)  # (B, 6, L, 16)
             want = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(dtype)
             yield "rope", equal(cuda.rope(x, cos.repeat(1, 2), sin.repeat(1, 2), 6, 32), want)
     elif part == "tac":
@@ -98,10 +98,10 @@ def _checks(device, dtype, part):
         yield part, ((cuda.tac(z, T, bias) - want).abs() <= 2**-8 * want.abs() + 0.01).all()
     elif part == "gptq":
         columns, scale = normal(21, 70, to=torch.float64), normal(70, to=torch.float64).abs() + 0.2
-        M = (torch.eye(40, device=device) + normal(40, 40, to=fp32).triu(1) / 16).double()[3:24, 3:24]
+        R = (torch.eye(40, device=device) + normal(40, 40, to=fp32).triu(1) / 16).double()[3:24, 3:24]
         weight = columns + normal(21, 70, to=torch.float64) / 16
-        codes = cuda.gptq_columns(columns, errors := weight.clone(), M, scale, 4)
-        columns += M.triu(1).mT @ errors  # as each was when its turn came
+        codes = cuda.gptq_columns(columns, errors := weight.clone(), R, scale, 4)
+        columns += R.triu(1).mT @ errors  # as each was when its turn came
         want = (columns / scale).round().clamp(-8, 7)
         yield "gptq_columns", equal(codes.double(), want) and torch.allclose(
             errors, weight - scale * want, rtol=1e-9, atol=1e-12)

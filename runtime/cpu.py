@@ -149,7 +149,7 @@ def serves(layer, x, state) -> bool:
 
 
 def run(library, layer, x, state):
-    """`readable` by the compiled function."""
+    """The result of `readable`, by the compiled function."""
     about, M = described(layer), len(x)
     x, state = x.contiguous(), None if state is None else state.contiguous()
     y = torch.empty(M, about.N, dtype=x.dtype)

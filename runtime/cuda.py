@@ -89,12 +89,12 @@ class Rotation(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return kernels._multiple(self.N1, 16) * self.N2 // 32
+        return kernels.multiple(self.N1, 16) * self.N2 // 32
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory: P1, P2 and the result of its product, in bf16."""
-        rows = kernels._multiple(self.N1, 16)
+        rows = kernels.multiple(self.N1, 16)
         return 2 * (rows * (rows + 8) + (self.FIRST * self.N2 + rows) * (self.N2 + 8))
 
 
@@ -191,7 +191,7 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only:
 def _empty_codes(x, order: str):
     M, K = x.shape
     kind = torch.float8_e4m3fn if order == "e4m3" else torch.int8
-    return (x.new_empty(kernels._multiple(M, 32), K, dtype=kind), x.new_empty(M, dtype=torch.float32),
+    return (x.new_empty(kernels.multiple(M, 32), K, dtype=kind), x.new_empty(M, dtype=torch.float32),
             x.new_empty(M, dtype=torch.int32))
 
 
@@ -234,12 +234,12 @@ def tac(z, M, bias):
     return out
 
 
-def gptq_columns(columns, errors, M, scale, bits: int):
+def gptq_columns(columns, errors, R, scale, bits: int):
     """GPTQ's inner loop: codes (n, C) int8 of columns (n, C) fp64, n ≤ GPTQ_BLOCK. errors (n, C) hold the columns of
-    the weight, whose place their errors take. M (n, n), K_ij / K_jj, and scale (C,) are fp64."""
-    (n, C), codes, M = columns.shape, torch.empty_like(columns, dtype=torch.int8), M.contiguous()
+    the weight, whose place their errors take. R (n, n), R_ij / R_jj, and scale (C,) are fp64."""
+    (n, C), codes, R = columns.shape, torch.empty_like(columns, dtype=torch.int8), R.contiguous()
     _launch("gptq_columns", torch.float32, (-(-C // 64),),
-            [columns, errors, M, scale.contiguous(), codes, n, C, bits], 64)
+            [columns, errors, R, scale.contiguous(), codes, n, C, bits], 64)
     return codes
 
 # ---- products ------------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class GraphedModel:
             with torch.cuda.device(ids.device):  # the model's, which need not be the current one
                 given = [ids]
                 if attention_mask is not None:  # read here: whether anything is masked decides what is launched
-                    table, mask = self.model.context(ids, attention_mask)
-                    given += [] if mask is None else [*table, mask]
+                    rope, mask = self.model.context(ids, attention_mask)
+                    given += [] if mask is None else [*rope, mask]
                 if self.graph is None or [t.shape for t in given] != [t.shape for t in self.inputs]:
                     self._record(given)
                 if self.recordable:

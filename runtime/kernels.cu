@@ -616,14 +616,14 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 
 #ifdef GPTQ
 // GPTQ's columns of a part of the weight, GPTQ_BLOCK or less: w (n, C) has what is to be rounded, a column of the weight
-// in each row, and e (n, C) the weight itself; M (n, n) has K_ij / K_jj of H = K K^T. A thread takes one output channel
+// in each row, and e (n, C) the weight itself; R (n, n) has R_ij / R_jj of H = R R^T. A thread takes one output channel
 // through all columns and leaves their codes and, in e, their errors.
-extern "C" __global__ void gptq_columns(const double* w, double* e, const double* M, const double* scale,
+extern "C" __global__ void gptq_columns(const double* w, double* e, const double* R, const double* scale,
                                         signed char* codes, int n, int C, int bits) {
-    __shared__ double shared_M[GPTQ_BLOCK][GPTQ_BLOCK];
+    __shared__ double shared_R[GPTQ_BLOCK][GPTQ_BLOCK];
     for (int k = threadIdx.x; k < GPTQ_BLOCK * GPTQ_BLOCK; k += blockDim.x) {
         int i = k / GPTQ_BLOCK, j = k % GPTQ_BLOCK;
-        shared_M[i][j] = i < n && j < n ? M[i * n + j] : 0;
+        shared_R[i][j] = i < n && j < n ? R[i * n + j] : 0;
     }
     __syncthreads();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -634,11 +634,11 @@ extern "C" __global__ void gptq_columns(const double* w, double* e, const double
 #pragma unroll
     for (int i = 0; i < GPTQ_BLOCK; i++) {
         if (i >= n) break;
-        // q_i = clamp(round(v_i / s)),  e_i = w_i - s q_i;  v_j <- v_j + e_i K_ij / K_jj, j > i
+        // q_i = clamp(round(v_i / s)),  e_i = w_i - s q_i;  v_j <- v_j + e_i R_ij / R_jj, j > i
         double q = fmin(fmax(rint(v[i] / s), -half), half - 1);
         double error = __dsub_rn(e[(long long)i * C + c], __dmul_rn(s, q));
 #pragma unroll
-        for (int j = i + 1; j < GPTQ_BLOCK; j++) v[j] += error * shared_M[i][j];
+        for (int j = i + 1; j < GPTQ_BLOCK; j++) v[j] += error * shared_R[i][j];
         codes[(long long)i * C + c] = (signed char)q;
         e[(long long)i * C + c] = error;
     }

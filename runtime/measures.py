@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime import sampling
-from runtime.processes import ROWS, Bar, batches
+from runtime.processes import AT_ONCE, Bar, batches
 
 SCORES = 2**25  # logits at once, of which KL holds some copies: 128 MiB each in fp32
 TOKENS = 2**13  # in a forward pass at once, unless one sequence has more
@@ -28,7 +28,7 @@ def progress_bar(total: int, what: str):
 
 def at_once(length: int) -> int:
     """How many sequences of that length go through a model at once."""
-    return max(1, min(ROWS, TOKENS // length))
+    return max(1, min(AT_ONCE, TOKENS // length))
 
 
 # ---- likelihoods -----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def likelihoods(copies: Copies, model: Predictions, reference: Predictions | Non
     nelbo: E_t [ Σ over masked i of −log p(x_i | x_t) / t ] / |region| (LLaDA, Eq. 3). Its mean over a data set bounds
     the negative log-likelihood per token from above.
     kl: the same expectation of KL(p_ref(· | x_t) ‖ p(· | x_t)). On text that the reference wrote, the expected rise of
-    NELBO is this KL; it is never negative and does not depend on which token came, hence a far narrower interval.
+    NELBO is this KL. KL is never negative and does not depend on which token came, so its interval is far narrower.
     """
     totals = {name: torch.zeros(copies.n) for name in ("nelbo", *(["kl"] if reference else []))}
     for rows in batches(len(copies.tokens), max(1, SCORES // model.vocabulary)):

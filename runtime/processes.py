@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 NARROW = 512  # channels of a model that one thread calibrates
-ROWS = 16  # sequences per forward pass: on a CPU their activations stay in the caches; no mask or draw depends on it
+AT_ONCE = 16  # sequences in a forward pass: on a CPU they stay in the caches; no mask or draw depends on it
 
 
 class Refused(ValueError):  # noqa: N818 (a verdict on the input, not a fault of the program)
@@ -153,10 +153,8 @@ def gather(value) -> list:
 
 
 class Bar(tqdm):
-    """tqdm's bar on standard error, of the first process alone; a line every 30 s where that is no terminal.
-
-    Such a line is plain text without control characters, so that a log stays short and readable.
-    """
+    """tqdm's bar on standard error, which the first process alone shows. Where that is no terminal, it is a line every
+    30 s of plain text without control characters, so that a log stays short and readable."""
 
     SECONDS = 30
 
@@ -197,9 +195,9 @@ def first(function):
     return value
 
 
-def batches(n: int, rows: int = ROWS) -> list[slice]:
-    """0 to n as slices of `rows`; the last may be shorter."""
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+def batches(n: int, at_once: int = AT_ONCE) -> list[slice]:
+    """0 to n as slices of `at_once`; the last may be shorter."""
+    return [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -64,7 +64,7 @@ def linear(layer, x, state):
                               layer.shift, state)
 
     calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y), way) for way in ways(layer, x)}
-    calls[fastest(calls, (x.device, x.dtype, kernels._multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
+    calls[fastest(calls, (x.device, x.dtype, kernels.multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
     return y.reshape(*lead, -1)
 
 

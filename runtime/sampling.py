@@ -340,7 +340,7 @@ def denoise(model, prompt_ids, steps: int | None, gen_length: int, block_length:
 
 
 def _check(algorithm, steps, gen_length, block_length, temperature, cfg_scale, threshold, factor, llada, dream):
-    """Refused is what does not fit together; llada, dream: the options by name that only their algorithms have."""
+    """Refused if options do not fit together; llada, dream: options by name that only their algorithms have."""
     eps, top_p, top_k, alg_temp = dream.values()
     if not (0 <= eps < 1 and (top_p is None or 0 < top_p <= 1) and (top_k is None or top_k >= 1)
             and (alg_temp is None or 0 <= alg_temp < torch.inf)):

@@ -12,7 +12,7 @@ from references import TOLERANCE, orthogonal, randn, seeds
 import starquant
 from checkpoint.families import ModelConfig
 from methods.tac import tac_ridge
-from model import Block, rope_table, rotate
+from model import Block, cos_sin, rotate
 from runtime import layers
 
 
@@ -32,14 +32,14 @@ class TestEq16:
         config = ModelConfig("llada", d_model=32, n_layers=1, n_heads=4, n_kv_heads=kv_heads, head_dim=8, d_ffn=16,
                              vocab_size=8, rope_theta=1e4, norm_eps=1e-5, mask_id=7)
         qkv = randn(2, 6, (4 + 2 * kv_heads) * 8)
-        table = rope_table(torch.arange(6), config, torch.float32)
-        fused = Block(config).attention(qkv, table, None)
+        rope = cos_sin(torch.arange(6), config, torch.float32)
+        fused = Block(config).attention(qkv, rope, None)
         for b in range(2):
             for head in range(4):
                 group = head * kv_heads // 4  # consecutive heads share a key-value head
                 at = [head * 8, 32 + group * 8, 32 + kv_heads * 8 + group * 8]
                 q, k, v = (qkv[b, :, i : i + 8] for i in at)
-                q, k = rotate(q, *table), rotate(k, *table)
+                q, k = rotate(q, *rope), rotate(k, *rope)
                 torch.testing.assert_close(fused[b, :, head * 8 : head * 8 + 8], starquant.attention_value(q, k, v),
                                            rtol=1e-9, atol=1e-9)
 

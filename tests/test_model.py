@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoint import loading
 from checkpoint.families import FUSED, ModelConfig
-from model import DiffusionLM, Linear, RMSNorm, load_model, rope_table, rotate
+from model import DiffusionLM, Linear, RMSNorm, cos_sin, load_model, rotate
 from runtime.processes import Refused
 from runtime.sampling import denoise
 
@@ -77,9 +77,9 @@ def test_padded_batches_equal_the_reference(models, family):
 
 def test_dream_counts_positions_from_the_first_real_token(models):
     reference, model = REFERENCE["dream"], models["dream"]
-    _, _, table, mask = model.prepare(reference["mask.input_ids"], reference["mask.attention_mask"])
-    want = rope_table(reference["mask.position_ids"][:, None], model.config, torch.float32)
-    assert all(torch.equal(*pair) for pair in zip(table, want, strict=True))
+    _, _, rope, mask = model.prepare(reference["mask.input_ids"], reference["mask.attention_mask"])
+    want = cos_sin(reference["mask.position_ids"][:, None], model.config, torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(rope, want, strict=True))
     keep = reference["mask.attention_mask"].bool()
     assert torch.equal(mask[:, 0], keep[:, :, None] & keep[:, None])
 
@@ -132,7 +132,7 @@ class TestRope:
         """Coordinates j and j + h/2 are a plane, turned by position · θ^(−2j/h)."""
         x = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, 2, 5, 8)))
         positions = torch.tensor([0, 1, 2, 7, 50])
-        got = rotate(x, *rope_table(positions, tiny_config(rope_theta=theta), torch.float32))
+        got = rotate(x, *cos_sin(positions, tiny_config(rope_theta=theta), torch.float32))
         for head in range(2):
             for i, position in enumerate(positions.tolist()):
                 for j in range(4):
@@ -146,7 +146,7 @@ class TestRope:
     def test_frequencies_are_the_official_ones_to_the_last_bit(self, theta):
         """1.0 / (theta ** (arange(0, h, 2).float() / h)): one unit in the last place is seen at position 4000."""
         positions = torch.arange(4096)
-        cos, sin = rope_table(positions, tiny_config(rope_theta=theta, head_dim=128), torch.float32)
+        cos, sin = cos_sin(positions, tiny_config(rope_theta=theta, head_dim=128), torch.float32)
         inverse = 1.0 / (theta ** (torch.arange(0, 128, 2).float() / 128))
         angle = torch.cat([torch.outer(positions.float(), inverse)] * 2, -1)
         assert torch.equal(cos, angle.cos())
@@ -157,7 +157,7 @@ class TestRope:
         config = tiny_config()
 
         def score(i, j):
-            turned = [rotate(x, *rope_table(torch.tensor([p]), config, torch.float32)) for x, p in ((q, i), (k, j))]
+            turned = [rotate(x, *cos_sin(torch.tensor([p]), config, torch.float32)) for x, p in ((q, i), (k, j))]
             return float((turned[0] * turned[1]).sum())
 
         assert score(3, 1) == pytest.approx(score(9, 7), abs=1e-5)
@@ -165,7 +165,7 @@ class TestRope:
 
     def test_llada_rotates_in_fp32_and_dream_in_the_models_dtype(self):
         for fp32, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-            cos, _ = rope_table(torch.arange(3), tiny_config(rope_fp32=fp32), torch.bfloat16)
+            cos, _ = cos_sin(torch.arange(3), tiny_config(rope_fp32=fp32), torch.bfloat16)
             assert cos.dtype == dtype
 
 

@@ -49,7 +49,7 @@ STRING_METHODS = {"upper", "lower", "count"}
 
 
 def _element(value):
-    """Sequences in sequences are refused: built by doubling, a few lines hold 2^40 elements for one comparison."""
+    """The value; Failed for a sequence, which may not stand in another: doubled, it soon holds 2^40 elements."""
     if isinstance(value, (list, tuple)):
         raise Failed("nested sequence")
     return value

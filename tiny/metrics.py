@@ -1,7 +1,6 @@
 """What the embedded model is judged by: NELBO, KL from the 16-bit model, task accuracy, cloze likelihood, passes.
 
-Every function returns one value per example, so that models are compared in pairs and intervals come from a bootstrap
-over examples. The masks of a Monte-Carlo estimate depend only on the seed: two models see the same ones.
+Every function returns one value per example. Masks depend only on the seed (`runtime/measures.py`).
 """
 
 import torch

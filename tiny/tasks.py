@@ -1,6 +1,6 @@
-"""Text, problems and token states for the embedded model: everything is made from a seed, nothing is downloaded.
+"""Text, problems and token states for the embedded model: everything is made from a seed, and nothing is downloaded.
 
-Three domains, each with splits `train`, `calib` and `eval` that never overlap:
+There are three domains, each with splits `train`, `calib` and `eval` that never overlap:
 - english: Moby-Dick and State of the Union addresses 1934-2019 (`tiny/english`, public domain), split by document;
 - math:    word problems answered with a chain of thought, the counterpart of GSM8K, split by a hash of the problem;
 - code:    docstring to small function, the counterpart of HumanEval, split by a hash of the specification.

@@ -36,7 +36,7 @@ from tiny import tasks
 CONFIG = read_json(resolve("tiny") / "config.json")
 DOMAINS = ("chain", "code", "english", "math", "sums")
 DEFAULTS = {"steps": 5200, "minutes": math.inf, "tokens": 3072, "lr": 2e-3, "seed": 0}
-RECORD, STATE = "training.json", "resume.safetensors"
+RECORD, PROGRESS = "training.json", "resume.safetensors"
 WARM_UP = EVERY = 200  # steps in which the learning rate rises, and between two writings
 
 
@@ -130,24 +130,24 @@ def survey(out: Path, resume: bool, overwrite: bool) -> None:
     processes.writable(out, "--out")
     names = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.exists() else set()
     if resume:
-        if not names & {STATE, RECORD}:
+        if not names & {PROGRESS, RECORD}:
             raise Refused(f"--out {out} holds no training that could go on; leave --resume out.")
     elif names and not overwrite:
-        how = "--resume to go on with its training, or " if STATE in names else ""
+        how = "--resume to go on with its training, or " if PROGRESS in names else ""
         raise Refused(f"--out {out} is not empty; choose another folder, or add {how}--overwrite to replace the model.")
-    elif foreign := names - {"config.json", SINGLE, "tokenizer.json", RECORD, STATE}:
+    elif foreign := names - {"config.json", SINGLE, "tokenizer.json", RECORD, PROGRESS}:
         raise Refused(f"--out {out} holds {min(foreign)}, which this command does not write; choose another folder.")
 
 
 def left_by(args) -> str:
     """What an interrupted run leaves in --out, in a sentence."""
-    if not (args.out / STATE).exists():
+    if not (args.out / PROGRESS).exists():
         return f"Nothing was written to {args.out}."
     again = "--resume" + " instead of --overwrite" * args.overwrite
-    return f"Go on from {args.out / STATE} by the same command and {again}."
+    return f"Go on from {args.out / PROGRESS} by the same command and {again}."
 
 
-def read_state(path: Path, command: dict) -> tuple[dict, dict]:
+def read_progress(path: Path, command: dict) -> tuple[dict, dict]:
     """The progress and the tensors that `save` wrote; Refused if they are damaged or another command's."""
     try:
         with safe_open(path, "pt") as file:
@@ -170,7 +170,7 @@ def save(folder: Path, model, optimizer, progress: dict) -> None:
     """Write what the run needs to go on, and then the model: a full disk leaves what was there before."""
     tensors = {f"{kind}/{name}": tensor for name, p in model.named_parameters()
                for kind, tensor in {"weight": p, **optimizer.state[p]}.items()}
-    write_tensors(folder / STATE, tensors, {"progress": json.dumps(progress)})
+    write_tensors(folder / PROGRESS, tensors, {"progress": json.dumps(progress)})
     if progress["phases"][-1]["steps"]:
         model.save(folder, dtype=torch.bfloat16)
         write_json(folder / RECORD, {**totals(progress["phases"]), "phases": progress["phases"]})
@@ -233,13 +233,13 @@ def run(args) -> dict:
     phases, device, out = phases_of(args), pick_device(args.device), args.out
     command = {name: getattr(args, name) for name in ("init", "preset", "mix", *DEFAULTS)}
     survey(out, args.resume, args.overwrite)
-    if args.resume and not (out / STATE).exists():
+    if args.resume and not (out / PROGRESS).exists():
         print(f"python -m tiny.train: {out} is complete; --init {out} and another --out train it on.", file=sys.stderr)
         return {"out": str(out), "complete": True}
     earlier = read_json(resolve(args.init) / RECORD, {}).get("phases", []) if args.init else []
     progress, tensors = {"command": command, "done": 0, "phases": earlier}, {}
     if args.resume:
-        progress, tensors = read_state(out / STATE, command)
+        progress, tensors = read_progress(out / PROGRESS, command)
     model = (trained_model(args.init) if args.init else fresh_model(phases[0]["args"]["seed"])).to(device)
     out.mkdir(parents=True, exist_ok=True)
     hold(out, model)
@@ -258,7 +258,7 @@ def run(args) -> dict:
             progress["done"], tensors = i + 1, {}
     finally:
         signal.signal(signal.SIGINT, before)
-    for path in (out / STATE, *out.glob(".tmp??????")):  # the latter are the library's, of a run that was killed
+    for path in (out / PROGRESS, *out.glob(".tmp??????")):  # the latter are the library's, of a run that was killed
         path.unlink()
     mine = progress["phases"][-len(phases):]
     return {"out": str(out), **totals(mine), **mine[-1]["loss"]}

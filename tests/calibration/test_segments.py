@@ -112,7 +112,7 @@ class TestRollout:
     def test_states_lie_on_the_trajectory_at_the_asked_share(self, tiny):
         tokens, _ = tasks.calibration_set(tiny.tokenizer, 8, 24, 0)
         ratios = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.3, 0.25, 0.1, 0.01])
-        states = rollout(tiny, tokens, ratios, rows=3)
+        states = rollout(tiny, tokens, ratios, at_once=3)
         final = generate(tiny, tokens[:, :12], 12, 12)
         masked = states == tiny.mask_id
         assert torch.equal(states[:, :12], tokens[:, :12])

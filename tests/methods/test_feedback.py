@@ -33,9 +33,9 @@ def error(x, x_hat, weight):
 
 def test_moments_of_blocks_are_the_diagonal_blocks_of_the_whole_moment():
     x, weights = correlated(50, 12).float(), torch.rand(50)
-    whole = hessian(x, weights, rows=16)
+    whole = hessian(x, weights, at_once=16)
     for size in (2, 3, 12):
-        torch.testing.assert_close(hessian(x, weights, rows=16, block=size), diagonal_blocks(whole, size), rtol=1e-5,
+        torch.testing.assert_close(hessian(x, weights, at_once=16, block=size), diagonal_blocks(whole, size), rtol=1e-5,
                                    atol=1e-5)
 
 

@@ -240,7 +240,7 @@ class TestBasis:
 class TestFit:
     def test_few_tokens_stand_for_all_with_their_own_weights(self):
         x = torch.arange(20.0).view(10, 2)
-        few, weights = evenly(x, torch.arange(10.0), rows=4)
+        few, weights = evenly(x, torch.arange(10.0), most=4)
         assert few.tolist() == [[0, 1], [6, 7], [12, 13], [18, 19]]
         assert weights.tolist() == [0, 3, 6, 9]
         assert evenly(x, None, 100)[1].tolist() == [1] * 10

@@ -109,7 +109,7 @@ def paired(codes):
 def check_tile(device, tile, M, K, N, dtype, splits=1, asymmetric=False, has_bias=False, shifted=False, extreme=False):
     """A product by `tile` against its formula, every output equal; the counters that its blocks meet at are 0 again."""
     g = torch.Generator().manual_seed(M + N)
-    codes = torch.zeros(kernels._multiple(M, 32), K, dtype=torch.int8)
+    codes = torch.zeros(kernels.multiple(M, 32), K, dtype=torch.int8)
     codes[:M] = torch.randint(-128 if extreme else -8, 128 if extreme else 8, (M, K), generator=g)
     w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
     if extreme:  # the largest sum there is

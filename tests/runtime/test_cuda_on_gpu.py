@@ -55,7 +55,7 @@ def test_norm_rope_and_silu_of_llada(dtype, B, L):
     norm = model.RMSNorm(4096, 1e-5).to("cuda", dtype).requires_grad_(False)
     norm.weight.normal_(generator=g)
     x, qkv, gate_up = (torch.randn(B, L, n, generator=g, device="cuda").to(dtype) for n in (4096, 12288, 24576))
-    rope = model.rope_table(torch.arange(L, device="cuda"), c, dtype)
+    rope = model.cos_sin(torch.arange(L, device="cuda"), c, dtype)
     got = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)
     with checks.eager_glue():
         want = norm(x), model.swiglu(gate_up), *block.heads(qkv, rope)

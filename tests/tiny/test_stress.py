@@ -25,10 +25,10 @@ def fixture(family):
 
 
 def linear_inputs(model, noisy):
-    x, state, table, _ = model.prepare(noisy)
+    x, state, rope, _ = model.prepare(noisy)
     found = []
     for block in model.blocks:
-        x, inputs = run_block(block, x, state, table, watch=FUSED)
+        x, inputs = run_block(block, x, state, rope, watch=FUSED)
         found.append(inputs)
     return found, state
 

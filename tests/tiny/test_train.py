@@ -124,24 +124,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(small_folder, tmp_path, ca
     out = ["--out", str(tmp_path / "parts")]
     interrupt(4)
     assert train.main([*command, *out]) == 130
-    assert f"Go on from {tmp_path / 'parts' / train.STATE} by the same command and --resume." in capsys.readouterr().err
+    said = f"Go on from {tmp_path / 'parts' / train.PROGRESS} by the same command and --resume."
+    assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert json.loads((tmp_path / "parts" / "training.json").read_text())["phases"][-1]["steps"] == 4  # it was ended
     load_model(tmp_path / "parts", "cpu")
     interrupt(2)
     assert train.main([*command, *out, "--resume"]) == 130
-    state = (tmp_path / "parts" / train.STATE).read_bytes()
+    state = (tmp_path / "parts" / train.PROGRESS).read_bytes()
     for changed, words in ((["--lr", "0.1"], "--lr was 0.002 and is 0.1"), (["--mix", "sums"], "--mix was"),
                            (["--minutes", "9"], "--minutes was inf and is 9.0")):
         assert train.main([*command, *out, "--resume", *changed]) == 2
         assert words in capsys.readouterr().err
     assert train.main([*command, *out]) == 2
     assert "add --resume to go on with its training, or --overwrite" in capsys.readouterr().err
-    assert (tmp_path / "parts" / train.STATE).read_bytes() == state
+    assert (tmp_path / "parts" / train.PROGRESS).read_bytes() == state
     interrupt(0)
     assert train.main([*command, *out, "--resume"]) == 0
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-    assert not (tmp_path / "parts" / train.STATE).exists()
+    assert not (tmp_path / "parts" / train.PROGRESS).exists()
     last = [json.loads((tmp_path / name / "training.json").read_text())["phases"][-1] for name in ("whole", "parts")]
     assert last[0]["loss"] == last[1]["loss"]
     assert train.main([*command, *out, "--resume"]) == 0
@@ -180,7 +181,7 @@ class TestPreset:
         assert weights(tmp_path / "preset") == weights(tmp_path / "2")
         record = json.loads((tmp_path / "preset" / "training.json").read_text())
         assert [(p["mix"], p["steps"]) for p in record["phases"]] == [(mix, 3) for mix in mixes]
-        assert not (tmp_path / "preset" / train.STATE).exists()
+        assert not (tmp_path / "preset" / train.PROGRESS).exists()
 
     def test_other_arguments_are_refused(self, tmp_path, capsys):
         out = ["--out", str(tmp_path / "out")]
@@ -205,7 +206,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_folder, tmp_path, capsys
         assert train.main(command) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    state = tmp_path / "out" / train.STATE
+    state = tmp_path / "out" / train.PROGRESS
     assert capsys.readouterr().err.endswith(f"{state} cannot be written (Error while serializing: I/O error: File too "
                                             f"large (os error 27)). Go on from {state} by the same command and "
                                             f"--resume.\n")
@@ -295,6 +296,6 @@ class TestNothingIsOverwritten:
 
     def test_a_damaged_file_to_go_on_from(self, trained, capsys):
         for content in (b"", b"\x08\0\0\0\0\0\0\0{}      ", bytes(99)):
-            (trained / train.STATE).write_bytes(content)
+            (trained / train.PROGRESS).write_bytes(content)
             assert train.main(["--out", str(trained), "--resume"]) == 2
             assert "cannot be read" in capsys.readouterr().err
