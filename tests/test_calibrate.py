@@ -166,6 +166,15 @@ class TestSettings:
         assert written.items() <= said.items()
         assert QuantConfig(**written) == calibrate.config_from(calibrate.parse(fast("--method", method)))
 
+    def test_both_ends_of_a_range_are_taken_and_nothing_beyond(self):
+        ends = {"wbits": (2, 8), "abits": (2, 8), "kv_bits": (2, 16), "softmax_bits": (2, 16), "seed": (0, 2**31),
+                "smoothing": (0, 1), "shrinkage": (0, 1), "tac_samples": (1, 10**6)}
+        for name, (low, high) in ends.items():
+            assert [getattr(QuantConfig(**{name: end}), name) for end in (low, high)] == [low, high]
+            for beyond in (low - 1, high + 1):
+                with pytest.raises(Refused, match=f"{name} {beyond} is not between {low} and {high}"):
+                    QuantConfig(**{name: beyond})
+
     def test_another_method_s_setting_is_refused_and_an_unknown_one_too(self):
         with pytest.raises(Refused, match=r"^transform is for starquant, not for rtn\.$"):
             QuantConfig("rtn", transform="dense")

@@ -27,9 +27,9 @@ TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq
     "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
     "checkpoint/published": "twins", "methods/__init__": "calibrate", "methods/settings": "calibrate",
     "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac calibrate",
-    "methods/storage": "preflight bench", "tiny/metrics": "cells", "calibration/segments": "calibrate bad_arguments",
-    "calibration/streams": "calibrate gates", "experiments/tables": "evaluate", "experiments/peers": "bench",
-    "experiments/animation": "figures"}  # tests of a module besides tests/**/test_NAME.py
+    "methods/storage": "preflight bench calibrate", "tiny/metrics": "cells", "experiments/tables": "evaluate",
+    "calibration/segments": "calibrate bad_arguments", "calibration/streams": "calibrate gates",
+    "experiments/peers": "bench", "experiments/animation": "figures"}  # tests of a module besides tests/**/test_NAME.py
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
