@@ -25,7 +25,7 @@ TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq
     "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options",
     "checkpoint/folder": "bad_input loading tokenizer output",
     "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
-    "checkpoint/published": "twins", "methods/__init__": "calibrate", "methods/settings": "calibrate",
+    "checkpoint/published": "twins", "methods/__init__": "calibrate bad_arguments", "methods/settings": "calibrate",
     "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac calibrate",
     "methods/storage": "preflight bench calibrate", "tiny/metrics": "cells", "experiments/tables": "evaluate",
     "calibration/segments": "calibrate bad_arguments", "calibration/streams": "calibrate gates",
