@@ -1,6 +1,8 @@
 """Quantize a masked-diffusion language model: python calibrate.py [--model tiny] [--method starquant] [--out FOLDER]
 
-The algorithm (Sections 3.2-3.3, Appendices B and C) takes one block at a time:
+The algorithm (Sections 3.2-3.3, Appendices B and C)
+    It takes one block at a time. A model never has to fit in memory. Every method goes through this loop; `methods/`
+    holds the fits.
 
     embed masked copies of the calibration segments
     for each block:   read it                                                      disk -> one block in memory
@@ -10,11 +12,10 @@ The algorithm (Sections 3.2-3.3, Appendices B and C) takes one block at a time:
                           after qkv: estimate TAC from softmax·V of both streams
                       write it, move both streams through it, free it
 
-A model never has to fit in memory. Every method goes through this loop; `methods/` holds the fits.
-
-The command is the second half of this file. It checks everything before it writes anything (`calibration/preflight.py`)
-and writes each block whole (`calibration/output.py`), so that `--resume` goes on where an earlier run stopped. Standard
-output ends with one line of JSON; progress goes to standard error.
+The command (second half of this file)
+    It checks everything before it writes anything (`calibration/preflight.py`). It writes each block whole
+    (`calibration/output.py`), so that `--resume` goes on where an earlier run stopped. Standard output ends with one
+    line of JSON; progress goes to standard error.
 """
 
 import argparse

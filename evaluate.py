@@ -7,12 +7,12 @@
     python evaluate.py --figure 3                                        a figure (experiments/figures.py)
     python evaluate.py --model llada-8b --tasks arc_challenge,gsm8k      the paper's benchmarks through lm-eval
 
-Without --prompt, --table, --figure and --tasks a model is judged (`experiments/judge.py`), with 95 % bootstrap
-intervals. It gets its NELBO per token and the passes that an answer takes when it is decoded in parallel. With
---against it also gets the KL divergence from the second model, the paired differences to it, and how far the two
-denoising trajectories agree. With --data FILE that works for every model. Without it the model must know the embedded
-tasks. Then it also gets its accuracy on `math`, `code` (free-running generation) and `cloze` (Monte-Carlo likelihood).
-Tables go to standard output, whose last line is JSON; progress goes to standard error.
+Judging (`experiments/judge.py`)
+    It is what happens without --prompt, --table, --figure and --tasks. A model gets its NELBO per token and the passes
+    that an answer takes when it is decoded in parallel. With --against it also gets the KL divergence from the second
+    model, the paired differences to it, and how far the two denoising trajectories agree. With --data FILE that works
+    for every model. Without it the model must know the embedded tasks. Then it also gets its accuracy on `math`, `code`
+    (free-running generation) and `cloze` (Monte-Carlo likelihood). Intervals are 95 % bootstrap intervals.
 """
 
 import argparse

@@ -1,16 +1,17 @@
 """A self-contained masked-diffusion transformer: one switchable Llama-type block for LLaDA, Dream and kin.
 
-Every denoising step runs the whole sequence, masked and unmasked tokens together, through bidirectional attention.
-A forward pass compares the ids with the mask token in one place, `DiffusionLM.prepare`. The result, the token state,
-goes with the hidden states to every linear: a 16-bit linear ignores it, and a quantized one picks its gate by it.
-
     model = load_model("tiny")                      # or llada-8b, dream-7b, a hub id, a folder; 16-bit or quantized
     text = write(model, "Ann has 4 boxes of 6 eggs.\n", gen_length=24)
     ids = generate(model, prompt_ids, steps=32, gen_length=32)
 
-Shapes: B batch, L length, D d_model, H heads, H_kv key-value heads, h head_dim, F d_ffn, V vocabulary.
-A block has four linears, `qkv`, `out`, `gate_up` and `down`: linears with the same input are fused, so that they share
-one product and one transform P. `checkpoint/loading.py` fills these modules from a folder and writes them to one.
+A denoising step
+    It runs the whole sequence, masked and unmasked tokens together, through bidirectional attention. A forward pass
+    compares the ids with the mask token in one place, `DiffusionLM.prepare`. The result, the token state, goes with the
+    hidden states to every linear. A 16-bit linear ignores it, and a quantized one picks its gate by it.
+Names
+    B batch, L length, D d_model, H heads, H_kv key-value heads, h head_dim, F d_ffn, V vocabulary. A block has four
+    linears, `qkv`, `out`, `gate_up` and `down`: linears with the same input are fused, so that they share one product
+    and one transform P. `checkpoint/loading.py` fills these modules from a folder and writes them to one.
 """
 
 from itertools import groupby

@@ -1,22 +1,26 @@
 """When does a gate pay? python -m experiments.gates [--model FOLDER] [--stress 4] [--out out/gates]
 
-A gate G_s (Eq. 9) zeroes the d_s channels of z = x P that belong to the other state. Per linear and state, against the
-same P without gates,
+The balance of a gate
+    A gate G_s (Eq. 9) zeroes the d_s channels of z = x P that belong to the other state. Per linear and state, against
+    the same P without gates,
 
     it gains    the rounding noise of those channels, ‖(Q(z) − z) G_s^⊥ P_e Wᵀ‖²    about d_s/d of all noise: 1/32
     it loses    what those channels carried, the leakage of Eq. 28, ‖z G_s^⊥ P_e Wᵀ‖²
 
-G_s^⊥ = I − G_s keeps the channels that the gate zeroes; P_e = P⁻¹. Zero is a value of every token's grid (Eq. 4), so
-|Q(z) − z| ≤ |z|: on the same grid a gate gains nothing, channel by channel. It can pay only where what it takes away
-cancels errors of other channels in the output, or where it removes a token's outlier and so makes the grid finer.
+    G_s^⊥ = I − G_s keeps the channels that the gate zeroes; P_e = P⁻¹. Zero is a value of every token's grid (Eq. 4),
+    so |Q(z) − z| ≤ |z|: on the same grid a gate gains nothing, channel by channel. It can pay only where what it takes
+    away cancels errors of other channels in the output, or where it removes a token's outlier and so makes the grid
+    finer.
 
-Of a 16-bit model of the embedded tasks this program prints three tables.
-    The balance of every gate, for P drawn, trained (App. B) or allocated in closed form, with exact weights.
-    The same for drawn P where tokens live in fewer directions. The construction: in the channels that their gate
-    zeroes, their energy is cut to a share ρ. The function of the model changes with it.
-    KL from 16 bit of trained models (Kronecker P, no TAC) with all gates, with those that pay, and with none.
-Of a quantized model with gates it prints the balance of each of its own. All is measured on held-out text. Which gates
-pay is decided on calibration text of another seed.
+Three tables for a 16-bit model of the embedded tasks
+    The first has the balance of every gate, for P drawn, trained (App. B) or allocated in closed form, with exact
+    weights. The second has the same for drawn P where tokens live in fewer directions: in the channels that their gate
+    zeroes, their energy is cut to a share ρ. The function of the model changes with it. The third has the KL from
+    16 bit of trained models (Kronecker P, no TAC) with all gates, with those that pay, and with none.
+
+One table for a quantized model with gates
+    It has the balance of each of its own. All is measured on held-out text. Which gates pay is decided on calibration
+    text of another seed.
 """
 
 import copy

@@ -1,19 +1,19 @@
 """What a published model costs on a GPU, counted without one: a denoising step, and the calibration of a block.
 
-It is predicted, not measured. A whole step of `generate`, or `calibrate.quantize_block`, runs at true shapes on
-PyTorch's meta device, whose tensors have shapes but no numbers. It takes the code paths of a GPU, and what it would
-start there is counted:
+How it is counted
+    It is predicted, not measured. A whole step of `generate`, or `calibrate.quantize_block`, runs at true shapes on
+    PyTorch's meta device, whose tensors have shapes but no numbers. It takes the code paths of a GPU. A number that is
+    asked for is 0. What runs on the CPU, as the singular values of small blocks do, is not counted.
 
+What is counted
     launches   one for each operation that is no view and no allocation, and for each kernel of `runtime/cuda.py`; also
                one for a decomposition, which starts several
     bytes      of every tensor that an operation reads or writes, once; a look-up counts the rows that it takes
     FLOP       of products, two for each multiplication, and of decompositions
     waits      where the host needs a number or a shape from the GPU, or copies a tensor to or from it
     peak       bytes of weights and of the tensors that are alive at a time
-
-A number that is asked for is 0. What runs on the CPU, as the singular values of small blocks do, is not counted. The
-floor of an operation is the largest of bytes / bandwidth, FLOP / rate and the time of the smallest kernel in a CUDA
-graph, by the datasheet and without an L2 cache. The sum of all floors is the least time.
+    floor      the largest of bytes / bandwidth, FLOP / rate and the time of the smallest kernel in a CUDA graph, by the
+               datasheet and without an L2 cache, for each operation; the least time of all is their sum
 """
 
 import json

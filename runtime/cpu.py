@@ -1,29 +1,34 @@
 """The quantized linear on a CPU, and on every other device that the CUDA passes do not serve.
 
 `linear(layer, x, state)` takes tokens x (..., d) through the four steps of `runtime/layers.py`: transform, quantize,
-multiply, finish. The readable path takes a few PyTorch operations for each, with `kernels.py`. It runs on every device
-and defines the result. Its operations walk over the data many times; rounding by feedback takes b steps of several.
+multiply, finish.
 
-The compiled path, `cpu_kernels.c`, does all four steps in one call. Steps 2 to 4 give the same bits, because they take
-the same IEEE operations in the same order. Step 1 sums in the order of the channels, without rounding a product before
-it is added, as matrix libraries mostly do; where one sums in another order, a sum may differ in its last bit, and the
-codes of a few channels by one. The system's C compiler compiles the file at first use, for the processor that it runs
-on, and the result is kept in the user's cache folder. `compiled` compares it with the readable path once in every
-process before it serves. Where there is no compiler, or no integer dot product in the processor, or any bit differs,
-the readable path serves and one warning says so.
+The readable path
+    It takes a few PyTorch operations for each step, with `kernels.py`. It runs on every device and defines the result.
+    Its operations walk over the data many times; rounding by feedback takes b steps of several.
 
-A thread takes 16 tokens at a time through steps 1 and 2, so that a vector holds the same channel of all of them. Then
-it takes 32 rows of the weight at a time, lays them out so that one instruction reads four channels of 16 rows, and
-multiplies all tokens by them while they are in its cache. A weight of four bits stays packed in memory, two codes a
-byte, and keeps its order:
+The compiled path
+    `cpu_kernels.c` does all four steps in one call. Steps 2 to 4 give the same bits, because they take the same IEEE
+    operations in the same order. Step 1 sums in the order of the channels, without rounding a product before it is
+    added, as matrix libraries mostly do. Where one sums in another order, a sum may differ in its last bit, and the
+    codes of a few channels by one. The system's C compiler compiles the file at first use, for the processor that it
+    runs on, and the result is kept in the user's cache folder. `compiled` compares it with the readable path once in
+    every process. Where there is no compiler, or no integer dot product in the processor, or any bit differs, the
+    readable path serves and one warning says so.
+
+How the compiled path multiplies
+    A thread takes 16 tokens at a time through steps 1 and 2, so that a vector holds the same channel of all of them.
+    Then it takes 32 rows of the weight at a time, lays them out so that one instruction reads four channels of 16 rows,
+    and multiplies all tokens by them while they are in its cache. A weight of four bits stays packed in memory, two
+    codes a byte, and keeps its order:
 
     a row of the weight    [w1|w0] [w3|w2] [w5|w4] [w7|w6] …      the even channel is the lower half of a byte
     four bytes, << 4       [w0| 0] [w2| 0] [w4| 0] [w6| 0]        16 times the even codes, with their signs
     four bytes, & 0xf0     [w1| 0] [w3| 0] [w5| 0] [w7| 0]        16 times the odd codes
     a token's codes         x0 x2 x4 x6   x1 x3 x5 x7 …           in the same order; the sums are 16 times too large
 
-The instruction multiplies unsigned codes by signed ones. A token's codes are therefore X_int of Eq. 2, 0 to 2^b − 1,
-where the readable path has X_int − 2^(b−1).
+    The instruction multiplies unsigned codes by signed ones. A token's codes are therefore X_int of Eq. 2, 0 to
+    2^b − 1, where the readable path has X_int − 2^(b−1).
 """
 
 import ctypes

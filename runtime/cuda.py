@@ -1,9 +1,11 @@
 """The CUDA kernels as functions: passes over activations, and products.
 
-PyTorch's operations would walk over the activations about ten times to quantize them and again after the product. On a
-GPU these walks cost more than the integer product saves. Every kernel here reads its input once and writes its output
-once. Each has a readable twin. `checks.py` compares the two once per device, and `products.py` chooses among products:
+Why they are here
+    PyTorch's operations would walk over the activations about ten times to quantize them and again after the product.
+    On a GPU these walks cost more than the integer product saves. Every kernel here reads its input once and writes its
+    output once. `checks.py` compares each with its readable twin once per device; `products.py` chooses among products.
 
+The kernels and their readable twins
     quantize_rows    the gate of a token's state, its range, scale, zero point and codes: `kernels.quantize_rows`
     centred_blocks   x less the mean of its token's state, times blocks of 64 (starquant+): `starquant.Blocks`
     rotated_codes    a Kronecker or an Across factor and then `quantize_rows`
@@ -15,10 +17,11 @@ once. Each has a readable twin. `checks.py` compares the two once per device, an
     unpack_int4, epilogue     what stands before and after `torch._int_mm`, the readable product
     unpack_e4m3, add_ends     the same for `torch._scaled_mm`: fp8 numbers hold 4-bit codes exactly
 
-Kernels of integers agree with their twins bit for bit, because they use the same IEEE operations in the same order.
-Kernels that sum real numbers have another order. The sources are plain CUDA C++ without headers, compiled at first use
-with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Inside a CUDA graph nothing is allocated,
-and the cost of a launch (some 10 us from Python) is gone.
+How they are made
+    Kernels of integers agree with their twins bit for bit, because they use the same IEEE operations in the same order.
+    Kernels that sum real numbers have another order. The sources are plain CUDA C++ without headers, compiled at first
+    use with the NVRTC library that PyTorch ships: neither nvcc nor Triton is needed. Inside a CUDA graph nothing is
+    allocated, and the cost of a launch (some 10 us from Python) is gone.
 """
 
 import struct
