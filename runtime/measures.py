@@ -164,7 +164,7 @@ def bootstrap(*values, of=lambda mean: mean) -> tuple[float, float, float]:
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])  # (k, n) or (k, S, n)
     values = values[:, None] if values.ndim == 2 else values
     _, S, n = values.shape
-    seeds = torch.randint(S, (DRAWS, S, 1), generator=g) if S > 1 else torch.zeros(DRAWS, 1, 1, dtype=torch.long)
+    seeds = torch.randint(S, (DRAWS, S, 1), generator=g) if S > 1 else 0
     examples = torch.randint(n, (DRAWS, S, n), generator=g)
     drawn = of(*(v[seeds, examples].mean((-1, -2)) for v in values))
     # a draw whose ratio is 0/0 says nothing
@@ -172,7 +172,7 @@ def bootstrap(*values, of=lambda mean: mean) -> tuple[float, float, float]:
     return float(of(*values.mean((-1, -2)))), float(low), float(high)
 
 
-def interval(triple, scale: float = 1, digits: int = 4, sign: str = "") -> str:
+def interval(triple, scale: float, digits: int, sign: str = "") -> str:
     """A mean and half its interval (mean, low, high) as text."""
     mean, low, high = triple
     return f"{scale * mean:{sign}.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"

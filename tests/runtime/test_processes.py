@@ -177,6 +177,17 @@ class TestRun:
         assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("seconds", "shown"), [(0, ["  0%", " 50%", "100%", "100%"]), (30, ["100%"])])
+def test_a_bar_in_a_log_is_a_line_now_and_then_and_one_at_the_end(seconds, shown, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(processes.Bar, "SECONDS", seconds)
+    with processes.Bar(total=2, desc="work", file=log, mininterval=0) as bar:
+        for _ in range(2):
+            bar.update()
+    assert [line[:10] for line in log.getvalue().split("\n")] == [*(f"work: {part}" for part in shown), ""]
+    assert "\r" not in log.getvalue()
+
+
 class TestCalibrate:
     def test_two_processes_write_the_bytes_of_one(self, runs):
         folder, *said = runs
