@@ -13,9 +13,8 @@ What runs when an INT4 linear runs
    (`kernels.int_linear` has the formulas).
 4. Finish. The sums are scaled back to real numbers; `finish` adds the bias and the output of the mean of step 1.
 
-Two implementations do these steps: `runtime.products.linear` on a GPU that passes its self-checks and
-`runtime.cpu.linear` everywhere else. For the same transformed tokens both give the
-integers of the readable `kernels.int_linear`.
+Two implementations do these steps: `runtime.products.linear` on a GPU that passes its self-checks, and
+`runtime.cpu.linear` everywhere else. For the same transformed tokens both give the integers of `kernels.int_linear`.
 
 Every quantization method of this project is a way to choose the tensors of a `QuantLinear` (`methods/`). Their names
 are the names of the tensors in a checkpoint.
