@@ -19,6 +19,7 @@ from runtime.sampling import (
     filtered_probs,
     guided_logits,
     gumbel_max,
+    pad_left,
     time_schedule,
 )
 
@@ -110,9 +111,8 @@ def test_left_padding_does_not_change_dreams_tokens():
     model = biased(MODELS["dream"], 250, -100.0)  # a random model predicts [MASK] now and then; the share counts those
     for algorithm in ("maskgit_plus", "topk_margin", "entropy"):
         args = {"steps": 6, "gen_length": 12, "algorithm": algorithm}
-        prompts = torch.cat((PROMPT, F.pad(PROMPT[:, 4:], (4, 0), value=EOS)))
-        mask = torch.ones_like(prompts)
-        mask[1, :4] = 0
+        prompts, mask = pad_left([PROMPT[0].tolist(), PROMPT[0, 4:].tolist()], EOS)
+        assert prompts[1, :4].tolist() == 4 * [EOS]
         both = generate(model, prompts, attention_mask=mask, **args)
         assert torch.equal(both[:1], generate(model, PROMPT, **args))
         assert torch.equal(both[1:, 4:], generate(model, PROMPT[:, 4:], **args))

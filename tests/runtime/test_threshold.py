@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from official import EOS, MODELS, PROMPT, biased
 
 from model import denoise, generate
+from runtime.sampling import sure_enough
 
 
 class Scripted:
@@ -44,6 +45,11 @@ def test_threshold_on_a_case_worked_out_by_hand(family):
     assert steps[-1].ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     # the head is asked for the masked positions of the current block alone
     assert [w[0].nonzero()[:, 0].tolist() for w in model.asked] == [[1, 2], [3, 4], [4], [5, 6], [6]]
+
+
+def test_what_reaches_the_threshold_is_committed():
+    confidence = torch.tensor([[0.5, 0.25, 0.75], [0.25, -torch.inf, 0.125]])
+    assert sure_enough(confidence, 0.5, None).tolist() == [[True, False, True], [True, False, False]]
 
 
 def exactly(token, p):

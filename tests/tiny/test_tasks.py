@@ -199,6 +199,8 @@ class TestTokens:
             assert tuple(c.options[c.answer].tolist()) == windows[tuple(c.context.tolist())]
             assert len({tuple(o) for o in c.options.tolist()}) == 4
         assert {c.answer for c in problems} == {0, 1, 2, 3}
+        (judged,) = tasks.cloze_problems(tokenizer, "eval", 1, 1)  # those of the tables
+        assert (judged.context.shape, judged.options.shape) == ((40,), (4, 16))
 
 
 class TestMasking:
