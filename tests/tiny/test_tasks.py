@@ -3,6 +3,7 @@
 import itertools
 import lzma
 import random
+import re
 
 import numpy as np
 import pytest
@@ -189,6 +190,21 @@ class TestTokens:
         assert all(tuple(row) in windows for row in ids.tolist())
         assert torch.equal(ids, tasks.english_segments(tokenizer, "calib", 6, 30, 2)[0])
         assert not torch.equal(ids, tasks.english_segments(tokenizer, "calib", 6, 30, 3)[0])
+
+    def test_short_problems_are_continued_with_end_of_text(self, tokenizer):
+        ids, region = tasks.calibration_set(tokenizer, 6, 64, 0)
+        filled = (ids[:, -8:] == tokenizer.token_to_id("<|endoftext|>")).all(-1)
+        assert filled.sum() == 4  # problems have at most 53 tokens, and every third segment is English
+        assert bool(region[:, -8:].all())
+
+    def test_results_of_sums_alone_may_be_masked(self, tokenizer):
+        for row, hidden in zip(*tasks.sum_tokens(tokenizer, 8, 40, 3), strict=True):
+            parts = [tokenizer.decode([token]) for token in row.tolist()]
+            shown = "".join("?" * len(part) if masked else part for part, masked in zip(parts, hidden, strict=True))
+            assert shown == re.sub(r"(?<==)\d+", lambda result: "?" * len(result[0]), "".join(parts))
+            for line in "".join(parts).splitlines()[:-1]:
+                asked, result = line.split("=")
+                assert eval(asked, {"__builtins__": {}}) == int(result) >= 0
 
     def test_cloze_problems(self, tokenizer):
         tokens = tasks.english_tokens(tokenizer, "eval").tolist()
