@@ -58,7 +58,7 @@ class HarnessLM(LM):
     max_gen_toks unless given, and steps is gen_length unless they, a threshold or a factor are given.
     check_greedy: also say whether greedy denoising gives the answer, at a pass per token; no task of the paper asks.
     chat: the prompts hold a chat template. cache: a folder for finished answers. weights: "packed" or "int8", as they
-    lie in memory. device: without a GPU the harness' own default, cuda:0, is auto.
+    lie in memory. device: None is auto, and so is the harness' own default, cuda:0, without a GPU.
     """
 
     def __init__(self, model="tiny", mc_num=128, mc_batch=8, cfg=0.0, seed=1234, batch_size=32, check_greedy=False,
@@ -66,8 +66,8 @@ class HarnessLM(LM):
                  max_batch_size=None, **sampling):
         super().__init__()
         if isinstance(model, str):
-            no_gpu = device == "cuda:0" and not torch.cuda.is_available()
-            device = processes.start(pick_device("auto" if no_gpu else device))
+            auto = device is None or (device == "cuda:0" and not torch.cuda.is_available())
+            device = processes.start(pick_device("auto" if auto else device))
             identity, model = fingerprint(model), load_model(model, device, dtype and getattr(torch, dtype), weights)
         self.model: DiffusionLM = model
         self.tokenizer = model.tokenizer

@@ -328,5 +328,7 @@ class TestRequests:
     def test_the_harness_default_device_is_auto_where_no_gpu_is(self):
         made = get_model("starquant").create_from_arg_string("model=tiny", {"device": "cuda:0"})
         assert made.model.device == torch.device("cpu")
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        assert get_model("starquant")("tiny", device=None).model.device.type == auto  # as the harness leaves it out
         with pytest.raises(Refused, match="device 'cuda:1' is not available"):
             get_model("starquant").create_from_arg_string("model=tiny", {"device": "cuda:1"})
