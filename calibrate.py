@@ -294,7 +294,7 @@ def calibrate(args) -> dict:
         source = Checkpoint(folder)
     outer = load_outer(source, device, dtype, head=config.diffusion_aware)
     tokens, region = calibration_tokens(args, outer.tokenizer, texts)
-    key = run_key(args, source, tokens, config)
+    key = run_key(args, source, tokens, config, dtype)
     before = processes.first(lambda: survey(args.out, key, args.resume, args.overwrite))
     if before.get("complete"):
         print(f"calibrate.py: {args.out} is complete; there is nothing to resume.", file=sys.stderr)

@@ -196,8 +196,8 @@ def checksum(tensors: dict, about) -> str:
     return digest.hexdigest()
 
 
-def run_key(args, source: Checkpoint, tokens, config) -> dict:
-    """What must be equal for a run to be continued: versions, settings, model files and calibration text.
+def run_key(args, source: Checkpoint, tokens, config, dtype) -> dict:
+    """What must be equal for a run to be continued: versions, type, settings, model files and calibration text.
 
     `model` is what the card calls the model. How it was spelled does not count.
     """
@@ -208,14 +208,15 @@ def run_key(args, source: Checkpoint, tokens, config) -> dict:
            "config": asdict(config), "text": {"data": data, "segments": args.segments, "length": args.length,
                                               "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}}
     hashed = run | {"text": run["text"]["sha256"]}
-    return {**run, "model": disk.model_name(args.model) if args.stress == 1 else source.folder.name,
+    return {**run, "dtype": str(dtype).removeprefix("torch."),
+            "model": disk.model_name(args.model) if args.stress == 1 else source.folder.name,
             "hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 def _differences(before, run: dict) -> list[str]:
     """The differences, in words, between the `run` of an earlier report (any JSON value) and a `run_key`."""
     def flat(run: dict) -> dict:
-        parts = [(key, run.get(key)) for key in ("version", "torch", "python", "files", "config", "text")]
+        parts = [(key, run.get(key)) for key in ("version", "torch", "python", "dtype", "files", "config", "text")]
         return {k: v for key, part in parts for k, v in (part if isinstance(part, dict) else {key: part}).items()}
 
     old, new = flat(before if isinstance(before, dict) else {}), flat(run)

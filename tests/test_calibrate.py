@@ -111,6 +111,12 @@ class TestResult:
         assert len(kept) == 7
         assert all(torch.equal(source.get(n), out.get(n)) for n in kept)
 
+    def test_blocks_of_two_types_are_not_mixed(self, small_folder, tmp_path, capsys):
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "bf16") == 0
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "bf16", "--resume") == 0
+        assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "fp32", "--resume") == 2
+        assert "dtype was 'bfloat16' and is 'float32' now." in capsys.readouterr().err
+
     def test_folder_describes_itself(self, quantized_folder):
         config = json.loads((quantized_folder / "config.json").read_text())["quantization_config"]
         assert (config["weight_bits"], config["activation_bits"], config["method"]) == (4, 4, "starquant")
