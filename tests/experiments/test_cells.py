@@ -10,6 +10,7 @@ from checkpoint.folder import write_json
 from experiments.cells import Run, digest, switch_gates_off, weights_digest
 from experiments.rows import NO_TAC, RTN
 from runtime.layers import Grid, QuantLinear, Weight
+from runtime.processes import Refused
 from tiny import metrics
 
 
@@ -67,4 +68,7 @@ def test_shards_have_a_digest_as_one_file_has(small_folder, tmp_path):
     write_json(folder / "model.safetensors.index.json", {"weight_map": names})
     (folder / "model.safetensors").unlink()
     run.check()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match=r"has no tokenizer\.json"):
+        run.check()
     assert run.key({}, 1)["weights"] != key["weights"]

@@ -22,14 +22,13 @@ ROOT = Path(__file__).parents[2]
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write cuda",
     "calibrate": "baselines bad_arguments", "runtime/attention": "baselines", "runtime/layers": "calibrate",
-    "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options",
-    "checkpoint/folder": "bad_input loading tokenizer output",
-    "checkpoint/loading": "folder model bad_input storage", "checkpoint/families": "loading",
-    "checkpoint/published": "twins", "methods/__init__": "calibrate bad_arguments", "methods/settings": "calibrate",
-    "methods/rtn": "bench calibrate", "methods/plus": "feedback storage", "methods/tac": "equations_tac calibrate",
-    "methods/storage": "preflight bench calibrate", "tiny/metrics": "cells", "experiments/tables": "evaluate",
-    "calibration/segments": "calibrate bad_arguments", "calibration/streams": "calibrate gates",
-    "experiments/peers": "bench", "experiments/animation": "figures"}  # tests of a module besides tests/**/test_NAME.py
+    "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options", "tiny/metrics": "cells",
+    "checkpoint/folder": "bad_input loading tokenizer output", "checkpoint/loading": "folder model bad_input storage",
+    "checkpoint/families": "loading", "checkpoint/published": "twins", "methods/__init__": "calibrate bad_arguments",
+    "methods/settings": "calibrate", "methods/rtn": "bench calibrate", "methods/tac": "equations_tac calibrate",
+    "methods/storage": "preflight bench calibrate", "methods/plus": "feedback storage", "experiments/rows": "tables",
+    "experiments/tables": "evaluate", "calibration/segments": "calibrate bad_arguments", "experiments/cells": "tables",
+    "calibration/streams": "calibrate gates", "experiments/animation": "figures", "experiments/peers": "bench"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -78,7 +77,7 @@ def mutate(source: str, index: int) -> tuple[int, str, str]:
 
 
 def tests_of(module: str) -> list[str]:
-    names = [Path(module).name, *TESTS.get(module, "").split()]
+    names = [Path(module).name, *TESTS.get(module, "").split()]  # of tests/**/test_NAME.py
     return [str(f.relative_to(ROOT)) for name in names for f in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
 
 
