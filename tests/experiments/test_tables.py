@@ -11,7 +11,7 @@ import torch
 import evaluate
 from experiments import cells, tables
 from experiments.cells import RESULTS, Run, digest, stored_cells
-from experiments.rows import DECODING, NO_TAC, RTN, TABLES, THRESHOLDS, UNTRAINED, Row
+from experiments.rows import ABOVE, DECODING, NO_TAC, RTN, TABLES, THRESHOLDS, UNTRAINED, Row
 from model import load_model
 from runtime.processes import Refused
 from tiny import metrics
@@ -179,6 +179,9 @@ class TestMake:
             run = Run("tiny", record["stress"], record["problems"], nelbo, "cpu", sequences=record["sequences"])
             (number,) = [n for n in TABLES if tables.file_name(n, run, record["seeds"], False) == file.stem]
             assert [r["setting"] for r in record["rows"]] == ["16-bit", *(row.label for row in TABLES[number])]
+            for above, row, made in zip([None, *TABLES[number]], TABLES[number], record["rows"][1:], strict=False):
+                compared = row.against if row.against != ABOVE else above and above.label
+                assert (made.get("against") or {}).get("setting") == compared
             kinds = [None] * (number not in DECODING) + record["thresholds"]
             for setting in (None, *(row.setting for row in TABLES[number])):
                 for key in (run.key(setting, 10 + i, kind) for i in range(record["seeds"]) for kind in kinds):
