@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from arguments import generator, linear_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +16,8 @@ from checkpoint.families import FUSED, read_config
 from methods import METHODS, dllmquant, flat, settings_of
 from methods.awq import AWQ_EXPONENTS, AWQ_SHRINK, awq_loss, awq_scale, fit_awq
 from methods.dllmquant import cgq_weights, ia_aq, tmas_ratios
-from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
-from methods.hadamard import exists, hadamard, hartley, rotation, rotation_sizes, spread
-from methods.rtn import Inputs
+from methods.gptq import hessian
+from methods.hadamard import rotation
 from methods.sgat import initial_basis
 from model import DiffusionLM
 from runtime.attention import QuantAttention, softmax_scores
@@ -36,10 +36,6 @@ def few(method, **values):
     return QuantConfig(method, **training, **values)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def small_model(seed=0):
     """A random two-block model whose norm gains and weights are uneven, so that transforms matter."""
     model, g = DiffusionLM(read_config(SMALL)), generator(seed)
@@ -51,128 +47,6 @@ def small_model(seed=0):
 
 def tokens(n=16, length=12, seed=1):
     return torch.randint(0, 60, (n, length), generator=generator(seed))
-
-
-def linear_inputs(d=32, C=24, segments=8, length=16, seed=0, outlier=8.0):
-    """(weight, Inputs) of one linear: correlated inputs with an outlier channel, 16-bit targets."""
-    g = generator(seed)
-    x = torch.randn(segments, length, d, generator=g) @ torch.randn(d, d, generator=g) / d**0.5
-    x[..., 3] *= outlier
-    weight = torch.randn(C, d, generator=g) / d**0.5
-    state = torch.rand(segments, length, generator=g) < 0.5
-    confidence = torch.rand(segments, length, generator=g)
-    return weight, Inputs(x, x @ weight.T, state, confidence, 1 + 0.3 * torch.randn(d, generator=g))
-
-
-class TestHadamard:
-    @pytest.mark.parametrize("n", [1, 2, 4, 12, 16, 20, 24, 28, 36, 44, 56, 64, 96, 128, 148, 192, 576, 704])
-    def test_entries_and_orthogonal_rows(self, n):
-        H = hadamard(n)
-        assert set(H.unique().tolist()) <= {-1, 1}
-        assert torch.equal(H @ H.T, n * torch.eye(n, dtype=torch.int64))
-
-    @pytest.mark.parametrize(("d", "sizes"), [(192, (12, 16)), (576, (24, 24)), (704, (16, 44)), (4096, (64, 64)),
-                                              (12288, (96, 128)), (3584, (56, 64)), (18944, (128, 148))])
-    def test_every_width_that_occurs_is_a_kronecker_product(self, d, sizes):
-        assert rotation_sizes(d) == sizes
-        P = rotation(d, generator())
-        for factor, n in zip(P, sizes, strict=True):
-            assert float((factor @ factor.T - torch.eye(n)).abs().max()) < 1e-12
-        # an outlier in one channel comes out evenly spread
-        one = torch.zeros(d, dtype=torch.float64)
-        one[d // 3] = 1
-        assert float((apply_basis(one, P).abs() - d**-0.5).abs().max()) < 1e-12
-
-    @pytest.mark.parametrize("n", [1, 3, 5, 6, 9, 14, 37])
-    def test_hartley_is_orthogonal_and_nearly_even_for_every_order(self, n):
-        H = hartley(n)
-        assert float((H @ H.T - torch.eye(n)).abs().max()) < 1e-12
-        assert float(H.abs().max()) <= (2 / n) ** 0.5 + 1e-12
-
-    @pytest.mark.parametrize("n", [1, 3, 9, 64])
-    def test_spread_takes_hadamard_where_it_is_in_reach(self, n):
-        P = spread(n, generator())
-        assert float((P @ P.T - torch.eye(n)).abs().max()) < 1e-12
-        assert (float((P.abs() - n**-0.5).abs().max()) < 1e-12) == exists(n)
-        assert torch.equal(P.abs(), spread(n, generator(1)).abs())  # only the signs are random
-
-    @pytest.mark.parametrize(("d", "sizes"), [(92, (4, 23)), (97, (1, 97)), (11008, (86, 128)), (13696, (107, 128))])
-    def test_other_widths_are_rotated_by_factors_of_any_order(self, d, sizes):
-        """QuaRot's own code has tables of order 172 for 11008 (Qwen2.5-3B), and nothing for 13696."""
-        assert rotation_sizes(d) == sizes
-        for factor, n in zip(rotation(d, generator()), sizes, strict=True):
-            assert float((factor @ factor.T - torch.eye(n)).abs().max()) < 1e-12
-        with pytest.raises(ValueError, match="92"):
-            hadamard(92)
-
-
-class TestGPTQ:
-    @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]))
-    def test_equals_the_optimal_brain_update(self, seed, bits):
-        """One column at a time: round it, move the open ones by −err / [H⁻¹]_ii · [H⁻¹]_i: with the inverse of what is
-        left of H recomputed from scratch each time."""
-        g = generator(seed)
-        x, W = torch.randn(40, 7, generator=g).double(), torch.randn(3, 7, generator=g).double()
-        H = hessian(x)
-        codes, scale = gptq(W, H, bits, damping=0.01, block=3)
-        s, want, open_H = quant_params(W, bits, symmetric=True)[0], W.clone(), damped(H.clone(), 0.01)
-        for i in range(7):
-            inverse = torch.linalg.inv(open_H[i:, i:])
-            q = s[:, 0] * round_columns(want[:, i : i + 1], s, bits)[:, 0]
-            want[:, i:] -= ((want[:, i] - q) / inverse[0, 0])[:, None] * inverse[0]
-            assert torch.allclose(want[:, i], q, atol=1e-9)
-        assert torch.allclose(scale[:, None].double() * codes, want, atol=1e-5)
-
-    @pytest.mark.parametrize("bits", [3, 4])
-    def test_beats_rounding_in_its_own_norm(self, bits):
-        weight, inputs = linear_inputs(d=48, C=64)
-        H = hessian(inputs.x.flatten(0, 1))
-        codes, scale = gptq(weight, H, bits)
-        error = output_error(scale[:, None] * codes - weight.double(), H).sum()
-        nearest = output_error((fake_quantize(weight, bits, symmetric=True) - weight).double(), H).sum()
-        assert error < 0.8 * nearest
-
-    def test_diagonal_hessian_is_rounding_to_nearest(self):
-        weight, _ = linear_inputs()
-        codes, scale = gptq(weight, torch.diag(torch.rand(32, generator=generator()) + 0.1), 4)
-        assert torch.allclose(scale[:, None] * codes, fake_quantize(weight, 4, symmetric=True), atol=1e-6)
-
-    @pytest.mark.parametrize("block", [1, 5, 128])
-    def test_blocks_do_not_change_the_result(self, block):
-        weight, inputs = linear_inputs()
-        H = hessian(inputs.x.flatten(0, 1))
-        assert torch.equal(gptq(weight, H, 4, block=block)[0], gptq(weight, H, 4, block=32)[0])
-
-    @pytest.mark.parametrize("rows", [1, 5, 24])
-    def test_the_scale_search_takes_rows_in_parts(self, rows, monkeypatch):
-        weight, inputs = linear_inputs()
-        for H in (None, hessian(inputs.x.flatten(0, 1)).float()):
-            whole = shrunk_scale(weight, 3, H)
-            with monkeypatch.context() as patch:
-                patch.setattr("methods.gptq.SEARCHED", rows * weight.shape[1])
-                assert torch.equal(shrunk_scale(weight, 3, H), whole)
-
-    def test_inputs_that_never_occur_are_dropped(self):
-        weight, inputs = linear_inputs()
-        x = inputs.x.flatten(0, 1).clone()
-        x[:, 5] = 0
-        assert not gptq(weight, hessian(x), 4)[0][:, 5].any()
-
-    def test_scale_search_finds_the_best_of_its_grid(self):
-        weight, inputs = linear_inputs()
-        H, grid = hessian(inputs.x.flatten(0, 1)), (1.0, 0.9, 0.8)
-        for moment in (None, H):
-            found, full = shrunk_scale(weight.double(), 3, moment, grid), quant_params(weight.double(), 3, True)[0]
-
-            def loss(scale, moment=moment):
-                error = scale * round_columns(weight.double(), scale, 3) - weight
-                return error.abs().pow(2.4).sum(-1) if moment is None else output_error(error, moment)
-
-            best = torch.stack([loss(f * full) for f in grid]).amin(0)
-            assert torch.allclose(loss(found), best)
-            assert (best < loss(full)).any()
-        found = shrunk_scale(weight, 3) / quant_params(weight, 3, True)[0]
-        assert 0.2 < float(found.min()) < float(found.max()) <= 1  # GPTQ's own grid shrinks
 
 
 class TestAWQ:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "hadamard", "quarot")} | {
+TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "quarot")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write cuda",
     "calibrate": "baselines bad_arguments", "runtime/attention": "baselines", "runtime/layers": "calibrate",
     "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options", "tiny/metrics": "cells",
