@@ -11,6 +11,7 @@ import torch
 from methods.settings import Settings
 from runtime import checks, cuda
 from runtime.layers import Grid, QuantLinear, Weight
+from runtime.processes import batches
 from starquant import apply_basis, fold_weight, quant_params
 
 
@@ -49,10 +50,21 @@ def damped(H, damping: float):
     return H
 
 
+def turned(A, at_once: int = 256):
+    """A (..., d, d) in A's place, its rows and columns in reverse order; `at_once` rows of either half are copied."""
+    d = A.shape[-1]
+    for part in batches((d + 1) // 2, at_once):
+        upper, lower = A[..., part, :], A[..., d - part.stop : d - part.start, :]
+        kept = upper.flip(-2, -1)
+        upper.copy_(lower.flip(-2, -1))
+        lower.copy_(kept)
+    return A
+
+
 def upper_factor(H, damping: float):
-    """R (..., d, d), upper triangular, with R Rᵀ = H for the damped H (..., d, d)."""
-    # reverse H, take its Cholesky factor, reverse that; for an 8B model each of these matrices is a gigabyte
-    return torch.linalg.cholesky(damped(H.flip(-2, -1), damping)).flip(-2, -1)
+    """R (..., d, d), upper triangular, with R Rᵀ = H for the damped H (..., d, d), which is overwritten."""
+    # turn H, take its Cholesky factor, turn that, all in place: for an 8B model each of these matrices is a gigabyte
+    return turned(torch.linalg.cholesky(damped(turned(H), damping)))
 
 
 def round_columns(weight, scale, bits: int, out=None):
@@ -87,9 +99,10 @@ def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
 
 
 def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = cuda.GPTQ_BLOCK):
-    """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d); float64 inside.
+    """Codes (C, d) int8 and scale (C,) of weight (C, d) for inputs of second moment H (d, d).
 
-    scale (C, 1) is fixed before the first column; by default it is max|w| / (2^(b−1) − 1). Columns are taken in order.
+    scale (C, 1) is fixed before the first column; by default it is max|w| / (2^(b−1) − 1). Columns are taken in order,
+    in float64. If H is float64, it is overwritten.
 
     GPTQ's own code moves the open columns by the inverse of what is left of H. The same codes come from H itself, as
     LDLQ does it (QuIP, arXiv 2307.13304): with H = R Rᵀ, R upper triangular, and e_j = w_j − s q_j, the error is

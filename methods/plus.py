@@ -174,17 +174,18 @@ def evenly(x, token_weights, most: int = 4096):
     return x[::step], x.new_ones(len(x[::step])) if token_weights is None else token_weights[::step]
 
 
-def best_clip(x, folded, bits: int, token_weights=None, feedback=None):
-    """The factor c of CLIPS, as (2,), with the least output error ‖(Q(x) − x) Wᵀ‖² if each token's range is c as wide.
+def best_clip(x, weight: Weight, bits: int, token_weights=None, feedback=None):
+    """The factor c of CLIPS, as (2,), with the least output error ‖Q(x) W̃ᵀ − x W̃ᵀ‖² if each token's range is c as wide.
 
-    x (N, d) is transformed, folded is (C, d), feedback (d/b, b, b). The largest of many values lies far out; clipping
-    it makes the steps of all other values finer.
+    x (N, d) is transformed, W̃ (C, d) is the rounded weight; feedback (d/b, b, b). The largest of many values lies far
+    out; clipping it makes the steps of all other values finer.
     """
     x, weights = evenly(x, token_weights, 1024)
-    losses = []
+    layer, losses = QuantLinear(weight=weight, grid=Grid(bits, feedback=feedback)), []
+    y = linear(x, layer.weight())
     for c in CLIPS:
-        error = fake_quantize_rows(x, bits, x.new_full((2,), c), feedback) - x
-        losses.append(float(((error @ folded.mT).square_().sum(-1) * weights).sum()))
+        layer.clip = x.new_full((2,), c)
+        losses.append(float((torch.linalg.vector_norm(layer(x).sub_(y), dim=-1).square_() * weights).sum()))
     return x.new_full((2,), CLIPS[losses.index(min(losses))])
 
 
@@ -231,7 +232,7 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     codes, scale = gptq(folded, H, config.wbits, shrunk_scale(folded, config.wbits))
     W = scale[:, None] * codes
     V = feedback_matrix(W, P[0][-1].shape[-1]) if feedback else None
-    clip = best_clip(x, W, config.abits, token_weights, V)
+    clip = best_clip(x, Weight(codes, scale, bits=config.wbits), config.abits, token_weights, V)
     record = {"clip": float(clip[0])}
     if config.gain == "unit":
         few, weights = evenly(x, token_weights)

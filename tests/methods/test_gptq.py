@@ -6,7 +6,7 @@ from arguments import generator, linear_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale
+from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale, turned
 from starquant import fake_quantize, quant_params
 
 
@@ -18,8 +18,8 @@ class TestGPTQ:
         g = generator(seed)
         x, W = torch.randn(40, 7, generator=g).double(), torch.randn(3, 7, generator=g).double()
         H = hessian(x)
-        codes, scale = gptq(W, H, bits, damping=0.01, block=3)
-        s, want, open_H = quant_params(W, bits, symmetric=True)[0], W.clone(), damped(H.clone(), 0.01)
+        codes, scale = gptq(W, H.clone(), bits, damping=0.01, block=3)
+        s, want, open_H = quant_params(W, bits, symmetric=True)[0], W.clone(), damped(H, 0.01)
         for i in range(7):
             inverse = torch.linalg.inv(open_H[i:, i:])
             q = s[:, 0] * round_columns(want[:, i : i + 1], s, bits)[:, 0]
@@ -31,7 +31,7 @@ class TestGPTQ:
     def test_beats_rounding_in_its_own_norm(self, bits):
         weight, inputs = linear_inputs(d=48, C=64)
         H = hessian(inputs.x.flatten(0, 1))
-        codes, scale = gptq(weight, H, bits)
+        codes, scale = gptq(weight, H.clone(), bits)
         error = output_error(scale[:, None] * codes - weight.double(), H).sum()
         nearest = output_error((fake_quantize(weight, bits, symmetric=True) - weight).double(), H).sum()
         assert error < 0.8 * nearest
@@ -45,7 +45,7 @@ class TestGPTQ:
     def test_blocks_do_not_change_the_result(self, block):
         weight, inputs = linear_inputs()
         H = hessian(inputs.x.flatten(0, 1))
-        assert torch.equal(gptq(weight, H, 4, block=block)[0], gptq(weight, H, 4, block=32)[0])
+        assert torch.equal(gptq(weight, H.clone(), 4, block=block)[0], gptq(weight, H, 4, block=32)[0])
 
     @pytest.mark.parametrize("rows", [1, 5, 24])
     def test_the_scale_search_takes_rows_in_parts(self, rows, monkeypatch):
@@ -55,6 +55,14 @@ class TestGPTQ:
             with monkeypatch.context() as patch:
                 patch.setattr("methods.gptq.SEARCHED", rows * weight.shape[1])
                 assert torch.equal(shrunk_scale(weight, 3, H), whole)
+
+    @given(st.integers(1, 9), st.integers(1, 4))
+    def test_a_matrix_is_turned_in_its_place(self, d, at_once):
+        A = torch.randn(2, d, d, generator=generator())
+        want = A.flip(-2, -1)
+        for given in (A.clone(), A.clone().mT.contiguous().mT):  # by rows and, as Cholesky factors are, by columns
+            assert torch.equal(turned(given, at_once), want)
+            assert torch.equal(given, want)
 
     def test_inputs_that_never_occur_are_dropped(self):
         weight, inputs = linear_inputs()

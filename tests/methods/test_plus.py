@@ -35,6 +35,7 @@ from methods.rtn import Inputs
 from methods.storage import stored_linear
 from model import load_model
 from runtime.cpu import fake_quantize_rows
+from runtime.layers import quantize_weight
 from runtime.processes import Refused
 from starquant import apply_basis, fake_quantize, fold_weight
 from tiny import metrics, tasks
@@ -245,16 +246,18 @@ class TestFit:
         assert weights.tolist() == [0, 3, 6, 9]
         assert evenly(x, None, 100)[1].tolist() == [1] * 10
 
-    def test_clip_minimizes_the_output_error_over_its_grid(self):
+    @pytest.mark.parametrize("bits", [3, 8])
+    def test_clip_minimizes_the_output_error_over_its_grid(self, bits):
         x, weight = layer(dtype=torch.float32)
-        weights = torch.rand(len(x), generator=generator(2))
-        c = float(best_clip(x, weight, 3, weights)[0])
+        weights, rounded = torch.rand(len(x), generator=generator(2)), quantize_weight(weight, bits)
+        c = float(best_clip(x, rounded, 3, weights)[0])
 
         def error(c):
             # the range of every token times c
             low, high = x.amin(-1, keepdim=True).clamp(max=0) * c, x.amax(-1, keepdim=True).clamp(min=0) * c
             x_hat = fake_quantize(torch.minimum(torch.maximum(x, low), high), 3)
-            return float((((x_hat - x) @ weight.mT).double().square().sum(-1) * weights).sum())
+            W = rounded.scale[:, None] * rounded.codes
+            return float((((x_hat - x) @ W.mT).double().square().sum(-1) * weights).sum())
 
         errors = [error(k) for k in CLIPS]
         assert error(c) == pytest.approx(min(errors), rel=1e-5)

@@ -69,8 +69,8 @@ def test_gptq_rounds_as_on_the_cpu():
     g = torch.Generator().manual_seed(0)
     weight, x = torch.randn(500, 300, generator=g), torch.randn(2000, 300, generator=g)
     H = hessian(x @ torch.randn(300, 300, generator=g))
-    codes, scale = gptq(weight, H, 4)
     on_gpu = gptq(weight.cuda(), H.cuda(), 4)
+    codes, scale = gptq(weight, H, 4)
     assert (on_gpu[0].cpu() != codes).float().mean() < 1e-3  # fp64, in another order
     assert torch.equal(on_gpu[1].cpu(), scale)
 
