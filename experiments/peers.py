@@ -8,7 +8,9 @@ OpenVINO needs the packages openvino and nncf, onnxruntime the packages onnxrunt
 only: with random weights nobody's accuracy can be compared.
 """
 
+import contextlib
 import copy
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,8 @@ def tried(builders: dict, log) -> dict:
     out = {}
     for name, build in builders.items():
         try:
-            out[name] = build()
+            with contextlib.redirect_stdout(sys.stderr):  # the tables alone are printed
+                out[name] = build()
         except Exception as error:  # a peer may fail in any way
             why = (str(error).strip().splitlines() or [""])[0]
             log(f"{name} is left out: {type(error).__name__}: {why}")

@@ -8,6 +8,7 @@ import torch
 
 import bench
 from experiments import predict
+from methods.plus import CLIPS
 from model import load_model
 
 D, FFN, HEAD = 4096, 12288, 128  # of LLaDA-8B
@@ -106,9 +107,11 @@ def test_an_epoch_of_training():
 def test_products_of_a_calibrated_block(calibrated):
     N, quantized = 128 * 256, [C * d for C, d in SHAPES]
     for row in calibrated.values():  # qkv runs before the three other linears, and so on; 16 segments for the error
-        assert row["int8_flop"] - 2 * 16 * 256 * WEIGHTS == pytest.approx(
-            2 * N * sum(n * size for n, size in zip((3, 2, 1, 0), quantized, strict=True))
-            + (row["method"] != "starquant+") * N * quantized[0])  # TAC is estimated on half of the segments
+        plus = row["method"] == "starquant+"
+        # clipping is chosen by 1024 tokens; TAC is estimated on half of the segments
+        own = 2 * 1024 * len(CLIPS) * WEIGHTS if plus else N * quantized[0]
+        assert row["int8_flop"] - 2 * 16 * 256 * WEIGHTS - own == pytest.approx(
+            2 * N * sum(n * size for n, size in zip((3, 2, 1, 0), quantized, strict=True)))
     # the factor of H; every column's error onto the others; three second moments of blocks of 64
     fp64 = sum(d**3 / 3 + C * d * (d - 1) + 3 * 2 * 64 * C * d for C, d in SHAPES)
     assert calibrated["starquant+"]["fp64_flop"] == pytest.approx(fp64, rel=0.01)
@@ -118,8 +121,11 @@ def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
     measured = [row for row in calibrated.values() if row["measured"]]
     assert [row["method"] for row in measured] == ["starquant+", "starquant, 2 epochs"]
     for row in measured:
-        assert row["peak_bytes"] == pytest.approx(row["measured"]["peak_bytes"], rel=0.04)
-        assert 0.5 * row["measured"]["seconds"] < row["floor_s"] < row["measured"]["seconds"]
+        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, and clipping 12,872 launches of 4 µs
+        memory, seconds = (8 * FFN**2, 12_872 * 4e-6) if row["method"] == "starquant+" else (0, 0)
+        assert 0.96 * row["measured"]["peak_bytes"] < row["peak_bytes"] + memory
+        assert row["peak_bytes"] < row["measured"]["peak_bytes"]
+        assert 0.5 * row["measured"]["seconds"] < row["floor_s"] + seconds < row["measured"]["seconds"]
 
 
 def test_dream_on_an_a40_by_the_command(tmp_path, capsys, monkeypatch):
