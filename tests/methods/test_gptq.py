@@ -60,9 +60,9 @@ class TestGPTQ:
     def test_a_matrix_is_turned_in_its_place(self, d, at_once):
         A = torch.randn(2, d, d, generator=generator())
         want = A.flip(-2, -1)
-        for given in (A.clone(), A.clone().mT.contiguous().mT):  # by rows and, as Cholesky factors are, by columns
-            assert torch.equal(turned(given, at_once), want)
-            assert torch.equal(given, want)
+        for matrix in (A.clone(), A.clone().mT.contiguous().mT):  # by rows and, as Cholesky factors are, by columns
+            assert torch.equal(turned(matrix, at_once), want)
+            assert torch.equal(matrix, want)
 
     def test_inputs_that_never_occur_are_dropped(self):
         weight, inputs = linear_inputs()
