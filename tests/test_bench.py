@@ -221,6 +221,12 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     assert "residency of the weights: 32 x 64 -> 96, packed: tiled 32." in shown
 
 
+@pytest.mark.parametrize("name", ["bench-cpu", "bench-cpu-llada-8b"])
+def test_the_published_tables_are_those_of_the_published_numbers(name):
+    numbers, page = (ROOT / "results" / f"{name}{end}" for end in (".json", ".md"))
+    assert page.read_text().startswith(bench.tables(json.loads(numbers.read_text())) + "\n\nCommand: ")
+
+
 def test_the_blocks_alone_are_timed_on_a_cpu_and_a_busy_machine_is_said(monkeypatch):
     model = load_model(FIXTURES["llada"], device="cpu")
     seen = []

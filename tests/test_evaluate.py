@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import evaluate
 from experiments import judge
 from model import load_model
+
+TINY = str(Path(__file__).parents[1] / "tiny" / "weights")  # the embedded model by its folder
 
 
 class TestCommand:
@@ -20,6 +23,60 @@ class TestCommand:
         record = json.loads(last)
         assert record["prompt"] == "Ann has 4 books."
         assert json.loads(out.read_text()) == record
+
+    @pytest.mark.parametrize(("given", "different"), [
+        ([], {}), (["--threshold", "0.8"], {"steps": None, "threshold": 0.8}),
+        (["--gen-length", "9"], {"gen_length": 9, "steps": 9}), (["--steps", "5"], {"steps": 5}),
+        (["--block-length", "8", "--temperature", "0.5", "--seed", "3"],
+         {"block_length": 8, "temperature": 0.5, "seed": 3}), (["--chat"], {"chat": True})])
+    def test_a_prompt_is_shown_with_its_arguments(self, given, different, monkeypatch, capsys):
+        shown = []
+        monkeypatch.setattr(evaluate.watch, "show_denoising", lambda *a, **k: shown.append((*a, k)) or {})
+        monkeypatch.setattr(evaluate.watch, "encode_prompt", lambda model, text, chat: (text, {"chat": chat}))
+        monkeypatch.setattr(evaluate.watch, "is_chat_model", lambda model, name: False)
+        monkeypatch.setattr(evaluate, "load_model", lambda *a: SimpleNamespace(asked=a))
+        assert evaluate.main(["--prompt", "Ann", "--against", TINY, *given]) == 0
+        [(models, (text, chat), arguments)] = shown
+        assert [(name, m.asked) for name, m in models.items()] == [
+            (name, (name, "auto", None, "packed")) for name in ("tiny", TINY)]  # the judged model first
+        assert (text, chat | arguments) == ("Ann", {
+            "seed": 0, "steps": 24, "threshold": None, "gen_length": 24, "block_length": None, "temperature": 0.0,
+            "chat": False} | different)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+            "prompt": "Ann", "chat": different.get("chat", False)}
+
+    @pytest.mark.parametrize(("name", "arguments"), [
+        ("4", ["tiny", 1.0, "auto"]), ("hero", []), ("5", ["tiny", 4.0, "cpu"])])
+    def test_a_figure_is_asked_for_with_its_arguments(self, name, arguments, monkeypatch, tmp_path):
+        figures = pytest.importorskip("experiments.figures", exc_type=ImportError)
+        asked = []
+        monkeypatch.setattr(figures, "make", lambda *a: asked.append(a) or {})
+        more = ["--stress", "4", "--device", "cpu"] if name == "5" else []
+        assert evaluate.main(["--figure", name, "--out", str(tmp_path), *more]) == 0
+        assert asked == [(name, tmp_path, *arguments)]
+
+    @pytest.mark.parametrize(("use", "function", "flag"), [
+        ([], "judge", "--problems"), (["--data", "x"], "judge", "--length"), (["--table", "1"], "table", "--problems"),
+        (["--prompt", "x"], "prompt", "--gen-length"), (["--tasks", "piqa"], "benchmarks", "--batch-size")])
+    def test_lost_memory_names_the_flag_that_helps(self, use, function, flag, monkeypatch, capsys, tmp_path):
+        def starved(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(evaluate, function, starved)
+        monkeypatch.chdir(tmp_path)
+        assert evaluate.main(use) == 2
+        assert capsys.readouterr().err == f"evaluate.py: out of memory (the system gives no details); lower {flag}.\n"
+
+    def test_a_result_that_cannot_be_written_is_printed(self, monkeypatch, capsys, tmp_path):
+        def full(*_):
+            raise OSError(28, "No space left on device", "x.json")
+
+        monkeypatch.setattr(evaluate, "judge", lambda _: {"kl": 1.5})
+        monkeypatch.setattr(evaluate, "write_json", full)
+        assert evaluate.main(["--out", str(tmp_path / "x.json")]) == 2
+        out, err = capsys.readouterr()
+        assert json.loads(out) == {"kl": 1.5}
+        assert err == "evaluate.py: No space left on device: x.json.\n"
 
     def test_a_table_is_asked_for_with_its_arguments(self, monkeypatch, capsys):
         asked = []

@@ -1,5 +1,6 @@
 """Times are taken in turns, and a roofline is the slower of two limits."""
 
+import pytest
 import torch
 
 from experiments import timing
@@ -16,3 +17,64 @@ def test_roofline_is_the_slower_of_the_two_limits():
     assert timing.roofline(top, 20, 100, "float") == 2
     assert timing.roofline(top, 20, 1000, "float") == 10
     assert timing.roofline(top, 20, 1000, "integer") == 5
+
+
+def test_times_are_the_quartiles_of_what_counts(monkeypatch):
+    """A clock that a call sets forward: two warm-ups of 100 s, then 1 to 5 s."""
+    clock, takes = [0.0], iter([100.0, 100.0, 1.0, 5.0, 2.0, 4.0, 3.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = timing.measure({"f": lambda: clock.append(clock.pop() + next(takes))}, 5, torch.device("cpu"))
+    assert found == {"f": {"low": 2.0, "median": 3.0, "high": 4.0}}
+
+
+def test_what_fails_is_named_and_not_called_again(monkeypatch):
+    called = []
+
+    def fails(error):
+        called.append(error)
+        raise error
+
+    errors = {"memory": torch.OutOfMemoryError("x"), "peer": RuntimeError("no kernel\nat line 3"), "mute": KeyError()}
+    found = timing.measure({k: lambda e=e: fails(e) for k, e in errors.items()}, 3, torch.device("cpu"))
+    assert found == {"memory": {"failed": "out of memory"}, "peer": {"failed": "RuntimeError: no kernel"},
+                     "mute": {"failed": "KeyError"}}
+    assert called == list(errors.values())
+
+
+def test_short_work_counts_by_the_call(monkeypatch):
+    called = []
+    monkeypatch.setattr(timing, "measure", lambda functions, *_: {
+        name: run() or {"median": 6.0, "low": 3.0, "high": 9.0} for name, run in functions.items()})
+    calls = {"a": [lambda i=i: called.append(f"a{i}") for i in range(3)], "b": [lambda: called.append("b")]}
+    assert timing.measure_each(calls, 1, torch.device("cpu")) == {
+        "a": {"median": 2.0, "low": 1.0, "high": 3.0}, "b": {"median": 6.0, "low": 3.0, "high": 9.0}}
+    assert called == ["a0", "a1", "a2", "b"]
+
+
+def test_ceilings_are_what_the_fast_quartile_reached(monkeypatch):
+    asked = []
+
+    def measured(functions, repeats, device):
+        asked.append(repeats)
+        for function in functions.values():
+            function()
+        return {"copy": {"low": 0.5}, "float": {"low": 0.25}, "integer": {"low": 0.125}}
+
+    monkeypatch.setattr(timing, "measure", measured)
+    top = timing.ceilings(torch.device("cpu"), torch.bfloat16, 4)
+    assert asked == [12]
+    # a copy reads and writes 2^26 bytes; a product of 2048 takes 2 · 2048³ operations
+    assert top == {"bytes_per_s": 2**28, "float_ops_per_s": 2**36, "integer_ops_per_s": 2**37}
+    monkeypatch.setattr(timing, "measure", lambda *_: {"copy": {"failed": "out of memory"}})
+    with pytest.raises(timing.Refused, match="limits cannot be measured: copy: out of memory"):
+        timing.ceilings(torch.device("cpu"), torch.bfloat16, 4)
+
+
+@pytest.mark.parametrize(("load", "said"), [
+    (0.5, ""), (0.6, "The machine was busy: 0.6 threads wanted its 7 processors.")])
+def test_a_busy_machine_is_said(load, said, monkeypatch):
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 7)
+    assert timing.busy() == said
+    monkeypatch.delattr(timing.os, "getloadavg")
+    assert timing.busy() == ""
