@@ -33,6 +33,11 @@ def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, 
     return products.linear(layer, x, state)
 
 
+def at_random(device, seed: int) -> dict:
+    """Arguments of a draw on the device itself: what a GPU is held against takes a minute on one thread of a CPU."""
+    return {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+
+
 def gated(x, state, d_m, d_u):
     K = x.shape[1]
     column = torch.arange(K, device=x.device)
@@ -43,19 +48,18 @@ def gated(x, state, d_m, d_u):
 def check_linear(device, seed, M, K, N, dtype, wbits, packed, masked, asymmetric, has_bias, width=None, clipped=False,
                  shifted=False):
     """One linear through the kernels against the eager twins: every integer and every output equal."""
-    g = torch.Generator().manual_seed(seed)
+    here = at_random(device, seed)
     d_m, d_u = K // 5, K // 7
-    x = (torch.randn(M, K, generator=g) * torch.randn(M, 1, generator=g).exp()).to(device, dtype)
+    x = (torch.randn(M, K, **here) * torch.randn(M, 1, **here).exp()).to(dtype)
     x[0] = 0
-    state = torch.full((M,), masked, device=device) if masked is not None else (
-        torch.rand(M, generator=g) < 0.5).to(device)
+    state = torch.rand(M, **here) < 0.5 if masked is None else torch.full((M,), masked, device=device)
     half = 2 ** (wbits - 1)
-    w = torch.randint(-half, half, (N, K), generator=g, dtype=torch.int8).to(device)
-    w_scale = torch.rand(N, generator=g).to(device)
-    bias = torch.randn(N, generator=g).to(device) if has_bias else None
+    w = torch.randint(-half, half, (N, K), dtype=torch.int8, **here)
+    w_scale = torch.rand(N, **here)
+    bias = torch.randn(N, **here) if has_bias else None
     w_zero = w[:, 0].int() if asymmetric else None
     clip = torch.tensor([0.9, 0.7], device=device) if clipped else None
-    shift = torch.randn(2, N, generator=g).to(device) if shifted else None
+    shift = torch.randn(2, N, **here) if shifted else None
     rows = gated(x, state, d_m, d_u)
     codes, scale, zero = cuda.quantize_rows(x, state, d_m, d_u, 4, clip)
     want_codes, want_scale, want_zero = kernels.quantize_rows(rows, 4, clip)
@@ -108,28 +112,27 @@ def paired(codes):
 
 def check_tile(device, tile, M, K, N, dtype, splits=1, asymmetric=False, has_bias=False, shifted=False, extreme=False):
     """A product by `tile` against its formula, every output equal; the counters that its blocks meet at are 0 again."""
-    g = torch.Generator().manual_seed(M + N)
-    codes = torch.zeros(kernels.multiple(M, 32), K, dtype=torch.int8)
-    codes[:M] = torch.randint(-128 if extreme else -8, 128 if extreme else 8, (M, K), generator=g)
-    w = torch.randint(-8, 8, (N, K), generator=g, dtype=torch.int8)
+    here = at_random(device, M + N)
+    codes = torch.zeros(kernels.multiple(M, 32), K, dtype=torch.int8, device=device)
+    codes[:M] = torch.randint(-128 if extreme else -8, 128 if extreme else 8, (M, K), **here)
+    w = torch.randint(-8, 8, (N, K), dtype=torch.int8, **here)
     if extreme:  # the largest sum there is
         codes[0], w[0] = -128, -8
-    scale, zero = torch.rand(M, generator=g), torch.randint(-8, 8, (M,), generator=g, dtype=torch.int32)
-    w_scale, w_sum, state = torch.rand(N, generator=g), kernels.row_sums(w), torch.rand(M, generator=g) < 0.5
-    w_zero = torch.randint(-8, 8, (N,), generator=g, dtype=torch.int32) if asymmetric else None
-    bias = torch.randn(N, generator=g) if has_bias else None
-    shift = torch.randn(2, N, generator=g) if shifted else None
+    scale, zero = torch.rand(M, **here), torch.randint(-8, 8, (M,), dtype=torch.int32, **here)
+    w_scale, w_sum, state = torch.rand(N, **here), kernels.row_sums(w), torch.rand(M, **here) < 0.5
+    w_zero = torch.randint(-8, 8, (N,), dtype=torch.int32, **here) if asymmetric else None
+    bias = torch.randn(N, **here) if has_bias else None
+    shift = torch.randn(2, N, **here) if shifted else None
     x_sum = codes[:M].sum(-1, dtype=torch.int32) - K * zero if asymmetric else None
     ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
-    ends = cuda.Ends(*(t if t is None else t.to(device) for t in ends))
     y = torch.full((M, N), torch.nan, dtype=dtype, device=device)
-    cuda.tiled_product(tile, paired(codes).to(device), kernels.pack_int4(w).to(device), ends, y, splits)
-    acc = kernels.float_mm(codes[:M], w) - zero[:, None] * w_sum
+    cuda.tiled_product(tile, paired(codes), kernels.pack_int4(w), ends, y, splits)
+    acc = kernels.float_mm(codes[:M], w) - zero[:, None] * w_sum  # in fp64 where fp32 would round
     acc = acc - x_sum[:, None] * w_zero if asymmetric else acc
     want = acc.float() * scale[:, None] * w_scale
     want = want + bias if has_bias else want
     want = want + shift[state.long()] if shifted else want
-    assert torch.equal(y.cpu(), want.to(dtype))
+    assert torch.equal(y, want.to(dtype))
     assert not cuda._counters(y.device).any()
 
 
