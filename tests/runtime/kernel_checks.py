@@ -15,12 +15,13 @@ from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def plant(monkeypatch, tmp_path, file: str, old: str, new: str) -> None:
-    """A fault in a source of the kernels: `file` is SOURCE or PRODUCTS_SOURCE of `runtime.cuda`."""
-    text, changed = getattr(cuda, file).read_text(), tmp_path / "changed.cu"
-    assert old in text
-    changed.write_text(text.replace(old, new))
-    monkeypatch.setattr(cuda, file, changed)
+def plant(monkeypatch, tmp_path, old: str, new: str) -> None:
+    """A fault in the sources of the kernels."""
+    texts = {name: getattr(cuda, name).read_text() for name in ("SOURCE", "PRODUCTS_SOURCE")}
+    assert any(old in text for text in texts.values())
+    for name, text in texts.items():
+        (changed := tmp_path / name).write_text(text.replace(old, new))
+        monkeypatch.setattr(cuda, name, changed)
 
 
 def int_linear(x, state, d_m: int, d_u: int, weight, w_scale, w_sum, bits: int, packed: bool, bias=None, w_zero=None,

@@ -26,9 +26,16 @@ class TestSelfCheck:
         ("glue", "rope", "-second[a]", "second[a]"), ("glue", "silu_up", "expf(-v[j])", "expf(v[j])"),
         ("tac", "tac", "4 * (g / 2) + 2 * j", "2 * (g / 2) + 4 * j"),
         ("gptq", "gptq_columns", "int j = i + 1; j < GPTQ_BLOCK", "int j = i + 2; j < GPTQ_BLOCK"),
+        ("feedback", "feedback", "> k / FEEDBACK_BLOCK", ">= k / FEEDBACK_BLOCK"),
+        ("feedback", "feedback", "rounded(__fsub_rn(v[i], r), (const bf16*)0)", "__fsub_rn(v[i], r)"),
+        ("feedback", "feedback", "blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK", "0"),
+        ("linear", "unpack_int4", "in[j] >> 4 &", "in[j] >> 3 &"),
+        ("linear", "unpack_int4", "| 0x80808080u) - 0x08080808u", "| 0x80808080u)"),
+        ("fp8", "unpack_e4m3", "n ^ 0x8888u", "n"), ("fp8", "unpack_e4m3", "sign << 1", "sign"),
+        ("fp8", "add_ends", "(state[m] ? N : 0)", "0"), ("fp8", "add_ends", "j < 4 && bias", "j < 3 && bias"),
         (SMALL[0], "rotated_codes", "gates && k + 2 * j >= from", "false && k + 2 * j >= from")])
     def test_self_check_names_a_broken_kernel(self, part, name, broken, wrong, tmp_path, monkeypatch):
-        plant(monkeypatch, tmp_path, "SOURCE", broken, wrong)
+        plant(monkeypatch, tmp_path, broken, wrong)
         assert checks.self_check(torch.device("cpu"), torch.bfloat16, part) == name
 
     @pytest.mark.parametrize(("part", "old", "new"), [
@@ -36,13 +43,18 @@ class TestSelfCheck:
         ("linear", "__syncthreads();\n        for (int w = 0; w < WARPS_OF", "for (int w = 0; w < WARPS_OF"),
         ("linear", "if (n >= width) return;", ""), ("tac", "r + 8 < rows ? ", "true ? "),
         ("blocks", "row < M ? ", "true ? "),
+        ("feedback", "__syncthreads();\n    int m", "int m"), ("feedback", "if (m >= M) return;", ""),
+        ("linear", "if (i >= count) return;", ""), ("fp8", "if (i >= count) return;", ""),
+        ("linear", "i = blockIdx.x * THREADS + threadIdx.x", "i = threadIdx.x"),
+        ("fp8", "i = blockIdx.x * THREADS + threadIdx.x", "i = threadIdx.x"),
+        ("fp8", "if (n >= N) return;", ""), ("fp8", "int m = blockIdx.x, n", "int m = blockIdx.x / 2, n"),
         ("blocks", "THREADS);\n            __syncthreads();", "THREADS);"),
         ("gptq", "    __syncthreads();\n    int c", "    int c"), ("glue", "__syncthreads();\n    sum = 0", "sum = 0"),
         (SMALL[1], "column / 64 * 64", "0"),
         (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
         (SMALL[0], "#endif\n        __syncthreads();", "#endif"), (SMALL[0], "if (row >= N1) continue;", "")])
     def test_the_interpreter_finds_planted_faults(self, part, old, new, tmp_path, monkeypatch):
-        plant(monkeypatch, tmp_path, "SOURCE", old, new)
+        plant(monkeypatch, tmp_path, old, new)
         with pytest.raises(ptx.Fault):
             checks.self_check(torch.device("cpu"), torch.bfloat16, part)
 

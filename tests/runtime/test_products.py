@@ -59,7 +59,7 @@ class TestTiles:
         ("grouped", "unpack(step + 1, next)", "unpack(step + 1, now)"),
         ("grouped", 'asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");\n    };', "};")])
     def test_planted_faults_are_found(self, launch, monkeypatch, tmp_path, name, old, new):
-        plant(monkeypatch, tmp_path, "PRODUCTS_SOURCE", old, new)
+        plant(monkeypatch, tmp_path, old, new)
         with pytest.raises((ptx.Fault, AssertionError)):
             check_tile("cpu", TILES[name], 33, 1024, 32, torch.bfloat16, 2)
 
