@@ -141,6 +141,8 @@ def self_check(device_type: str) -> str | None:
             got = int_mm(a.to(device_type), w.to(device_type)).cpu()
         except RuntimeError as error:
             if not refuses(error):
+                if device_type == "cuda":
+                    torch.cuda.synchronize()  # an error that ended the CUDA context is raised again, and ends the run
                 return f"fails ({str(error).splitlines()[0]})"
             continue
         if not torch.equal(got, float_mm(a, w)):

@@ -70,6 +70,20 @@ class TestBackend:
             warnings.simplefilter("error")
             assert kernels.backend("cpu:0") == "float"
 
+    def test_an_error_that_ends_the_context_ends_the_run(self, monkeypatch):
+        """Plain PyTorch could not go on; a failure that left the context alive is replaced."""
+        def dead(*_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(kernels, "int_mm", dead)
+        monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", dead)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            kernels.backend("cuda")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        with pytest.warns(UserWarning, match="fails .CUDA error: an illegal memory access.* on cuda"):
+            assert kernels.backend("cuda") == "float"
+
     @pytest.mark.parametrize("refused", [32, 64, 288])
     @pytest.mark.parametrize("words", ["CUBLAS_STATUS_NOT_SUPPORTED", "mat2.size(1) needs to be greater than 0"])
     def test_a_refused_shape_of_the_self_check_does_not_switch_the_others_off(self, monkeypatch, refused, words):
