@@ -20,6 +20,11 @@ class TestSelfCheck:
     def test_self_check_accepts_the_kernels(self, part, dtype):
         assert checks.self_check(torch.device("cpu"), dtype, part) is None
 
+    @pytest.mark.parametrize("part", ["linear", "glue", "feedback"])
+    def test_self_check_accepts_them_on_a_gpu_without_instructions_for_bf16(self, part, monkeypatch):
+        monkeypatch.setattr(cuda, "_launch", ptx.launcher("compute_75"))
+        assert checks.self_check(torch.device("cpu"), torch.bfloat16, part) is None
+
     @pytest.mark.parametrize(("part", "name", "broken", "wrong"), [
         ("linear", "quantize_rows", "clip[1]", "clip[0]"), ("blocks", "centred_blocks", "(state[row] ? K : 0)", "0"),
         ("linear", "epilogue", "(state[m] ? N : 0)", "0"), ("glue", "rms_norm", "__fmul_rn(v[j], r)", "v[j]"),

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import ptx
 import pytest
 import torch
 from kernel_checks import (
@@ -136,13 +137,20 @@ class TestOnCpu:
         assert torch.equal(zero[:, None], want[2].int())
         assert torch.equal(codes, want[0])
 
-    def test_bf16_rounding_is_pytorchs(self):
-        values = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])))
+    @pytest.mark.parametrize("architecture", ["compute_90a", "compute_75"])
+    def test_bf16_rounding_is_pytorchs(self, architecture, monkeypatch):
+        """By the instruction of sm_80 and later, and by the integers of GPUs before."""
+        monkeypatch.setattr(cuda, "_launch", ptx.launcher(architecture))
+        nan = torch.tensor([0x7FC00000, 0x7F800001, -0x400000, -1], dtype=torch.int32).view(torch.float32)
+        values = torch.cat((torch.randn(1000), nan, torch.tensor(
+            [0.0, -0.0, 3.4e38, 1e-40, torch.inf, -torch.inf, 1 + 2**-8, 1 + 3 * 2**-8])))
         values = torch.cat((values, values.new_zeros(-len(values) % 8)))
         y = torch.empty(1, len(values), dtype=torch.bfloat16)
         ones = torch.ones(1, len(values), dtype=torch.int32)
         cuda.epilogue(ones, cuda.Ends(torch.ones(1), torch.zeros(1, dtype=torch.int32), None, values, ones[0]), y)
-        assert torch.equal(y.view(torch.int16), values.to(torch.bfloat16)[None].view(torch.int16))
+        want = values.to(torch.bfloat16)[None]
+        assert torch.equal(y.isnan(), want.isnan())
+        assert torch.equal(y.nan_to_num(3).view(torch.int16), want.nan_to_num(3).view(torch.int16))
 
     def test_a_slice_that_int_mm_refuses_is_exact_as_well(self, monkeypatch):
         def choosy(a, b, checked=torch._int_mm):
