@@ -7,12 +7,13 @@
 
 All models are in memory together and are called in turns (`experiments/timing.py`). Every time is a median. Beside it
 stands its roofline: the least time that the bytes and the operations of that work can take, at the bandwidth and the
-rate of products measured in this same run. `--out` is written after every point. Progress goes to standard error; the
-last line of standard output is JSON.
+rate of products measured in this same run, which are the best that a copy, a square product or any linear reached.
+`--out` is written after every point. Progress goes to standard error; the last line of standard output is JSON.
 """
 
 import argparse
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from checkpoint.folder import write_json
 from checkpoint.loading import is_quantized
 from checkpoint.published import SHAPES, write_checkpoint
 from experiments import peers, predict
-from experiments.timing import busy, ceilings, measure, measure_each, roofline
+from experiments.timing import busy, ceilings, clocks, measure, measure_each, reach, roofline
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import memory_table
 from model import generate, load_model, swiglu
@@ -104,36 +105,41 @@ def head_rows(point) -> int:
     return batch * tokens * (STEPS + 1) // 2
 
 
-def linear_roofline(top, linear, tokens: int, element: int) -> float:
-    """Least seconds of a linear on tokens (tokens, d), whose numbers take `element` bytes, as those of the output."""
+def linear_work(linear, tokens: int, element: int) -> tuple[int, int, str]:
+    """Bytes, operations and their kind of a linear on tokens (tokens, d), whose numbers take `element` bytes, as those
+    of the output."""
     kind, weight = ("integer", linear.weight_packed) if isinstance(linear, QuantLinear) else ("float", linear.weight)
     C, d = len(weight), linear.in_features
-    return roofline(top, weight.nbytes + tokens * (C + d) * element, 2 * tokens * C * d, kind)
+    return weight.nbytes + tokens * (C + d) * element, 2 * tokens * C * d, kind
 
 
 def step_roofline(model, top, point, element: int) -> float:
     """Least seconds of one denoising step: linears, attention and head, each at its own roofline."""
     (batch, length, _), c = point, model.config
     tokens, heads = batch * length, c.n_heads * c.head_dim
-    block = sum(linear_roofline(top, getattr(model.blocks[0], fused), tokens, element) for fused in FUSED)
+    block = sum(roofline(top, *linear_work(getattr(model.blocks[0], fused), tokens, element)) for fused in FUSED)
     # Q Kᵀ and A V
     block += roofline(top, 4 * tokens * heads * element, 4 * tokens * length * heads, "float")
-    return c.n_layers * block + linear_roofline(top, model.head, head_rows(point), element)
+    return c.n_layers * block + roofline(top, *linear_work(model.head, head_rows(point), element))
 
 
 def linears(models: dict, top, repeats: int) -> list[dict]:
-    """Seconds of each fused linear by tokens. All blocks are called in turn, so that weights come from memory."""
-    device, dtype, out = models["16-bit"].device, models["16-bit"].norm.weight.dtype, []
+    """Seconds of each fused linear by tokens. All blocks are called in turn, so that weights come from memory. The
+    limits `top` are raised to what any of them reached."""
+    device, dtype, out, work = models["16-bit"].device, models["16-bit"].norm.weight.dtype, [], []
     for fused, (C, d) in linear_shapes(models["16-bit"].config).items():
         for tokens in (n for n in TOKENS if device.type == "cuda" or n <= 512):
             state = torch.arange(tokens, device=device) % 2 == 0
             x = torch.randn(tokens, d, device=device).to(dtype)
             calls = {name: [partial(getattr(block, fused), x, state) for block in m.blocks]
                      for name, m in models.items()}
-            row = {"linear": fused, "M": tokens, "N": C, "K": d, **measure_each(calls, repeats, device)}
-            for name, m in models.items():
-                row[name]["roofline"] = linear_roofline(top, getattr(m.blocks[0], fused), tokens, dtype.itemsize)
-            out.append(row)
+            out.append({"linear": fused, "M": tokens, "N": C, "K": d, **measure_each(calls, repeats, device)})
+            work += [(out[-1][name], linear_work(getattr(m.blocks[0], fused), tokens, dtype.itemsize))
+                     for name, m in models.items()]
+    for seconds, amounts in work:
+        reach(top, seconds, *amounts)
+    for seconds, amounts in work:
+        seconds["roofline"] = roofline(top, *amounts)
     return out
 
 
@@ -205,12 +211,21 @@ def table_4(result: dict) -> str:
     return markdown_table(("", "tokens/s 16-bit", "quantized", "speed-up", "GB 16-bit", "quantized", "saving"), rows)
 
 
+def other_work(result: dict) -> str:
+    """A sentence about other work during the run, "" where the system does not say; an older run has its own."""
+    share = result["busy"]
+    if share is None or isinstance(share, str):
+        return share or ""
+    run, worst = (f"{100 * n:.0f} %" for n in (share, max(p["busy"] for p in result["denoising"])))
+    return f"Other work took {run} of the machine's processors during the run, {worst} at the worst point."
+
+
 def tables(result: dict) -> str:
     """Table 4, then times beside their rooflines, then where a step goes; Markdown."""
     points, linear_names, shares = result["denoising"], result["linear_models"], result["shares"]
     memory = "GB: peak of a step, measured." if result["device"] != "cpu" else (
         f"GB: weights, computed, 16-bit ones as bf16; no activations. The 16-bit model ran in {result['dtype']}.")
-    out = [table_4(result), f"{memory} {result['busy']}".rstrip()]
+    out = [table_4(result), f"{memory} {other_work(result)}".rstrip()]
     for key, title in (("models", "ms per step (least possible)"), ("blocks", "ms in the blocks alone")):
         if names := list(points[0].get(key, ())):
             out.append(markdown_table((title, *names), [
@@ -261,7 +276,7 @@ def measure_all(args):
               "integer_product": kernels.backend(device.type),
               "cuda_kernels": [part for part in cuda.PARTS if device.type == "cuda"
                                and checks.ready(torch.cuda.current_device(), dtype, part)],
-              "busy": busy(), "ceilings": (top := ceilings(device, dtype, repeats))}
+              "ceilings": (top := ceilings(device, dtype, repeats))}
     log(f"{args.model}: {c.n_layers} blocks on {device}, {dtype}; the machine reaches "
         f"{top['bytes_per_s'] / 1e9:.3g} GB/s, {top['float_ops_per_s'] / 1e12:.3g} TFLOP/s and "
         f"{top['integer_ops_per_s'] / 1e12:.3g} T/s of integers")
@@ -278,18 +293,19 @@ def measure_all(args):
     engines = peers.engines(model, log) if args.peers and device.type == "cpu" else {}
     points = result["denoising"] = []
     for point in asked:
-        batch, length, tokens = point
+        (batch, length, tokens), since = point, clocks()
         entry = {"batch": batch, "length": length, "tokens_per_step": tokens,
                  "models": denoising(all_models, point, repeats)}
-        for name, m in models.items():
-            entry["models"][name]["roofline"] = step_roofline(m, top, point, dtype.itemsize)
         if device.type == "cpu":
             entry["blocks"] = blocks_alone(models, engines, (batch, length), repeats)
-        points.append(entry)
-        log(f"{batch} x {length}, ms per step (least possible): "
+        points.append(entry | {"busy": busy(since, clocks())})
+        log(f"{batch} x {length}, ms per step: "
             + "; ".join(f"{name} {cell(measured, 1e3, 2)}" for name, measured in entry["models"].items()))
         yield result
     result |= {"linear_models": list(models), "linears": linears(models, top, repeats)}
+    for point, entry in zip(asked, points, strict=True):
+        for name, m in models.items():
+            entry["models"][name]["roofline"] = step_roofline(m, top, point, dtype.itemsize)
     yield result
     where = result["shares"] = {}
     for name, m in models.items():
@@ -355,6 +371,7 @@ def parse(argv=None):
 
 
 def run(args) -> dict:
+    start, since = time.perf_counter(), clocks()
     if args.out:
         writable_file(args.out, "--out")
     if args.write:
@@ -366,6 +383,7 @@ def run(args) -> dict:
         results, table = measure_all(args), tables
     with torch.no_grad():
         for result in results:
+            result |= {"seconds": time.perf_counter() - start, "busy": busy(since, clocks())}
             if args.out:
                 write_json(args.out, result)
                 args.kept = f"{args.out} holds what was measured."

@@ -3,12 +3,13 @@
 All functions are called in turns, so that clocks and neighbours hit them alike. They are warmed up and synchronized,
 and every time is a median with its quartiles. What fails (memory that runs out, a peer that does not compile) is a
 result and not a crash. A roofline is the least time that the bytes and the operations of a piece of work can take, at
-the bandwidth and the rate of products that `ceilings` measured.
+the bandwidth and the rate of products that `ceilings` measured and `reach` raised to the best that was reached.
 """
 
 import os
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,12 +99,33 @@ def ceilings(device, dtype, repeats: int) -> dict:
             **{f"{k}_ops_per_s": 2 * n**3 / seconds[k]["low"] * (1 + (nibbles and k == "integer")) for k in products}}
 
 
+def reach(top: dict, seconds: dict, size: float, ops: float, kind: str):
+    """Raise the limits `top` to what this work reached by its fast quartile: no roofline of it is above that."""
+    if "low" in seconds:
+        for limit, amount in (("bytes_per_s", size), (f"{kind}_ops_per_s", ops)):
+            top[limit] = max(top[limit], amount / seconds["low"])
+
+
 def roofline(top: dict, size: float, ops: float, kind: str) -> float:
     """Least seconds for `size` bytes and `ops` operations of this kind ("float" or "integer")."""
     return max(size / top["bytes_per_s"], ops / top[f"{kind}_ops_per_s"])
 
 
-def busy() -> str:
-    """A sentence about other work on this machine's processors, "" where there is little or the system does not say."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    return f"The machine was busy: {load:.1f} threads wanted its {os.cpu_count()} processors." if load > 0.5 else ""
+STAT = Path("/proc/stat")  # ticks of all processors: user, nice, system, idle, iowait, irq, softirq, steal
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds until now: that all processors had, and that they worked for others than this process and the children
+    that it waited for. The second is not a number where the system does not tell."""
+    try:
+        ticks = [int(n) for n in STAT.read_text().split()[1:9]]
+        others = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+    except OSError:
+        others = float("nan")
+    return os.cpu_count() * time.perf_counter(), others
+
+
+def busy(since: tuple, until: tuple) -> float | None:
+    """The share of this machine's processors that other work took between two `clocks`; None where that is unknown."""
+    share = (until[1] - since[1]) / (until[0] - since[0])
+    return max(share, 0.0) if share == share else None

@@ -197,7 +197,7 @@ def test_one_run_ends_in_json(tmp_path, capsys):
     text, progress = capsys.readouterr()
     machine, first, _ = progress.splitlines()  # sentences, no structures of Python
     assert machine.startswith(f"{FIXTURES['dream']}: 3 blocks on cpu, torch.float32; the machine reaches ")
-    assert first.startswith("1 x 16, ms per step (least possible): 16-bit ")
+    assert first.startswith("1 x 16, ms per step: 16-bit ")
     result = json.loads(text.splitlines()[-1])
     assert result == json.loads(out.read_text())
     assert [p["tokens_per_step"] for p in result["denoising"]] == [1, 2]
@@ -207,7 +207,11 @@ def test_one_run_ends_in_json(tmp_path, capsys):
             assert 0 < step["low"] <= step["median"] <= step["high"]
             rate = p["batch"] * p["tokens_per_step"] / step["median"]
             assert p["models"][name]["tokens_per_s"] == pytest.approx(rate)
+            assert p["models"][name]["roofline"] <= step["low"]
     assert {(r["linear"], r["M"]) for r in result["linears"]} == {(f, M) for f in FUSED for M in (32, 128, 512)}
+    assert all(r[name]["roofline"] <= r[name]["low"] * (1 + 1e-12) for r in result["linears"] for name in MODELS)
+    assert 0 < max(p["busy"] for p in result["denoising"]) < 1 or not timing.STAT.exists()
+    assert result["seconds"] > sum(p["models"][name]["step_s"]["low"] for p in result["denoising"] for name in MODELS)
     for name, parts in result["shares"].items():
         assert sum(v for k, v in parts.items() if k != "step") == pytest.approx(parts["step"])
         assert ("TAC" in parts) == (name in ("starquant", "starquant, int8"))
@@ -227,7 +231,38 @@ def test_the_published_tables_are_those_of_the_published_numbers(name):
     assert page.read_text().startswith(bench.tables(json.loads(numbers.read_text())) + "\n\nCommand: ")
 
 
-def test_the_blocks_alone_are_timed_on_a_cpu_and_a_busy_machine_is_said(monkeypatch):
+def test_a_limit_that_a_linear_exceeds_is_raised_before_any_roofline(tmp_path, monkeypatch):
+    """A copy and a square product that were a thousand times too slow change nothing."""
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {
+        "bytes_per_s": 1.0, "float_ops_per_s": 1.0, "integer_ops_per_s": 1.0})
+    out = tmp_path / "r.json"
+    assert bench.main(["--model", FIXTURES["llada"], "--repeats", "2", "--points", "1x16x1", "--out", str(out),
+                       "--device", "cpu"]) == 0
+    result = json.loads(out.read_text())
+    cells = [r[name] for r in result["linears"] for name in MODELS]
+    assert all(c["roofline"] <= c["low"] * (1 + 1e-12) for c in cells)
+    assert max(c["roofline"] / c["low"] for c in cells) == pytest.approx(1)  # of the fastest
+    assert all(m["roofline"] <= m["step_s"]["low"] for m in result["denoising"][0]["models"].values())
+
+
+@pytest.mark.parametrize("name", ["bench-cpu.json", "bench-cpu-llada-8b.json", "gpu-h200/bench.json"])
+def test_no_published_roofline_is_above_what_was_measured(name):
+    result = json.loads((ROOT / "results" / name).read_text())
+    cells = [r[model] for r in result["linears"] for model in result["linear_models"]]
+    cells += [m["step_s"] | m for p in result["denoising"] for m in p["models"].values() if "roofline" in m]
+    assert len(cells) > 60
+    assert all(c["roofline"] <= c["low"] * (1 + 1e-12) for c in cells)
+
+
+def test_other_work_is_said_as_it_was_measured():
+    points = {"denoising": [{"busy": 0.004}, {"busy": 0.256}]}
+    assert bench.other_work({"busy": 0.1249} | points) == (
+        "Other work took 12 % of the machine's processors during the run, 26 % at the worst point.")
+    assert bench.other_work({"busy": None, "denoising": [{"busy": None}]}) == ""
+    assert bench.other_work({"busy": "The machine was busy."}) == "The machine was busy."  # an older run
+
+
+def test_the_blocks_alone_are_timed_on_a_cpu():
     model = load_model(FIXTURES["llada"], device="cpu")
     seen = []
     engine = {"engine": lambda x, cos, sin: seen.append((x.shape, cos.shape, sin.shape))}
@@ -235,10 +270,6 @@ def test_the_blocks_alone_are_timed_on_a_cpu_and_a_busy_machine_is_said(monkeypa
     assert all(seconds[name]["median"] > 0 for name in ("16-bit", "twin"))
     h = model.config.head_dim
     assert set(seen) == {((1, 24, model.config.d_model), (24, h), (24, h))}
-    monkeypatch.setattr("os.getloadavg", lambda: (7.25, 0, 0))
-    assert timing.busy().startswith("The machine was busy: 7.2 threads wanted its ")
-    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0, 0))
-    assert timing.busy() == ""
 
 
 def test_engines_that_are_not_installed_are_left_out_and_said(monkeypatch):

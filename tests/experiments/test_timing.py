@@ -70,11 +70,29 @@ def test_ceilings_are_what_the_fast_quartile_reached(monkeypatch):
         timing.ceilings(torch.device("cpu"), torch.bfloat16, 4)
 
 
-@pytest.mark.parametrize(("load", "said"), [
-    (0.5, ""), (0.6, "The machine was busy: 0.6 threads wanted its 7 processors.")])
-def test_a_busy_machine_is_said(load, said, monkeypatch):
-    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: 7)
-    assert timing.busy() == said
-    monkeypatch.delattr(timing.os, "getloadavg")
-    assert timing.busy() == ""
+def test_limits_are_raised_to_what_work_reached():
+    top = {"bytes_per_s": 10.0, "float_ops_per_s": 100.0, "integer_ops_per_s": 200.0}
+    timing.reach(top, {"low": 2.0, "median": 1.0}, 30, 100, "float")
+    assert top == {"bytes_per_s": 15.0, "float_ops_per_s": 100.0, "integer_ops_per_s": 200.0}
+    timing.reach(top, {"low": 2.0, "median": 1.0}, 20, 600, "integer")
+    assert top == {"bytes_per_s": 15.0, "float_ops_per_s": 100.0, "integer_ops_per_s": 300.0}
+    timing.reach(top, {"failed": "out of memory"}, 10**9, 10**9, "float")
+    assert top["float_ops_per_s"] == 100.0
+
+
+def test_other_work_is_that_of_all_processors_less_our_own(tmp_path, monkeypatch):
+    """Four processors, 100 ticks a second. In 10 s they work 18 s, of which this process and its children take 7."""
+    def at(seconds, user, idle, *own):
+        (tmp_path / "stat").write_text(f"cpu  {user} 10 100 {idle} 50 5 5 30 0 0\ncpu0 1 2 3\n")
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds)
+        monkeypatch.setattr(timing.os, "times", lambda: (*own, 999.0))
+        return timing.clocks()
+
+    monkeypatch.setattr(timing, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(timing.os, "sysconf", {"SC_CLK_TCK": 100}.get)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    before, after = at(5, 1000, 7000, 1, 1, 1, 1), at(15, 2800, 9200, 3, 2, 4, 2)
+    assert timing.busy(before, after) == pytest.approx((18 - 7) / 40)
+    assert timing.busy(before, at(15, 1000, 11000, 3, 2, 4, 2)) == 0  # ticks are coarser than our own times
+    (tmp_path / "stat").unlink()
+    assert timing.busy(before, timing.clocks()) is None
