@@ -269,8 +269,25 @@ class TestCompiling:
         assert list((tmp_path / "star-quant").iterdir()) == []
 
     @compiled
-    def test_a_processor_with_avx2_alone(self, monkeypatch):
-        monkeypatch.setattr(cpu, "FLAGS", tuple(flag.replace("native", "haswell") for flag in FLAGS))
+    @pytest.mark.parametrize(("name", "needs"), [("haswell", "avx2"), ("alderlake", "avx_vnni")])
+    def test_another_processor(self, name, needs, monkeypatch):
+        monkeypatch.setattr(cpu, "FLAGS", tuple(flag.replace("native", name) for flag in FLAGS))
+        library = cpu.load()
+        if needs not in cpu.processor().split():
+            pytest.skip(f"compiled for {name}, but not run: needs {needs}")
+        assert cpu.agrees(library)
+
+    @compiled
+    @pytest.mark.skipif("avx512_vnni" not in cpu.processor().split(), reason="needs AVX512-VNNI")
+    def test_avx_vnni_by_an_instruction_of_avx512(self, monkeypatch, tmp_path):
+        """The same product, under another name."""
+        text, source = cpu.SOURCE.read_text(), tmp_path / "avx_vnni.c"
+        for old, new in (("#ifdef __AVX512VNNI__", "#if 0"), ("#elif defined __AVXVNNI__", "#elif 1"),
+                         ("_mm256_dpbusd_avx_epi32", "_mm256_dpbusd_epi32")):
+            assert old in text
+            text = text.replace(old, new)
+        source.write_text(text)
+        monkeypatch.setattr(cpu, "SOURCE", source)
         assert cpu.agrees(cpu.load())
 
     @compiled
