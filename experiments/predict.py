@@ -252,6 +252,22 @@ def predict(name: str, gpu: str, points) -> dict:
             "calibration": calibration(name, gpu)}
 
 
+def ratios(steps: list[dict]) -> str:
+    """How many times as fast one model of a point is as another, by their floors and as measured; Markdown."""
+    def ratio(a, b):
+        measured = [row["measured"]["step_s"]["median"] for row in (a, b) if row["measured"]]
+        return f"{a['floor_s'] / b['floor_s']:.2f}" + (f" ({measured[0] / measured[1]:.2f})" if measured[1:] else "")
+
+    points = {}
+    for row in steps:
+        points.setdefault(f"{row['batch']} x {row['length']}", []).append(row)
+    return markdown_table(
+        ("times as fast, by the floors (measured)", "starquant as eager", "starquant as 16-bit", "starquant+ as eager",
+         "starquant+ as 16-bit", "starquant as starquant+"),
+        [(point, ratio(eager, packed), ratio(full, packed), ratio(eager, plus), ratio(full, plus), ratio(plus, packed))
+         for point, (eager, full, packed, plus) in points.items()])
+
+
 def table(result: dict) -> str:
     """The result of `predict` as Markdown."""
     gpu = next(g for g in GPUS.values() if g.name == result["gpu"])
@@ -274,6 +290,6 @@ def table(result: dict) -> str:
     steps = [(f"{row['batch']} x {row['length']}", row["model"], row) for row in result["steps"]]
     blocks = [(row["method"], row) for row in result["calibration"]]
     return (f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted without it.\n\n"
-            f"{counts(steps, 'ms', 'batch x length', 'model')}\n\n"
+            f"{counts(steps, 'ms', 'batch x length', 'model')}\n\n{ratios(result['steps'])}\n\n"
             f"PREDICTED, NOT MEASURED: one of its blocks, calibrated on {SEGMENTS} segments of {LENGTH} tokens. Every "
             f"epoch of a training counts as the first.\n\n{counts(blocks, 's', 'method')}")

@@ -81,6 +81,18 @@ def test_peaks_are_those_measured_and_floors_are_never_above_the_time(rows):
         assert row["waits"] == 1  # at which positions the head runs
 
 
+def test_ratios_of_floors_stand_beside_those_measured():
+    def row(model, floor, measured=None):
+        return {"batch": 4, "length": 1024, "model": model, "floor_s": floor,
+                "measured": measured and {"step_s": {"median": measured}}}
+
+    known = [row("16-bit, eager glue", 12, 20), row("16-bit", 9, 10), row("starquant", 3, 5), row("starquant+", 4, 8)]
+    unknown = [row(r["model"], r["floor_s"]) | {"batch": 1} for r in known]
+    *_, first, second = predict.ratios(known + unknown).splitlines()
+    assert first == "| 4 x 1024 | 4.00 (4.00) | 3.00 (2.00) | 3.00 (2.50) | 2.25 (1.25) | 1.33 (1.60) |"
+    assert second == "| 1 x 1024 | 4.00 | 3.00 | 3.00 | 2.25 | 1.33 |"
+
+
 def test_an_epoch_of_training():
     gpu, L = predict.GPUS["h200"], 256
     with predict.pretended(predict.Count(gpu)):
@@ -133,7 +145,9 @@ def test_dream_on_an_a40_by_the_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "predicted.json"
     command = ["--model", "dream-7b", "--predict", "--gpu", "a40", "--points", "1x64x4", "--out", str(out)]
     assert bench.main(command) == 0
-    assert capsys.readouterr().out.startswith("PREDICTED, NOT MEASURED")
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTED, NOT MEASURED")
+    assert "\n| times as fast, by the floors (measured) |" in text
     result = json.loads(out.read_text())
     assert result["predicted"]
     steps = {row["model"]: row for row in result["steps"]}
