@@ -62,7 +62,8 @@ FLOP = {"tiled_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * 
         "rotated_codes": lambda x, P1, P2, *_: ("bf16", 2 * x.numel() * (len(P1) + len(P2) * (P2 is not P1))),
         "centred_blocks": lambda x, *_: ("bf16", 2 * x.numel() * 64), "tac": lambda z, *_: ("bf16", 4 * z.numel() * 16),
         "feedback": lambda x, *_: ("fp32", x.numel() * 64),
-        "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1))}
+        "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1)),
+        "rounding_losses": lambda w, scales, *_: ("fp32", 11 * w.numel() * scales.shape[1])}
 MADE = {}  # results of another call with tensors of such forms: the meta device takes up to 3 ms to find one
 
 

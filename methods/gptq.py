@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from methods.settings import Settings
-from runtime import checks, cuda
+from runtime import checks, cpu, cuda
 from runtime.layers import Grid, QuantLinear, Weight
 from runtime.processes import batches
 from starquant import apply_basis, fold_weight, quant_params
@@ -76,26 +76,32 @@ SEARCHED = 2**20  # weights at a time, so that what is walked over 80 times stay
 SHRINK = tuple(1 - i / 100 for i in range(80))  # GPTQ's grid
 
 
-def shrunk_scale(weight, bits: int, H=None, grid=SHRINK, norm: float = 2.4):
-    """Per-row scale, a factor of `grid` times the full one, with the least rounding error: weight (C, d) -> (C, 1).
+def rounding_losses(weight, scales, bits: int, H=None, norm: float = 2.4):
+    """The error of each row of weight (C, d), rounded to the grid of each of its scales (C, n): (C, n).
 
-    The error is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H is given.
+    It is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H (d, d) is given.
+    Without H, one kernel serves a GPU and one function of `runtime/cpu_kernels.c` a CPU, both in fp32.
     """
-    at_a_time = SEARCHED if weight.device.type == "cpu" else 16 * SEARCHED  # a GPU wants few launches
-    if weight.numel() > at_a_time and len(weight) > 1:
-        parts = weight.split(max(1, at_a_time // weight.shape[1]))
-        return torch.cat([shrunk_scale(part, bits, H, grid, norm) for part in parts])
+    if H is None and weight.dtype == torch.float32:
+        if weight.is_cuda and checks.ready(weight.device.index, torch.float32, "scales"):
+            return cuda.rounding_losses(weight, scales, bits, norm)
+        if weight.is_cpu and (library := cpu.compiled()):
+            return cpu.rounding_losses(library, weight, scales, bits, norm)
+    losses, at_once = torch.empty_like(scales), SEARCHED if weight.is_cpu else 16 * SEARCHED  # a GPU wants few launches
+    for rows in batches(len(weight), max(1, at_once // weight.shape[1])):
+        w, error = weight[rows], torch.empty_like(weight[rows])
+        for i, scale in enumerate(scales[rows].mT[..., None]):  # (c, 1)
+            round_columns(w, scale, bits, out=error).mul_(scale).sub_(w)  # in place: no new memory in 80 walks
+            # |e|^p = 2^(p log₂|e|) takes a CPU 0.6 times as long as a power
+            losses[rows, i] = error.abs_().log2_().mul_(norm).exp2_().sum(-1) if H is None else output_error(error, H)
+    return losses
+
+
+def shrunk_scale(weight, bits: int, H=None, grid=SHRINK):
+    """Per-row scale, a factor of `grid` times the full one, of the least `rounding_losses`: weight (C, d) -> (C, 1)."""
     full, _ = quant_params(weight, bits, symmetric=True)
-    best, least, error = full, torch.full_like(full[:, 0], torch.inf), torch.empty_like(weight)
-    for factor in grid:
-        scale = factor * full
-        round_columns(weight, scale, bits, out=error).mul_(scale).sub_(weight)  # in place: no new memory in 80 walks
-        # |e|^p = 2^(p log₂|e|) takes a CPU 0.6 times as long as a power
-        loss = error.abs_().log2_().mul_(norm).exp2_().sum(-1) if H is None else output_error(error, H)
-        better = loss < least
-        least = torch.where(better, loss, least)
-        best = torch.where(better[:, None], scale, best)
-    return best
+    scales = full * full.new_tensor(grid)  # (C, n)
+    return scales.gather(1, rounding_losses(weight, scales, bits, H).argmin(1, keepdim=True))
 
 
 def gptq(weight, H, bits: int, scale=None, damping: float = 0.01, block: int = cuda.GPTQ_BLOCK):

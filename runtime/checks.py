@@ -42,7 +42,7 @@ def ready(index: int, dtype, part: str | Sizes = "linear") -> bool:
     if (part in ONLY_BF16 and dtype != torch.bfloat16) or (
             part == "fp8" and torch.cuda.get_device_capability(index) < (8, 9)):
         return False
-    if part not in ("glue", "gptq") and kernels.backend("cuda") != "int_mm":
+    if part not in ("glue", "gptq", "scales") and kernels.backend("cuda") != "int_mm":
         return False  # said already
     try:
         wrong = self_check(torch.device("cuda", index), dtype, part)
@@ -110,6 +110,10 @@ def _checks(device, dtype, part):
         want = (columns / scale).round().clamp(-8, 7)
         yield "gptq_columns", equal(codes.double(), want) and torch.allclose(
             errors, weight - scale * want, rtol=1e-9, atol=1e-12)
+    elif part == "scales":
+        w, scales = normal(5, 300, to=fp32), normal(5, 11, to=fp32).abs() + 0.05
+        yield "rounding_losses", torch.allclose(cuda.rounding_losses(w, scales, 4, 2.4).double(),
+                                                cpu.exact_losses(w, scales, 4), rtol=1e-5)
     elif part == "blocks":
         x, B, mean = integers(M, 192, most=8), integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
         for rows, mu in ((x - mean[state.long()], mean), (x, None)):

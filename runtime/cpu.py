@@ -14,7 +14,7 @@ The compiled path
     codes of a few channels by one. The system's C compiler compiles the file at first use, for the processor that it
     runs on, and the result is kept in the user's cache folder. `compiled` compares it with the readable path once in
     every process. Where there is no compiler, or no integer dot product in the processor, or any bit differs, the
-    readable path serves and one warning says so.
+    readable path serves and one warning says so. The file also serves calibration, with `rounding_losses`.
 
 How the compiled path multiplies
     A thread takes 16 tokens at a time through steps 1 and 2, so that a vector holds the same channel of all of them.
@@ -165,6 +165,15 @@ def run(library, layer, x, state):
     return y
 
 
+def rounding_losses(library, weight, scales, bits: int, norm: float):
+    """`methods.gptq.rounding_losses` without H: weight (C, d), scales (C, n) fp32 -> (C, n)."""
+    (C, d), weight, scales, losses = weight.shape, weight.contiguous(), scales.contiguous(), torch.empty_like(scales)
+    threads = torch.get_num_threads() if d * losses.numel() > SMALL else 1
+    library.rounding_losses(weight.data_ptr(), scales.data_ptr(), losses.data_ptr(), C, d, scales.shape[1], bits, norm,
+                            threads)
+    return losses
+
+
 def turns(P, K: int):
     """Matrices (n, n) or (K / n, n, n) of the factors of P, and how far apart the n channels are that they mix."""
     for factor in P:
@@ -259,7 +268,8 @@ def load():
                 built.write_bytes(built.read_bytes() + hashlib.sha256(built.read_bytes()).digest())
                 built.replace(path)
         library = ctypes.CDLL(path)
-    library.linear.argtypes = [POINTER, POINTER, POINTER, POINTER, NUMBER, ctypes.c_int, ctypes.c_int]
+    library.linear.argtypes = [*[POINTER] * 4, NUMBER, ctypes.c_int, ctypes.c_int]
+    library.rounding_losses.argtypes = [*[POINTER] * 3, *[NUMBER] * 3, ctypes.c_int, ctypes.c_float, ctypes.c_int]
     return library
 
 
@@ -304,8 +314,15 @@ def cache_folder():
             yield Path(folder)
 
 
+def exact_losses(weight, scales, bits: int, norm: float = 2.4):
+    """Σ_k |s q − w_k|^p by its formula, for self-checks: weight (C, d), scales (C, n) -> (C, n) float64."""
+    w, s = weight[:, None], scales[..., None]
+    return (s * (w / s).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) - w).double().abs().pow(norm).sum(-1)
+
+
 def agrees(library) -> bool:
-    """Whether the library gives the bits of `readable`, for awkward shapes and all tensors that a layer may have.
+    """Whether the library gives the bits of `readable`, for awkward shapes and all tensors that a layer may have, and
+    the losses of a search up to their rounding.
 
     Whole numbers go through the transform, whose sums are then exact in every order.
     """
@@ -330,4 +347,6 @@ def agrees(library) -> bool:
         for x in (draw(M, K), draw(M, K).bfloat16()):
             if not torch.equal(run(library, layer, x, state), readable(layer, x, state)):
                 return False
-    return True
+    w, scales = normal(5, 300), normal(5, 11).abs() + 0.05
+    losses = rounding_losses(library, w, scales, 4, 2.4).double()
+    return torch.allclose(losses, exact_losses(w, scales, 4), rtol=1e-5)

@@ -1,6 +1,6 @@
-// The quantized linear on a CPU, in the order of the steps in layers.py. cpu.py compiles this file, draws a packed weight
-// and says which bits are those of the readable path. M tokens, K channels, N outputs. A vector holds one number of each
-// of LANES tokens, or of each of LANES rows of the weight.
+// The quantized linear on a CPU, in the order of the steps in layers.py, and the search for a weight's scales. cpu.py
+// compiles this file, draws a packed weight and says which bits are those of the readable path. M tokens, K channels, N
+// outputs. A vector holds one number of each of LANES tokens, or of each of LANES rows of the weight.
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
@@ -259,4 +259,38 @@ int linear(const Layer *l, const char *x, const uint8_t *state, char *y, long M,
     }
     free(all);
     return 0;
+}
+
+// ---- the search for a weight's scales ------------------------------------------------------------------------------
+
+static inline floats power(floats x, float p) {  // x^p = 2^(p log2 x) of numbers that are not negative
+    ints e = ((ints)x - 0x3f3504f3) >> 23;
+    // x = 2^e m, m in [sqrt(1/2), sqrt(2));  log2 m = 2 / ln 2 (t + t^3 / 3 + t^5 / 5 + ...),  t = (m - 1) / (m + 1)
+    floats m = (floats)((ints)x - (e << 23)), t = (m - 1) / (m + 1), u = t * t;
+    floats y = p * (to_floats(e) + t * (2.88539008f + u * (0.961796694f + u * (0.577078016f + u * 0.412198583f))));
+    // 2^y = 2^n e^f,  f = (y - n) ln 2, by its series
+    y = smaller(larger(y, all(-126)), all(127));
+    floats n = rounded(y), f = (y - n) * 0.693147181f;
+    floats s = 1 + f * (1 + f * (0.5f + f * (1 / 6.f + f * (1 / 24.f + f * (1 / 120.f + f * (1 / 720.f))))));
+    return (floats)((ints)s + (to_ints(n) << 23));
+}
+
+// losses (C, n) of the rows of a weight w (C, d) if they stand on the grids of scales (C, n). A vector holds LANES channels.
+void rounding_losses(const float *w, const float *scales, float *losses, long C, long d, long n, int bits, float norm,
+                     int threads) {
+    float half = 1 << (bits - 1);
+    #pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long c = 0; c < C; c++)
+        for (long i = 0; i < n; i++) {
+            float s = scales[c * n + i], total = 0;
+            floats sum = {0};
+            for (long k = 0; k < d; k += LANES) {
+                // sum_k |s q - w_k|^norm,  q = clamp(round(w_k / s)); what is missing at the end is zero
+                floats x = (floats)load(w + c * d + k, 4 * (d - k));
+                floats e = s * smaller(larger(rounded(x / s), all(-half)), all(half - 1)) - x;
+                sum += power((floats)((ints)e & 0x7fffffff), norm);
+            }
+            for (int t = 0; t < LANES; t++) total += sum[t];
+            losses[c * n + i] = total;
+        }
 }

@@ -13,6 +13,7 @@ The kernels and their readable twins
     tac              Eq. 17 for blocks of 16: `starquant.tac_apply`
     rms_norm, rope, silu_up   what both models do between their linears ("glue"): `model.py`
     gptq_columns     the inner loop of GPTQ, for calibration: `methods/gptq.py`
+    rounding_losses  the search for a weight's scales, for calibration: `methods/gptq.py`
     tiled_product, grouped_product   codes times packed weights and `epilogue` at once: `kernels.int_linear`
     unpack_int4, epilogue     what stands before and after `torch._int_mm`, the readable product
     unpack_e4m3, add_ends     the same for `torch._scaled_mm`: fp8 numbers hold 4-bit codes exactly
@@ -38,11 +39,12 @@ THREADS = 256
 TAC_BLOCK = 16
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
 GPTQ_BLOCK = 32  # columns that a thread of gptq_columns has in its registers
+AT_ONCE = 8  # scales that a thread of rounding_losses tries on a weight that it has read
 SOURCE, PRODUCTS_SOURCE = (Path(__file__).parent / name for name in ("kernels.cu", "products.cu"))
 # Compiled together. The unrolled loops of feedback take seconds; tac and blocks need tensor cores as sm_80 has them.
 PARTS = {"linear": ("quantize_rows", "unpack_int4", "epilogue"), "feedback": ("feedback",), "tac": ("tac",),
          "glue": ("rms_norm", "rope", "silu_up"), "blocks": ("centred_blocks",), "gptq": ("gptq_columns",),
-         "fp8": ("unpack_e4m3", "add_ends")}
+         "scales": ("rounding_losses",), "fp8": ("unpack_e4m3", "add_ends")}
 ORDERS = ("plain", "paired", "e4m3")  # of codes
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
@@ -117,7 +119,8 @@ def kernels_of(part: str | Sizes) -> tuple:
 
 def source(dtype, *parts: str | Sizes) -> str:
     """The CUDA source of some parts for activations of this dtype."""
-    names = {"REAL": TYPES[dtype], "THREADS": THREADS, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "GPTQ_BLOCK": GPTQ_BLOCK}
+    names = {"REAL": TYPES[dtype], "THREADS": THREADS, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "GPTQ_BLOCK": GPTQ_BLOCK,
+             "AT_ONCE": AT_ONCE}
     for part in parts:
         names |= {part.upper(): ""} if isinstance(part, str) else {
             part.kernel.upper(): "", "RESIDENT": part.RESIDENT, **part._asdict()}
@@ -164,6 +167,11 @@ def _launch(name: str, dtype, grid, args, threads: int | None = None, sizes: Siz
         _compiled(device.index, dtype, part)[name](
             (*grid, *(1,) * (3 - len(grid))), (sizes.threads if sizes else threads or THREADS, 1, 1), args,
             sizes.shared if sizes else 0)
+
+
+def _bits(number: float) -> int:
+    """A launch takes integers: the one that has the bits of an fp32 number."""
+    return struct.unpack("i", struct.pack("f", number))[0]
 
 
 def _blocks(n: int) -> int:
@@ -245,6 +253,14 @@ def gptq_columns(columns, errors, R, scale, bits: int):
             [columns, errors, R, scale.contiguous(), codes, n, C, bits], 64)
     return codes
 
+
+def rounding_losses(weight, scales, bits: int, norm: float):
+    """`methods.gptq.rounding_losses` without H: weight (C, d), scales (C, n) fp32 -> (C, n)."""
+    (C, d), n, losses = weight.shape, scales.shape[1], torch.empty_like(scales)
+    _launch("rounding_losses", torch.float32, (C, -(-n // AT_ONCE)),
+            [weight.contiguous(), scales.contiguous(), losses, d, n, bits, _bits(norm)])
+    return losses
+
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +329,7 @@ def tiled_product(tile: Tile, codes, packed, ends: Ends, y, splits: int | None =
 def rms_norm(x, gain, eps: float):
     """`model.RMSNorm` of x (..., K) with the gain (K,)."""
     out, K = torch.empty_like(x), x.shape[-1]
-    (bits,) = struct.unpack("i", struct.pack("f", eps))  # a launch takes integers
-    _launch("rms_norm", x.dtype, (x.numel() // K,), [x, gain, out, K, bits])
+    _launch("rms_norm", x.dtype, (x.numel() // K,), [x, gain, out, K, _bits(eps)])
     return out
 
 

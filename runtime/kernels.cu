@@ -1,6 +1,6 @@
-// The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, FEEDBACK_BLOCK and
-// GPTQ_BLOCK, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers. A pointer to what
-// is absent is null.
+// The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, FEEDBACK_BLOCK,
+// GPTQ_BLOCK and AT_ONCE, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers. A
+// pointer to what is absent is null.
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
@@ -644,3 +644,35 @@ extern "C" __global__ void gptq_columns(const double* w, double* e, const double
     }
 }
 #endif  // GPTQ
+
+#ifdef SCALES
+// losses (C, n) of the rows of a weight w (C, d) if they stand on the grids of scales (C, n). A CUDA block takes a row and
+// AT_ONCE of its scales, and a thread every THREADS-th channel.
+extern "C" __global__ void rounding_losses(const float* w, const float* scales, float* losses, int d, int n, int bits,
+                                           int norm_bits) {
+    __shared__ float warps[THREADS / 32][AT_ONCE];
+    int first = blockIdx.y * AT_ONCE;
+    float norm = __int_as_float(norm_bits), half = 1 << (bits - 1), s[AT_ONCE], sum[AT_ONCE] = {};
+    w += (long long)blockIdx.x * d;
+    scales += (long long)blockIdx.x * n;
+    for (int i = 0; i < AT_ONCE; i++) s[i] = first + i < n ? scales[first + i] : 1;
+    for (int k = threadIdx.x; k < d; k += THREADS)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            // sum_k |s q - w_k|^norm,  q = clamp(round(w_k / s))
+            float q = fminf(fmaxf(rintf(w[k] / s[i]), -half), half - 1);
+            sum[i] += exp2f(norm * log2f(fabsf(__fsub_rn(__fmul_rn(q, s[i]), w[k]))));
+        }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+        for (int t = 16; t > 0; t /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], t);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][i] = sum[i];
+    }
+    __syncthreads();
+    int i = threadIdx.x;
+    if (i >= AT_ONCE || first + i >= n) return;
+    float total = 0;
+    for (int t = 0; t < THREADS / 32; t++) total += warps[t][i];
+    losses[(long long)blockIdx.x * n + first + i] = total;
+}
+#endif  // SCALES

@@ -133,8 +133,9 @@ def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
     measured = [row for row in calibrated.values() if row["measured"]]
     assert [row["method"] for row in measured] == ["starquant+", "starquant, 2 epochs"]
     for row in measured:
-        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, and clipping 12,872 launches of 4 µs
-        memory, seconds = (8 * FFN**2, 12_872 * 4e-6) if row["method"] == "starquant+" else (0, 0)
+        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, clipping 12,872 launches of 4 µs, and the search
+        # for scales 0.31 s
+        memory, seconds = (8 * FFN**2, 12_872 * 4e-6 + 0.31) if row["method"] == "starquant+" else (0, 0)
         assert 0.96 * row["measured"]["peak_bytes"] < row["peak_bytes"] + memory
         assert row["peak_bytes"] < row["measured"]["peak_bytes"]
         assert 0.5 * row["measured"]["seconds"] < row["floor_s"] + seconds < row["measured"]["seconds"]

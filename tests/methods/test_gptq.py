@@ -1,12 +1,15 @@
 """GPTQ against the optimal brain update that it stands for, and the search for scales against trying every one."""
 
+import itertools
+
 import pytest
 import torch
 from arguments import generator, linear_inputs
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from methods.gptq import damped, gptq, hessian, output_error, round_columns, shrunk_scale, turned
+from methods.gptq import damped, gptq, hessian, output_error, round_columns, rounding_losses, shrunk_scale, turned
+from runtime import cpu
 from starquant import fake_quantize, quant_params
 
 
@@ -47,15 +50,6 @@ class TestGPTQ:
         H = hessian(inputs.x.flatten(0, 1))
         assert torch.equal(gptq(weight, H.clone(), 4, block=block)[0], gptq(weight, H, 4, block=32)[0])
 
-    @pytest.mark.parametrize("rows", [1, 5, 24])
-    def test_the_scale_search_takes_rows_in_parts(self, rows, monkeypatch):
-        weight, inputs = linear_inputs()
-        for H in (None, hessian(inputs.x.flatten(0, 1)).float()):
-            whole = shrunk_scale(weight, 3, H)
-            with monkeypatch.context() as patch:
-                patch.setattr("methods.gptq.SEARCHED", rows * weight.shape[1])
-                assert torch.equal(shrunk_scale(weight, 3, H), whole)
-
     @given(st.integers(1, 9), st.integers(1, 4))
     def test_a_matrix_is_turned_in_its_place(self, d, at_once):
         A = torch.randn(2, d, d, generator=generator())
@@ -69,6 +63,39 @@ class TestGPTQ:
         x = inputs.x.flatten(0, 1).clone()
         x[:, 5] = 0
         assert not gptq(weight, hessian(x), 4)[0][:, 5].any()
+
+
+@pytest.fixture(params=["compiled", "readable"])
+def way(request, monkeypatch):
+    """The function of cpu_kernels.c, where there is one, and the readable one."""
+    if request.param == "readable":
+        monkeypatch.setattr(cpu, "compiled", lambda: None)
+    elif cpu.compiled() is None:
+        pytest.skip("needs a C compiler and a processor that cpu_kernels.c knows")
+
+
+@pytest.mark.usefixtures("way")
+class TestScales:
+    @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 70), st.sampled_from([2, 3, 4, 8]),
+           st.floats(1e-6, 1e6))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_losses_are_those_of_their_formula(self, seed, C, d, bits, size):
+        weight = size * torch.randn(C, d, generator=generator(seed))
+        weight[0, : d // 2] = 0
+        scales = quant_params(weight, bits, symmetric=True)[0] * torch.tensor([1.0, 0.71, 0.05])
+        losses = rounding_losses(weight, scales, bits)
+        for c, i in itertools.product(range(C), range(3)):
+            error = scales[c, i] * round_columns(weight[c], scales[c, i], bits) - weight[c]
+            assert float(losses[c, i]) == pytest.approx(float(error.double().abs().pow(2.4).sum()), rel=2e-5, abs=1e-36)
+
+    @pytest.mark.parametrize("rows", [1, 5, 24])
+    def test_rows_are_taken_in_parts(self, rows, monkeypatch):
+        weight, inputs = linear_inputs()
+        for H in (None, hessian(inputs.x.flatten(0, 1)).float()):
+            whole = shrunk_scale(weight, 3, H)
+            with monkeypatch.context() as patch:
+                patch.setattr("methods.gptq.SEARCHED", rows * weight.shape[1])
+                assert torch.equal(shrunk_scale(weight, 3, H), whole)
 
     def test_scale_search_finds_the_best_of_its_grid(self):
         weight, inputs = linear_inputs()

@@ -170,8 +170,8 @@ class Instructions:
                 inside = np.minimum(n, T(bits - 1))
                 return np.where(n >= bits, T(0), x << inside if name == "shl" else x >> inside)
             return [T, np.uint32], shift
-        if name in ("ex2", "rsqrt") and "approx" in parts:  # rounded here; a GPU may be one or two units off
-            f = np.exp2 if name == "ex2" else lambda x: 1 / np.sqrt(x)
+        if name in ("ex2", "lg2", "rsqrt") and "approx" in parts:  # rounded here; a GPU may be one or two units off
+            f = {"ex2": np.exp2, "lg2": np.log2, "rsqrt": lambda x: 1 / np.sqrt(x)}[name]
             return [T], lambda x: f(x.astype(np.float64)).astype(T)
         one = {"not": np.invert, "neg": np.negative, "abs": np.abs, "rcp": lambda x: np.float32(1) / x}.get(name)
         if one and "approx" not in parts:

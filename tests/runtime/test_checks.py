@@ -38,6 +38,7 @@ class TestSelfCheck:
         ("linear", "unpack_int4", "| 0x80808080u) - 0x08080808u", "| 0x80808080u)"),
         ("fp8", "unpack_e4m3", "n ^ 0x8888u", "n"), ("fp8", "unpack_e4m3", "sign << 1", "sign"),
         ("fp8", "add_ends", "(state[m] ? N : 0)", "0"), ("fp8", "add_ends", "j < 4 && bias", "j < 3 && bias"),
+        ("scales", "rounding_losses", "half - 1);\n            sum", "half);\n            sum"),
         (SMALL[0], "rotated_codes", "gates && k + 2 * j >= from", "false && k + 2 * j >= from")])
     def test_self_check_names_a_broken_kernel(self, part, name, broken, wrong, tmp_path, monkeypatch):
         plant(monkeypatch, tmp_path, broken, wrong)
@@ -55,6 +56,8 @@ class TestSelfCheck:
         ("fp8", "if (n >= N) return;", ""), ("fp8", "int m = blockIdx.x, n", "int m = blockIdx.x / 2, n"),
         ("blocks", "THREADS);\n            __syncthreads();", "THREADS);"),
         ("gptq", "    __syncthreads();\n    int c", "    int c"), ("glue", "__syncthreads();\n    sum = 0", "sum = 0"),
+        ("scales", "    __syncthreads();\n    int i", "    int i"), ("scales", "first + i < n ? scales[first + i] : 1",
+                                                                     "scales[first + i]"),
         (SMALL[1], "column / 64 * 64", "0"),
         (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
         (SMALL[0], "#endif\n        __syncthreads();", "#endif"), (SMALL[0], "if (row >= N1) continue;", "")])
