@@ -2,6 +2,7 @@
 numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,20 @@ SHAPES = ((3 * D, D), (D, D), (2 * FFN, D), (D, FFN))  # C, d of its linears
 WEIGHTS = sum(C * d for C, d in SHAPES)
 
 
+PAGE = (Path(bench.__file__).parent / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def result():
-    return predict.predict("llada-8b", "h200", [(1, 32, 1), (4, 1024, 4)])
+    """What the command counts that docs/performance.md shows."""
+    return predict.predict("llada-8b", "h200", bench.POINTS["cuda"])
+
+
+@pytest.fixture(scope="module")
+def dream():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "calibration", lambda *_: [])
+        return predict.predict("dream-7b", "h200", [(1, 32, 1), (4, 1024, 4)])["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +84,51 @@ def test_quantized_weights_take_a_quarter(blocks):
     ((1, 32), (1290, 387, 554, 810)), ((4, 1024), (1290, 387, 812, 1068))])
 def test_launches_of_a_step(rows, point, launches):
     assert tuple(row["launches"] for key, row in rows.items() if key[:2] == point) == launches
+
+
+@pytest.mark.parametrize(("point", "launches"), [
+    ((1, 32), (1028, 349, 608, 720)), ((4, 1024), (1028, 349, 610, 722))])
+def test_launches_of_a_step_of_dream(dream, point, launches):
+    steps = [row for row in dream if (row["batch"], row["length"]) == point]
+    assert tuple(row["launches"] for row in steps) == launches
+    # at which positions the head runs, and how many of them are committed
+    assert all(row["waits"] == 2 and row["measured"] is None for row in steps)
+
+
+def shown(first: str) -> list[list[str]]:
+    """The cells of the page's table from the row on that begins with this."""
+    lines = PAGE[PAGE.index(f"| {first} |"):].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def agree(cell: str, numbers):
+    """Whether a cell shows the numbers, each rounded to the decimals that stand there; None was not measured."""
+    texts = cell.split(", ")
+    assert len(texts) == len(numbers), cell
+    for text, number in zip(texts, numbers, strict=True):
+        want = "not measured" if number is None else f"{number:.{len(text.partition('.')[2])}f}"
+        assert text == want, cell
+
+
+def test_the_page_shows_the_counts_of_a_step(rows):
+    launches, *floors = shown("kernel launches at 1 x 32")
+    assert [int(n) for n in launches[1:]] == [row["launches"] for key, row in rows.items() if key[:2] == (1, 32)]
+    for point, *cells in floors:
+        steps = [row for key, row in rows.items() if key[:2] == tuple(map(int, point.split(" x ")))]
+        for cell, row in zip(cells, steps, strict=True):
+            agree(cell, [1e3 * row["floor_s"], 1e3 * row["measured"]["step_s"]["median"]])
+    assert len(floors) * 4 == len(rows)
+
+
+def test_the_page_shows_the_counts_of_a_calibrated_block(calibrated):
+    _, _, *blocks = shown("method | launches")
+    assert [method.replace("`", "") for method, *_ in blocks] == list(calibrated)
+    for (_, launches, waits, seconds, memory), row in zip(blocks, calibrated.values(), strict=True):
+        measured = row["measured"] or {"seconds": None, "peak_bytes": None}
+        assert [int(launches), int(waits)] == [row["launches"], row["waits"]]
+        agree(seconds, [row["floor_s"], measured["seconds"]])
+        peak = measured["peak_bytes"]
+        agree(memory, [row["peak_bytes"] / 1e9, peak and peak / 1e9])
 
 
 def test_peaks_are_those_measured_and_floors_are_never_above_the_time(rows):
@@ -133,8 +190,8 @@ def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
     measured = [row for row in calibrated.values() if row["measured"]]
     assert [row["method"] for row in measured] == ["starquant+", "starquant, 2 epochs"]
     for row in measured:
-        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, clipping 12,872 launches of 4 µs, and the search
-        # for scales 0.31 s
+        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, clipping 12,872 launches of 4 µs, and the
+        # search for scales 0.31 s
         memory, seconds = (8 * FFN**2, 12_872 * 4e-6 + 0.31) if row["method"] == "starquant+" else (0, 0)
         assert 0.96 * row["measured"]["peak_bytes"] < row["peak_bytes"] + memory
         assert row["peak_bytes"] < row["measured"]["peak_bytes"]
