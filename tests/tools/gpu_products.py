@@ -8,19 +8,20 @@ from memory. Without a GPU the same lines run on tiny shapes and no kernel is st
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 import kernels
+from checkpoint.folder import write_json
 from runtime import cuda
 from runtime.cuda import Tile
 
@@ -123,7 +124,7 @@ def compile_all(tiles):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=os.path.join(os.environ.get("OUT", "."), "products.json"))
+    parser.add_argument("--out", type=Path, default="products.json")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--names", default="", help="only products whose name this pattern is found in")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -176,8 +177,7 @@ def main(argv=None):
             wrong = {name: n for name, n in row["differ"].items() if n}
             if failed or (wrong and GPU):
                 print("   FAILED", failed, "DIFFER", wrong, f"of {M * N}", flush=True)
-            with open(args.out, "w") as file:
-                json.dump({"device": torch.cuda.get_device_name() if GPU else "cpu", "rows": rows}, file, indent=1)
+            write_json(args.out, {"device": torch.cuda.get_device_name() if GPU else "cpu", "rows": rows}, indent=1)
             del acc, want
         del layers, w
     kinds = {"bf16": "bf16", "fp8, resident": "fp8, resident", "fp8, unpacked": "fp8, unpacked",

@@ -32,4 +32,4 @@ def probe_int_mm(device) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe_int_mm(torch.device("cuda"))))
+    print(json.dumps(probe_int_mm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
