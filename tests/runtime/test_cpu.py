@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import integers, randn, seeds
 
+from experiments.twins import plus_twin, quantized_twin
+from model import load_model
 from runtime import cpu
 from runtime.layers import Centre, Grid, QuantLinear, Weight, quantize_weight
 from starquant import Across, Blocks, Dense, Diagonal, Kronecker
@@ -97,6 +99,25 @@ class TestBits:
         x, state = randn(100, 576), states(100)
         got, want = cpu.run(cpu.compiled(), layer, x, state), cpu.readable(layer, x, state)
         assert (got != want).any(1).sum() < 10
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("method", ["starquant", "starquant+"])
+    def test_of_the_logits_of_a_model(self, method, dtype, monkeypatch):
+        """Its transforms permute channels and turn their signs, so that a sum has one number that is not 0."""
+        model, g = quantized_twin(load_model("tiny", "cpu", dtype), embed_bits=8), torch.Generator().manual_seed(0)
+        model = plus_twin(model) if method == "starquant+" else model
+        for name, tensor in model.named_buffers():
+            if "transform_" in name:
+                n = tensor.shape[-1]
+                tensor.copy_(torch.eye(n)[torch.randperm(n, generator=g)] * (2 * integers(0, 1, n) - 1))
+        ids = torch.randint(model.mask_id, (2, 50), generator=g)
+        ids[torch.rand(2, 50, generator=g) < 0.5] = model.mask_id
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "readable", lambda *_: pytest.fail("a linear that the C file does not serve"))
+            logits = model(ids)
+        monkeypatch.setattr(cpu, "compiled", lambda: None)
+        assert torch.equal(model(ids), logits)
+        assert logits.isfinite().all()
 
     def test_a_factor_that_does_not_fit_is_refused(self):
         with pytest.raises(ValueError, match=r"a Kronecker factor of \(6, 6\), \(8, 8\) does not fit a width of 50"):
@@ -226,6 +247,30 @@ class TestWhoServes:
         with pytest.raises((RuntimeError, IndexError)):
             cpu.linear(linear(24, 10, **tensors), randn(5, 24), states(4))
 
+    @pytest.mark.parametrize("sizes", [(20, 5), (-1, 3), (3, -1)])
+    def test_gates_that_do_not_fit_are_an_error_and_no_crash(self, sizes):
+        layer = linear(24, 10)
+        layer.d_m, layer.d_u = sizes
+        with pytest.raises(ValueError, match="do not fit into 24"):
+            cpu.linear(layer, randn(5, 24), states(5))
+
+    @compiled
+    def test_a_state_that_is_not_needed_is_not_read(self):
+        layer, x = linear(24, 10), randn(5, 24)
+        given = []
+        library = SimpleNamespace(linear=lambda *arguments: given.append(arguments[2]))
+        cpu.run(library, layer, x, states(3))
+        cpu.run(library, linear(24, 10, gates=True), x, states(5))
+        assert given[0] is None is not given[1]
+
+    @compiled
+    def test_another_tensor_at_the_same_address_is_another(self):
+        layer, x = linear(24, 10, bias=True), randn(5, 24)
+        cpu.linear(layer, x)
+        layer.bias = layer.bias[:5]
+        with pytest.raises(ValueError, match="bias of shape"):
+            cpu.linear(layer, x)
+
     @compiled
     def test_the_compiled_path_takes_the_rest(self, counted):
         cpu.linear(linear(24, 10, gates=True, centre=True), randn(5, 24), states(5))
@@ -268,6 +313,22 @@ class TestCompiling:
             assert cpu.compiled() is None
         assert list((tmp_path / "star-quant").iterdir()) == []
 
+    @pytest.mark.parametrize("written", ["exit 0", "echo garbage > $last"])
+    def test_a_compiler_that_makes_no_library(self, written, monkeypatch, tmp_path):
+        fails = tmp_path / "fails"
+        fails.write_text(f'#!/bin/sh\nfor word; do last=$before; before=$word; done\n{written}\n')
+        fails.chmod(0o755)
+        monkeypatch.setenv("CC", str(fails))
+        with pytest.warns(UserWarning, match="does not serve"):
+            assert cpu.compiled() is None
+        assert list((tmp_path / "star-quant").iterdir()) == []  # nothing that the next process would take for a library
+
+    @compiled
+    def test_a_library_without_its_functions(self, monkeypatch):
+        monkeypatch.setattr(cpu, "FLAGS", (*AT_ONCE, "-fvisibility=hidden"))
+        with pytest.warns(UserWarning, match="undefined symbol"):
+            assert cpu.compiled() is None
+
     @compiled
     @pytest.mark.parametrize(("name", "needs"), [("haswell", "avx2"), ("alderlake", "avx_vnni")])
     def test_another_processor(self, name, needs, monkeypatch):
@@ -302,7 +363,7 @@ class TestCompiling:
         ("V[(k + i) * B + k + j]", "V[(k + i) * B + k]"), ("v += (floats)load(l->shift", "v -= (floats)load(l->shift"),
         ("to->rest += code", "to->rest -= code"), ("masked & l->mean[K + k]", "masked & l->mean[k]"),
         ("? m : u", "? u : m"), ("f->T + p * f->next", "f->T"),
-        ("old[k] = part[k * f->step]", "old[k] = part[k]")])
+        ("old[k] = part[k * f->step]", "old[k] = part[k]"), ("all(half - 1)) - x;", "all(half)) - x;")])
     def test_a_library_that_differs_does_not_serve(self, line, wrong, monkeypatch, tmp_path):
         text, source = cpu.SOURCE.read_text(), tmp_path / "wrong.c"
         assert line in text
