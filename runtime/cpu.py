@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import kernels
-from starquant import Across, Blocks, Diagonal, Kronecker, apply_basis
+from starquant import Across, Blocks, Diagonal, Kronecker, apply_basis, subspace_gates
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # IEEE arithmetic as it stands in the source: no fused multiply-add of the compiler's own, integers that wrap around
@@ -149,14 +149,18 @@ def serves(layer, x, state) -> bool:
     """Whether cpu_kernels.c is written for these tokens x (M, d) of this layer."""
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or layer.in_features > WIDEST:
         return False
-    needs_state = layer.d_m or layer.d_u or layer.mean is not None or layer.shift is not None
-    return not needs_state or (state is not None and state.dtype == torch.bool and len(state) == len(x))
+    return not needs_state(layer) or (state is not None and state.dtype == torch.bool and len(state) == len(x))
+
+
+def needs_state(layer) -> bool:
+    """Whether a token's state changes what a layer makes of it."""
+    return bool(layer.d_m or layer.d_u or layer.mean is not None or layer.shift is not None)
 
 
 def run(library, layer, x, state):
     """The result of `readable`, by the compiled function."""
     about, M = described(layer), len(x)
-    x, state = x.contiguous(), None if state is None else state.contiguous()
+    x, state = x.contiguous(), state.contiguous() if needs_state(layer) else None
     y = torch.empty(M, about.N, dtype=x.dtype)
     threads = torch.get_num_threads() if M * about.K * about.N > SMALL else 1
     if library.linear(ctypes.byref(about), x.data_ptr(), None if state is None else state.data_ptr(), y.data_ptr(), M,
@@ -194,15 +198,18 @@ def filled(T):
 def described(layer) -> Layer:
     """The layer as the C code sees it, kept with the layer for as long as it has the same tensors.
 
-    ValueError for a tensor of another size than the C code reads.
+    The C code has copies of P and feedback; where these change in place after a call, it goes on with what they were.
+    ValueError for gates that do not fit, and for a tensor of another size than the C code reads.
     """
     buffers = list(layer._buffers.values())
-    identity = layer.abits, layer.d_m, layer.d_u, layer.packed, *(t if t is None else t.data_ptr() for t in buffers)
+    identity = (layer.abits, layer.d_m, layer.d_u, layer.packed,
+                *((id(t), t if t is None else t.data_ptr()) for t in buffers))
     about = layer._converted.get("C")
     if about is None or about.identity != identity:
         K, N, packed = layer.in_features, len(layer.weight_packed), layer.packed
         block = 0 if layer.feedback is None else layer.feedback.shape[-1]
         apply_basis(torch.empty(0, K), layer.P)  # ValueError for a factor that does not fit
+        subspace_gates(K, layer.d_m, layer.d_u)  # and for gates
         sizes = (N * ((K + 1) // 2 if packed else K), N, N, 2, 2 * K, 2 * N, N, N, K * block)
         dtypes = {"weight_sum": torch.int32, "weight_zero": torch.int32,
                   "weight_packed": torch.uint8 if packed else torch.int8}
@@ -220,7 +227,8 @@ def described(layer) -> Layer:
         about = Layer(K, N, layer.d_m, layer.d_u, block, layer.abits, packed, len(array), ctypes.addressof(array),
                       **{name: tensor.data_ptr() for name, tensor in kept.items()})
         about.tensors = buffers, kept, matrices, array  # they live as long as their addresses are used
-        layer._converted["C"], about.identity = about, identity
+        about.identity = identity
+        layer._converted["C"] = about  # whole, since other threads may take it from now on
     return about
 
 
@@ -231,7 +239,7 @@ def compiled():
         if agrees(library := load()):
             return library
         reason = "its results differ from those of the readable path"
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         reason = str(error)
     warnings.warn(f"runtime/cpu_kernels.c does not serve ({reason}); quantized linears take the readable path, which "
                   "gives the same numbers more slowly.", stacklevel=2)
@@ -266,6 +274,7 @@ def load():
                 built = Path(room) / name
                 build(command, built)
                 built.write_bytes(built.read_bytes() + hashlib.sha256(built.read_bytes()).digest())
+                ctypes.CDLL(built)  # OSError for what is no library
                 built.replace(path)
         library = ctypes.CDLL(path)
     library.linear.argtypes = [*[POINTER] * 4, NUMBER, ctypes.c_int, ctypes.c_int]

@@ -395,7 +395,10 @@ class TestCompiling:
         assert cpu.intact(kept)
 
     def test_other_sources_compilers_and_processors_have_other_names(self, tmp_path, monkeypatch):
+        names = set()
+
         def compile_nothing(command, path):
+            names.add(path.name)
             path.write_bytes(b"no library")
 
         monkeypatch.setattr(cpu, "build", compile_nothing)
@@ -406,7 +409,7 @@ class TestCompiling:
             for _ in range(2):
                 with pytest.raises(OSError, match="cpu-"):
                     cpu.load()
-        assert len(list((tmp_path / "star-quant").iterdir())) == 4
+        assert len(names) == 4
 
     def test_a_folder_that_others_may_write_to_is_not_used(self, tmp_path):
         with cpu.cache_folder() as folder:
