@@ -1,6 +1,7 @@
 """The compiled path gives the bits of the readable one, or the readable one serves."""
 
 import copy
+import os
 import stat
 import subprocess
 import sys
@@ -439,6 +440,17 @@ class TestCompiling:
         both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
         assert [process.wait(timeout=300) for process in both] == [0, 0]
         assert len(list((tmp_path / "star-quant").iterdir())) == 1
+
+
+@compiled
+def test_the_readable_path_passes_where_the_compiler_is_hidden(tmp_path):
+    """Of these files all tests that do not skip."""
+    files = [f"tests/{name}.py" for name in ("runtime/test_cpu", "runtime/test_layers", "methods/test_gptq")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"CC": "/nonexistent", "XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stdout
+    assert "there is no C compiler named /nonexistent" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cc_that_cannot_be_read_is_no_compiler(monkeypatch):
