@@ -16,7 +16,6 @@ What is counted
                datasheet and without an L2 cache, for each operation; the least time of all is their sum
 """
 
-import json
 import sys
 import weakref
 from collections import Counter, namedtuple
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibrate import quantize_block
 from checkpoint.families import read_config
+from checkpoint.folder import read_json
 from checkpoint.published import published
 from experiments.twins import eager, plus_twin, quantized_twin
 from methods import QuantConfig
@@ -42,7 +42,7 @@ from runtime.measures import markdown_table
 SMALLEST_S = 4e-6  # as measured on an H200 (results/gpu-h200.md)
 STEPS = 4  # of a generation, of which the second is counted
 SEGMENTS, LENGTH = 128, 256  # of a calibration (Section 4.1)
-MEASURED = Path(__file__).parents[1] / "results" / "gpu-h200" / "bench.json"
+RESULTS = Path(__file__).parents[1] / "results"
 # dense rates, with fp32 sums of bf16 and fp8 products
 Gpu = namedtuple("Gpu", "name capability multiprocessors L2_MiB bytes_per_s rates")
 HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "fp32": 67e12, "fp64": 67e12}
@@ -65,6 +65,16 @@ FLOP = {"tiled_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * 
         "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1)),
         "rounding_losses": lambda w, scales, *_: ("fp32", 11 * w.numel() * scales.shape[1])}
 MADE = {}  # results of another call with tensors of such forms: the meta device takes up to 3 ms to find one
+
+
+def measured(gpu: str, what: str) -> dict:
+    """What was measured on this GPU, as `tests/tools/gpu_first.sh` brings it back: {} if nothing was."""
+    return read_json(RESULTS / f"gpu-{gpu}" / f"{what}.json", {})
+
+
+def succeeded(entry: dict | None) -> dict | None:
+    """What was measured, unless it failed."""
+    return None if entry is None or "failed" in entry else entry
 
 
 def touched(*tensors) -> int:
@@ -169,12 +179,14 @@ def pretended(count: Count):
     """Inside, tensors on the meta device take the code paths of a GPU, and are counted."""
     gpu = count.gpu
     machine = SimpleNamespace(L2_cache_size=gpu.L2_MiB << 20, multi_processor_count=gpu.multiprocessors)
-    known = json.loads(MEASURED.read_text())["products"] if gpu.capability == (9, 0) else {}
+    own = next(key for key, one in GPUS.items() if one == gpu)
+    known = measured(own, "bench") or (measured("h200", "bench") if gpu.capability == (9, 0) else {})
 
     def fastest(calls, key):
-        """The product that was fastest on an H200, or the first if that is unknown: it reads the weights once."""
+        """The product that was fastest on this GPU, of Hoppers else on an H200, or the first if that is unknown: it
+        reads the weights once."""
         *_, M, N, K, packed = key
-        name = known.get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
+        name = known.get("products", {}).get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
         return name if name in calls else next(iter(calls))
 
     with (mock.patch.multiple(checks, ready=lambda *_: True, usable=lambda *_: True),
@@ -223,32 +235,34 @@ def calibrated(model, gpu: Gpu, segments: int, length: int, **settings) -> Count
 def calibration(name: str, gpu: str) -> list[dict]:
     """Counts and floors of calibrating a block of the published model. All epochs of a training are alike, but that
     the first makes the optimizer's moments; each counts as the first."""
-    one, known = models(name, 1)["16-bit"], json.loads(MEASURED.with_name("calib.json").read_text())
+    one, known = models(name, 1)["16-bit"], measured(gpu, f"calib-{name}")
     plus, start, first = (calibrated(one, GPUS[gpu], SEGMENTS, LENGTH, **settings)
                           for settings in ({"method": "starquant+"}, {"epochs": 0}, {"epochs": 1}))
-    known = known | {"starquant+": known["starquant+ again"]} if (name, gpu) == ("llada-8b", "h200") else {}
     rows = {"starquant+": plus} | {
         f"starquant, {n} epochs": {key: start[key] + n * (first[key] - start[key]) for key in first}
         | {"peak_bytes": first["peak_bytes"]} for n in (2, QuantConfig().epochs)}
-    return [{"method": label, **counts, "measured": known.get(label)} for label, counts in rows.items()]
+    # of a method that ran twice, the second run: the first one compiles
+    return [{"method": label, **counts, "measured": succeeded(known.get(f"{label} again", known.get(label)))}
+            for label, counts in rows.items()]
 
 
 def predict(name: str, gpu: str, points) -> dict:
     """Counts and floors of a step of the published model, for points of batch, length and tokens per step, and of the
     calibration of a block. All blocks are alike, so each counts as the difference between a model of two blocks and a
     model of one."""
-    c, rows, results = read_config(published(name)), [], json.loads(MEASURED.read_text())
-    known = results["denoising"] if (name, gpu) == (results["model"], "h200") else []
+    c, rows, results = read_config(published(name)), [], measured(gpu, "bench")
+    known = results["denoising"] if results.get("model") == name else []
     with pretended(Count(GPUS[gpu])):
         one, two = models(name, 1), models(name, 2)
     tables = {kind: memory_table(c, head_bits=8, method=kind) for kind in ("starquant", "starquant+")}
     for batch, length, tokens in points:
-        measured = next((p["models"] for p in known if (p["batch"], p["length"]) == (batch, length)), {})
+        at_point = next((p["models"] for p in known if (p["batch"], p["length"]) == (batch, length)), {})
         for kind in one:
             few, more = (step(m[kind], GPUS[gpu], batch, length, tokens) for m in (one, two))
             counts = {key: few[key] + (c.n_layers - 1) * (more[key] - few[key]) for key in more}
             counts["peak_bytes"] += tables[kind]["total"] if kind in tables else tables["starquant"]["sixteen_bit"]
-            rows.append({"batch": batch, "length": length, "model": kind, **counts, "measured": measured.get(kind)})
+            rows.append({"batch": batch, "length": length, "model": kind, **counts,
+                         "measured": succeeded(at_point.get(kind))})
     return {"predicted": True, "model": name, "gpu": GPUS[gpu].name, "steps": rows,
             "calibration": calibration(name, gpu)}
 

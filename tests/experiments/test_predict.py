@@ -47,9 +47,11 @@ def calibrated(result):
 def blocks():
     """What one more block of a model counts, at 1 x 32 tokens on an H200."""
     gpu = predict.GPUS["h200"]
-    with predict.pretended(predict.Count(gpu)):
-        one, two = predict.models("llada-8b", 1), predict.models("llada-8b", 2)
-    return {name: predict.step(two[name], gpu, 1, 32, 1) - predict.step(one[name], gpu, 1, 32, 1) for name in one}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "measured", lambda *_: {})  # then the first product serves, whatever a run has shown
+        with predict.pretended(predict.Count(gpu)):
+            one, two = predict.models("llada-8b", 1), predict.models("llada-8b", 2)
+        return {name: predict.step(two[name], gpu, 1, 32, 1) - predict.step(one[name], gpu, 1, 32, 1) for name in one}
 
 
 @pytest.mark.parametrize(("name", "launches"), [
@@ -81,9 +83,13 @@ def test_quantized_weights_take_a_quarter(blocks):
 
 
 @pytest.mark.parametrize(("point", "launches"), [
-    ((1, 32), (1290, 387, 554, 810)), ((4, 1024), (1290, 387, 812, 1068))])
+    ((1, 32), (1290, 387, 554, 810)), ((4, 1024), (1290, 387, 684, 812))])
 def test_launches_of_a_step(rows, point, launches):
-    assert tuple(row["launches"] for key, row in rows.items() if key[:2] == point) == launches
+    """Where fp8 products were the fastest, their weights are unpacked first, and starquant+ adds the mean's output."""
+    fastest = predict.measured("h200", "bench")["products"]
+    fp8 = 32 * sum(fastest[f"{point[0] * point[1]} x {d} -> {C}, packed"] == "fp8" for C, d in SHAPES)
+    assert tuple(row["launches"] - more for (key, row), more in zip(
+        ((key, row) for key, row in rows.items() if key[:2] == point), (0, 0, fp8, 2 * fp8), strict=True)) == launches
 
 
 @pytest.mark.parametrize(("point", "launches"), [
@@ -187,12 +193,13 @@ def test_products_of_a_calibrated_block(calibrated):
 
 
 def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
-    measured = [row for row in calibrated.values() if row["measured"]]
-    assert [row["method"] for row in measured] == ["starquant+", "starquant, 2 epochs"]
-    for row in measured:
-        # since starquant+ was measured, GPTQ takes a matrix of fp64 less, clipping 12,872 launches of 4 µs, and the
-        # search for scales 0.31 s
-        memory, seconds = (8 * FFN**2, 12_872 * 4e-6 + 0.31) if row["method"] == "starquant+" else (0, 0)
+    measured = {method: row for method, row in calibrated.items() if row["measured"]}
+    assert {"starquant+", "starquant, 2 epochs"} <= measured.keys()
+    for row in measured.values():
+        # The run of commit 9528fe9 is older than three changes to starquant+: GPTQ takes a matrix of fp64 less,
+        # clipping 12,872 launches of 4 µs, and the search for scales 0.31 s. The numbers go when a new run replaces it.
+        older = "inverse_factor" in row["measured"]["stages"]
+        memory, seconds = (8 * FFN**2, 12_872 * 4e-6 + 0.31) if older else (0, 0)
         assert 0.96 * row["measured"]["peak_bytes"] < row["peak_bytes"] + memory
         assert row["peak_bytes"] < row["measured"]["peak_bytes"]
         assert 0.5 * row["measured"]["seconds"] < row["floor_s"] + seconds < row["measured"]["seconds"]
@@ -223,6 +230,28 @@ def test_what_cannot_be_predicted_is_said(wrong, capsys):
     assert "bench.py: " in capsys.readouterr().err
     assert bench.main(["--predict", "--model", "tiny"]) == 2
     assert "shapes are known of" in capsys.readouterr().err
+
+
+def test_results_of_another_gpu_stand_beside_its_predictions(tmp_path, monkeypatch):
+    """A folder with its name is enough: its times, its calibration, and the products that were its fastest."""
+    entry, label = {"step_s": {"median": 1.0}, "peak_bytes": 5}, "32 x 4096 -> 4096, packed"
+    (tmp_path / "gpu-h100").mkdir()
+    point = {"batch": 1, "length": 32, "models": {"starquant": entry, "16-bit": {"failed": "out of memory"}}}
+    files = {"bench": {"model": "llada-8b", "products": {label: "fp8"}, "denoising": [point]}, "calib-llada-8b": {
+        "starquant+": {"seconds": 9, "peak_bytes": 1}, "starquant+ again": {"seconds": 2, "peak_bytes": 1}}}
+    for name, value in files.items():
+        (tmp_path / "gpu-h100" / f"{name}.json").write_text(json.dumps(value))
+    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    monkeypatch.setattr(predict, "SEGMENTS", 8)
+    steps, blocks = {}, {}
+    for gpu in ("h100", "h200"):
+        result = predict.predict("llada-8b", gpu, [(1, 32, 1)])
+        steps[gpu] = {row["model"]: row for row in result["steps"]}
+        blocks[gpu] = [row["measured"] for row in result["calibration"]]
+    assert steps["h100"]["starquant"]["measured"] == entry
+    assert blocks == {"h100": [{"seconds": 2, "peak_bytes": 1}, None, None], "h200": [None] * 3}
+    assert steps["h100"]["starquant"]["launches"] == steps["h200"]["starquant"]["launches"] + 32
+    assert steps["h200"]["starquant"]["measured"] is steps["h100"]["16-bit"]["measured"] is None
 
 
 def test_nothing_stays_pretended():

@@ -338,6 +338,7 @@ def fits(name: str, settings: dict) -> None:
     block = block_of(name)
     for label, setting in settings.items():
         found = attempt(partial(fit, block, setting))
+        found = found if isinstance(found, dict) else {"failed": found}
         print(name, label, json.dumps(found), flush=True)
         known = read_json(Path(os.environ["RESULTS"]) / f"calib-{name}.json", {})  # another step may have begun it
         keep(f"calib-{name}", known | {label: found})
