@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from checkpoint import published
 from checkpoint.families import FUSED, NAMES, read_config
 from checkpoint.folder import SINGLE, write_json, write_tensors
 from checkpoint.loading import block_tensors, outer_tensors
-from experiments import peers, timing, twins
+from experiments import peers, predict, timing, twins
 from methods import QuantConfig
 from methods.rtn import quantize_outer
 from methods.storage import memory_table, stored_linear
@@ -252,6 +253,34 @@ def test_no_published_roofline_is_above_what_was_measured(name):
     cells += [m["step_s"] | m for p in result["denoising"] for m in p["models"].values() if "roofline" in m]
     assert len(cells) > 60
     assert all(c["roofline"] <= c["low"] * (1 + 1e-12) for c in cells)
+
+
+def test_goals_are_counted_and_measured_as_the_page_says():
+    """docs/performance.md, "Goals that were missed": the counts of --predict, and the times of the run on an H200."""
+    page = (ROOT / "docs" / "performance.md").read_text().split("### Goals that were missed")[1]
+    cells = [line.split("|")[2:4] for line in page.split("\n\n")[2].splitlines()[2:]]
+    counted, measured = ([[float(n) for n in re.findall(r"(?<!\w)\d[\d.]*", row[i])] for row in cells] for i in (0, 1))
+    points = bench.POINTS["cuda"]
+    found = predict.predict("llada-8b", "h100", points)
+    floors = {((row["batch"], row["length"]), row["model"]): row["floor_s"] for row in found["steps"]}
+    run = json.loads((ROOT / "results" / "gpu-h200" / "bench.json").read_text())
+    times = {((p["batch"], p["length"]), name): m["step_s"]["median"] for p in run["denoising"]
+             for name, m in p["models"].items()}
+
+    def ratios(times, one, other, digits=2, places=points):
+        return [round(times[place[:2], one] / times[place[:2], other], digits) for place in places]
+
+    for row, place in enumerate((points[0], points[2], points[3])):
+        assert counted[row] == ratios(floors, "16-bit, eager glue", "starquant", places=[place])
+        assert measured[row] == [ratio for name in ("starquant", "starquant, int8")
+                                 for ratio in ratios(times, "16-bit, eager glue", name, places=[place])]
+    assert counted[3] == ratios(floors, "16-bit", "starquant")
+    assert measured[3] == ratios(times, "16-bit", "starquant") + ratios(times, "16-bit", "starquant, int8")
+    assert counted[4] == [round(100 * (ratio - 1)) for ratio in ratios(floors, "starquant+", "starquant", 9)]
+    assert measured[4] == [round(100 * (ratio - 1)) for ratio in ratios(times, "starquant+", "starquant", 9)]
+    plus, _, full = found["calibration"]
+    assert counted[5] == [round(32 * full["floor_s"] / 60, 1)]
+    assert counted[6] == [round(32 * plus["floor_s"] / 60, 2), round(plus["peak_bytes"] / 1e9, 1)]
 
 
 def test_other_work_is_said_as_it_was_measured():
