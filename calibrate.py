@@ -286,6 +286,12 @@ def calibrate(args) -> dict:
     if processes.world() > 1 and config.inputs != "fp":
         raise Refused("several processes can share the blocks only if no block waits for another; add --inputs fp.")
     source, texts = open_source(args)
+    with processes.threads_for(source.config.d_model):
+        return calibrate_checkpoint(args, config, source, texts, device, dtype)
+
+
+def calibrate_checkpoint(args, config: Settings, source: Checkpoint, texts, device, dtype) -> dict:
+    """`calibrate` for a checkpoint that is open: rehearse, or write and judge."""
     stressed, size = args.stress != 1, args.segments * args.length
     plan = preflight.check(source, args.out, config, size, device, dtype, args.spill, stressed)
     if stressed and not args.dry_run:
@@ -309,7 +315,7 @@ def calibrate(args) -> dict:
     noisy = token_states(lambda: load_model(source.folder, device, dtype), tokens, region, outer.mask_id, config)
     noisy = noisy.to(device)
     steps = n * progress_steps(config)
-    with processes.threads_for(source.config.d_model), processes.Bar(total=steps, unit="step") as bar:
+    with processes.Bar(total=steps, unit="step") as bar:
         stream = calibrate_blocks(outer, lambda: (load_block(source, i, device, dtype) for i in range(n)), noisy,
                                   config, lambda i: out.finished(i, device, dtype), partial(advance, bar),
                                   (processes.rank(), processes.world()), args.spill)

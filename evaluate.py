@@ -60,9 +60,11 @@ def prompt(args) -> dict:
     models = {name: load_model(name, args.device, args.dtype, args.weights) for name in reversed(checkpoints(args))}
     model = models[args.model]
     chat = watch.is_chat_model(model, args.model) if args.chat is None else args.chat
-    return {"prompt": args.prompt, "chat": chat} | watch.show_denoising(
-        models, watch.encode_prompt(model, args.prompt, chat), seed=args.seed, steps=steps, threshold=args.threshold,
-        gen_length=args.gen_length, block_length=args.block_length, temperature=args.temperature)
+    with processes.threads_for(max(m.config.d_model for m in models.values())):
+        return {"prompt": args.prompt, "chat": chat} | watch.show_denoising(
+            models, watch.encode_prompt(model, args.prompt, chat), seed=args.seed, steps=steps,
+            threshold=args.threshold, gen_length=args.gen_length, block_length=args.block_length,
+            temperature=args.temperature)
 
 # ---- the paper -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ def parse(argv=None):
                         "most half a segment) or --tasks (protocol)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps with --prompt or --tasks (--gen-length)")
     parser.add_argument("--threshold", type=positive, help="decode in parallel: a pass commits every token of this "
-                        "probability or more (0.9; with --prompt one token a pass unless given)")
+                        "probability or more (0.9; with --prompt one token a pass unless given, as above 1)")
     group = parser.add_argument_group("with --data")
     group.add_argument("--segments", type=at_least(2), help="segments of the text (64)")
     group.add_argument("--length", type=at_least(2), help="tokens of a segment (256; 64 for the embedded model)")

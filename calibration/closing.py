@@ -101,16 +101,20 @@ def evaluation() -> str:
     return f"python {'evaluate.py' if Path.cwd() == file.parent else shlex.quote(str(file))}"
 
 
+def judging(args) -> str:
+    """How the written model is compared with the 16-bit one on a text."""
+    return f"{evaluation()} --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
+
+
 def described(args, rows: list[dict]) -> str:
     """The table as it is printed, or a sentence in its place."""
-    judge = f"{evaluation()} --model {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --data FILE"
     if not rows:
         return (f"There is no closing table: the text has fewer than two segments of {args.length} tokens beside those "
-                f"that it was calibrated on. Judge the model on another text: {judge}")
+                f"that it was calibrated on. Judge the model on another text: {judging(args)}")
     if "segments" not in rows[0]:
         return table(rows)
     return (f"On {rows[0]['segments']} segments of {args.length} tokens from the same text, not calibrated on "
-            f"(± half a 95 % interval; more: {judge}):\n\n{table(rows)}")
+            f"(± half a 95 % interval; more: {judging(args)}):\n\n{table(rows)}")
 
 
 def farewell(args, source: Checkpoint, config: Settings, ours: bool) -> str:
@@ -120,8 +124,8 @@ def farewell(args, source: Checkpoint, config: Settings, ours: bool) -> str:
     unit, name = (1e9, "GB") if full > 1e9 else (1e6, "MB")
     out, model = shlex.quote(str(args.out)), shlex.quote(args.model)
     lines = [f"\nWrote {args.out}: {written / unit:.2f} {name}, {full / unit:.2f} {name} in 16 bit.",
-             f"Next: {evaluation()} --model {model} --against {out} " + (
-                 f'--prompt "{QUESTION}"' if ours else "--data FILE")]
+             "Next: " + (f'{evaluation()} --model {model} --against {out} --prompt "{QUESTION}"' if ours else
+                         judging(args))]
     if config.method != "starquant+":
         lines.append("Where quality counts, try --method starquant+: closer to 16 bit in our tables, without training.")
     return "\n".join(lines)

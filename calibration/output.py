@@ -69,7 +69,7 @@ def survey(folder: Path, run: dict, resume: bool, overwrite: bool) -> dict:
         raise Refused(f"{folder} exists; add --resume to continue it or --overwrite to replace it.")
     before = disk.read_json(folder / REPORT)
     if differences := _differences(before.get("run"), run):
-        raise Refused(f"cannot resume {folder}: {', '.join(differences)} now.")
+        raise Refused(f"cannot resume {folder}: {', '.join(differences)} now; give what it was, or --overwrite it.")
     return before
 
 

@@ -186,15 +186,15 @@ def describe(plan: dict, step: dict, c: ModelConfig, config) -> str:
     memory, free = plan["memory"], plan["memory_free"]
     rows = [("read: the 16-bit model", plan["model_bytes"]),
             *((f"memory: {part}", size) for part, size in memory.items() if part != "total"),
-            ("memory, at least" + ("" if free is None else f" ({gb(free)} free)"), memory["total"]),
+            ("memory, the most at one time" + ("" if free is None else f" ({gb(free)} free)"), memory["total"]),
             (f"write: tensors of each of {len(blocks)} blocks", max(blocks)),
             ("write: embedding, head, final norm", plan["outer"]),
             (f"disk, at most ({gb(plan['disk_free'])} free)", plan["disk"])]
     loss = "" if step["loss_before"] is None else (f" loss {step['loss_before']:.4g} before and "
                                                    f"{step['loss_after']:.4g} after the step,")
     return "\n".join([
-        f"Quantized to W{config.wbits}A{config.abits} by {config.method}: {', '.join(FUSED)} of blocks 0 to "
-        f"{c.n_layers - 1}, {4 * c.n_layers} linears{head}.", f"Stays in 16 bit: {', '.join(kept)}.", "",
+        f"Quantized to W{config.wbits}A{config.abits} by {config.method}: {', '.join(FUSED)} of {c.n_layers} blocks, "
+        f"{4 * c.n_layers} linears{head}.", f"Stays in 16 bit: {', '.join(kept)}.", "",
         markdown_table(("stage", "bytes"), rows), "",
         f"Rehearsed {step['linear']}:{loss} relative output error {step['error']:.4g}; the whole run takes about "
         f"{step['estimated_seconds']:g} s. Nothing was written."])

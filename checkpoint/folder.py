@@ -95,7 +95,7 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
             return absent
         if (path.parent / "starquant.json").is_file():
             raise Refused(f"{path.parent} is unfinished; run the same calibrate.py command with --resume.") from None
-        raise Refused(f"{path} does not exist.") from None
+        raise Refused(f"{path} does not exist; give the folder of a checkpoint, or the name of a model.") from None
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:

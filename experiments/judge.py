@@ -14,7 +14,7 @@ from checkpoint.tokenizer import load_tokenizer
 from model import load_model
 from runtime import measures
 from runtime.layers import rebuilt
-from runtime.processes import Refused
+from runtime.processes import Refused, threads_for
 from runtime.sampling import check_length
 from tiny import metrics, tasks
 
@@ -53,7 +53,8 @@ def checkpoints(args) -> dict[str, Checkpoint]:
 def judge(args) -> dict:
     """Every measure of the model, and of the one it is compared with, as a printed table and as numbers by name."""
     found = checkpoints(args)
-    measured, record = (on_text if args.data else on_tasks)(args, found)
+    with threads_for(max(checkpoint.config.d_model for checkpoint in found.values())):
+        measured, record = (on_text if args.data else on_tasks)(args, found)
     record |= {"threshold": args.threshold, "seed": args.seed, "torch": torch.__version__}
     for name in found:
         (values, paths), reference = measured[name], None

@@ -71,7 +71,7 @@ def config_from(args) -> Settings:
         if name in FLAGS:
             raise Refused(f"--set {item!r}: give --{name} instead.")
         if not equals or name not in kinds:
-            raise Refused(f"--set {item!r}: expected SETTING=VALUE with a setting of {', '.join(kinds)}.")
+            raise Refused(f"--set {item!r}: expected NAME=VALUE; the names are {', '.join(kinds)}.")
         try:
             values[name] = kinds[name](value)
         except ValueError:

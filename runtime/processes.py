@@ -260,7 +260,7 @@ def pick_device(device: str) -> torch.device:
     try:
         torch.zeros(1, device=device).item()  # a device such as "meta" exists but holds no number
     except (RuntimeError, AssertionError, ValueError):
-        raise Refused(f"device {device!r} is not available here; use --device cpu.") from None
+        raise Refused(f"device {device!r} is not available here; use auto, cpu or, on a GPU, cuda.") from None
     return torch.device(device)
 
 

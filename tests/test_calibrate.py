@@ -115,7 +115,7 @@ class TestResult:
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "bf16") == 0
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "bf16", "--resume") == 0
         assert command(small_folder, tmp_path / "q", "--method", "rtn", "--dtype", "fp32", "--resume") == 2
-        assert "dtype was 'bfloat16' and is 'float32' now." in capsys.readouterr().err
+        assert "dtype was 'bfloat16' and is 'float32' now;" in capsys.readouterr().err
 
     def test_folder_describes_itself(self, quantized_folder):
         config = json.loads((quantized_folder / "config.json").read_text())["quantization_config"]

@@ -34,7 +34,8 @@ class TestCommand:
         monkeypatch.setattr(evaluate.watch, "show_denoising", lambda *a, **k: shown.append((*a, k)) or {})
         monkeypatch.setattr(evaluate.watch, "encode_prompt", lambda model, text, chat: (text, {"chat": chat}))
         monkeypatch.setattr(evaluate.watch, "is_chat_model", lambda model, name: False)
-        monkeypatch.setattr(evaluate, "load_model", lambda *a: SimpleNamespace(asked=a))
+        monkeypatch.setattr(evaluate, "load_model", lambda *a: SimpleNamespace(
+            asked=a, config=SimpleNamespace(d_model=192)))
         assert evaluate.main(["--prompt", "Ann", "--against", TINY, *given]) == 0
         [(models, (text, chat), arguments)] = shown
         assert [(name, m.asked) for name, m in models.items()] == [

@@ -66,8 +66,8 @@ def test_it_runs_as_it_stands(tmp_path, cache, monkeypatch, capsys):
     wrote, following, better = out.splitlines()[-4:-1]
     assert wrote.startswith("Wrote out/llada-8b-starquant-w4a4: 0.")
     assert wrote.endswith(" MB in 16 bit.")
-    assert following == (f"Next: python {Path(calibrate.__file__).parent}/evaluate.py --model llada-8b "
-                         "--against out/llada-8b-starquant-w4a4 --data FILE")
+    assert following == (f"Next: python {Path(calibrate.__file__).parent}/evaluate.py "
+                         "--model out/llada-8b-starquant-w4a4 --against llada-8b --data FILE")
     assert "--method starquant+" in better
     # no terminal: whole lines of plain text, one for the end of the calibration and at most one every 30 s before
     assert not any(ord(c) < 32 and c != "\n" for c in err)

@@ -191,11 +191,11 @@ def stopped(calibration, five_blocks, tmp_path_factory):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--method", "rtn"], "method was 'starquant' and is 'rtn'"),
-    (["--wbits", "3"], ": wbits was 4 and is 3 now."),
-    (["--seed", "7"], ": seed was 0 and is 7 now."),
-    (["--set", "lr=0.01"], ": lr was 0.001 and is 0.01 now."),
-    (["--length", "25", "--segments", "8"], ": segments was 9 and is 8, length was 24 and is 25 now."),
-    (["--data", "text.txt"], ": data was 'embedded' and is 'text.txt' now."),
+    (["--wbits", "3"], ": wbits was 4 and is 3 now;"),
+    (["--seed", "7"], ": seed was 0 and is 7 now;"),
+    (["--set", "lr=0.01"], ": lr was 0.001 and is 0.01 now;"),
+    (["--length", "25", "--segments", "8"], ": segments was 9 and is 8, length was 24 and is 25 now;"),
+    (["--data", "text.txt"], ": data was 'embedded' and is 'text.txt' now;"),
 ])
 def test_other_arguments_are_refused(arguments, words, stopped, calibration):
     model, out = stopped
@@ -231,7 +231,7 @@ def test_another_model_file_is_refused(stopped, calibration):
     content[-1000] ^= 1
     (model / "model.safetensors").write_bytes(content)
     assert result["code"] == 2
-    assert f"cannot resume {out}: model.safetensors is another file now." in result["error"]
+    assert f"cannot resume {out}: model.safetensors is another file now;" in result["error"]
 
 
 def test_a_block_of_another_run_is_refused(stopped, calibration, tmp_path):

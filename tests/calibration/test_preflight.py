@@ -214,7 +214,7 @@ class TestDryRun:
         assert (step["loss_after"] is not None) == trained
         assert 0 < step["error"] < 1
         assert step["estimated_seconds"] > 0
-        assert f"Quantized to W4A4 by {method}: qkv, out, gate_up, down of blocks 0 to 1, 8 linears." in text
+        assert f"Quantized to W4A4 by {method}: qkv, out, gate_up, down of 2 blocks, 8 linears." in text
         assert "Stays in 16 bit: norms, model.transformer.wte, model.transformer.ff_out." in text
 
     def test_the_plan_is_what_a_run_writes(self, small_folder, tmp_path, capsys):
