@@ -131,14 +131,15 @@ def launched() -> int:
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started (gloo on a CPU, nccl on GPUs); returns the device of this process."""
+    """Join the processes that torchrun started; returns the device of this process. They exchange no tensors, and more
+    processes than GPUs share these."""
     if launched() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     # a process may wait very long for others whose share takes longer
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
 

@@ -35,6 +35,8 @@ from tiny import tasks
 
 CONFIG = read_json(resolve("tiny") / "config.json")
 DOMAINS = ("chain", "code", "english", "math", "sums")
+SIZES = {"width": CONFIG["d_model"], "layers": CONFIG["n_layers"]}
+HEAD = CONFIG["d_model"] // CONFIG["n_heads"]  # channels of a head
 DEFAULTS = {"steps": 5200, "minutes": math.inf, "tokens": 3072, "lr": 2e-3, "seed": 0}
 RECORD, PROGRESS = "training.json", "resume.safetensors"
 WARM_UP = EVERY = 200  # steps in which the learning rate rises, and between two writings
@@ -64,10 +66,12 @@ def diffusion_loss(model, clean, noisy, weight, region_size):
     return (ce * weight[where]).sum() / region_size
 
 
-def fresh_model(seed: int) -> DiffusionLM:
-    """The embedded model before training: its config, its tokenizer, and random weights."""
+def fresh_model(seed: int, width: int = SIZES["width"], layers: int = SIZES["layers"]) -> DiffusionLM:
+    """The embedded model before training, or one of another size: its config, its tokenizer, and random weights."""
     torch.manual_seed(seed)
-    model = DiffusionLM(read_config(CONFIG), load_tokenizer(resolve("tiny")))
+    sizes = {"d_model": width, "n_layers": layers, "n_heads": width // HEAD, "n_kv_heads": width // HEAD,
+             "mlp_hidden_size": width * CONFIG["mlp_hidden_size"] // CONFIG["d_model"]}
+    model = DiffusionLM(read_config(CONFIG | sizes), load_tokenizer(resolve("tiny")))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.02 if len(p) == model.config.vocab_size else p.shape[1] ** -0.5 * 0.7)
@@ -106,16 +110,22 @@ def shipped_phases() -> list[dict]:
 
 def phases_of(args) -> list[dict]:
     """What a command trains; fills the defaults in. Raises Refused for arguments that cannot be."""
-    given = [f"--{name}" for name in ("init", "mix", *DEFAULTS) if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("init", *SIZES, "mix", *DEFAULTS) if getattr(args, name) is not None]
+    if args.init and (sizes := [name for name in given if name[2:] in SIZES]):
+        raise Refused(f"{' and '.join(sizes)} cannot stand beside --init, whose model has its size.")
     if args.preset:
         if given:
             raise Refused(f"--preset {args.preset} cannot stand beside {', '.join(given)}; leave one of them out.")
+        vars(args).update(SIZES)
         return shipped_phases()
-    defaults = {"mix": ",".join(shipped_phases()[-1]["mix"]), **DEFAULTS}
+    defaults = {"mix": ",".join(shipped_phases()[-1]["mix"]), **SIZES, **DEFAULTS}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    for name, least, most in (("steps", 1, 10**9), ("tokens", 96, 10**9), ("seed", 0, 2**31)):
+    for name, least, most in (("width", HEAD, 10**5), ("layers", 1, 10**4), ("steps", 1, 10**9), ("tokens", 96, 10**9),
+                              ("seed", 0, 2**31)):
         if not least <= getattr(args, name) <= most:
             raise Refused(f"--{name} {getattr(args, name)} is not between {least} and {most}.")
+    if args.width % HEAD:
+        raise Refused(f"--width {args.width} is no multiple of {HEAD}, the channels of a head.")
     if not (args.minutes > 0 and 0 < args.lr < 1):
         raise Refused("--minutes must be above 0, and --lr between 0 and 1.")
     if wrong := [domain for domain in args.mix.split(",") if domain not in DOMAINS]:
@@ -231,7 +241,7 @@ def train_phase(model, phase: dict, record: dict, tensors: dict, write, interrup
 
 def run(args) -> dict:
     phases, device, out = phases_of(args), pick_device(args.device), args.out
-    command = {name: getattr(args, name) for name in ("init", "preset", "mix", *DEFAULTS)}
+    command = {name: getattr(args, name) for name in ("init", "preset", "mix", *SIZES, *DEFAULTS)}
     survey(out, args.resume, args.overwrite)
     if args.resume and not (out / PROGRESS).exists():
         print(f"python -m tiny.train: {out} is complete; --init {out} and another --out train it on.", file=sys.stderr)
@@ -240,7 +250,8 @@ def run(args) -> dict:
     progress, tensors = {"command": command, "done": 0, "phases": earlier}, {}
     if args.resume:
         progress, tensors = read_progress(out / PROGRESS, command)
-    model = (trained_model(args.init) if args.init else fresh_model(phases[0]["args"]["seed"])).to(device)
+    model = (trained_model(args.init) if args.init else
+             fresh_model(phases[0]["args"]["seed"], args.width, args.layers)).to(device)
     out.mkdir(parents=True, exist_ok=True)
     hold(out, model)
     interrupted = []  # the first Ctrl-C lets a step end, the second one stops at once
@@ -273,6 +284,8 @@ def main(argv=None) -> int:
     parser.add_argument("--preset", choices=["shipped"], help="repeat the phases that made the embedded model")
     parser.add_argument("--init", type=lambda path: str(Path(path)), help="start from the model of this folder")
     parser.add_argument("--mix", help=f"domains of consecutive batches: {', '.join(DOMAINS)} (as in phase 8)")
+    for name, meaning in (("width", "channels of a new model"), ("layers", "blocks of a new model")):
+        parser.add_argument(f"--{name}", type=int, help=f"{meaning} ({SIZES[name]})")
     for name, meaning in (("steps", "length of the schedule"), ("minutes", "end the schedule after this time"),
                           ("tokens", "tokens per batch"), ("lr", "highest learning rate"), ("seed", "of all draws")):
         parser.add_argument(f"--{name}", type=type(DEFAULTS[name]), help=f"{meaning} ({DEFAULTS[name]})")

@@ -73,6 +73,16 @@ def test_command_trains_a_fresh_model(tmp_path, capsys):
     assert not torch.equal(trained.head.weight, fresh.head.weight.bfloat16().float())
 
 
+def test_a_model_of_another_size_has_the_same_proportions(tmp_path):
+    command = [*FAST, "--steps", "1", "--mix", "sums", "--width", "64", "--layers", "2", "--out", str(tmp_path / "a")]
+    assert train.main(command) == 0
+    c = load_model(tmp_path / "a", "cpu").config
+    assert (c.d_model, c.n_layers, c.n_heads, c.head_dim, c.d_ffn) == (64, 2, 2, 32, 3 * 64)
+    with torch.device("meta"):  # the larger model that tests/tools/gpu_second.sh trains
+        large = train.fresh_model(0, 512, 8)
+    assert 25e6 < sum(p.numel() for p in large.parameters()) < 30e6
+
+
 def test_two_runs_do_not_share_a_folder(small_folder, tmp_path, capsys, monkeypatch):
     command = [*FAST, "--init", str(small_folder), "--steps", "1", "--out", str(tmp_path / "out")]
     whole = train.training_batch
@@ -166,7 +176,7 @@ class TestPreset:
         phases = [{"mix": mix, "steps": 3, "args": {**train.DEFAULTS, "steps": 3, "tokens": 96, "seed": i}}
                   for i, mix in enumerate(mixes)]
         monkeypatch.setattr(train, "shipped_phases", lambda: phases)
-        monkeypatch.setattr(train, "fresh_model", lambda seed: train.trained_model(str(small_folder)))
+        monkeypatch.setattr(train, "fresh_model", lambda *_: train.trained_model(str(small_folder)))
         init = str(small_folder)
         for i, mix in enumerate(mixes):
             assert train.main([*FAST, "--init", init, "--mix", ",".join(mix), "--steps", "3", "--seed", str(i),
@@ -221,6 +231,9 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_folder, tmp_path, capsys
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--init", "/nowhere"], "neither a folder"),
+    (["--width", "100"], "--width 100 is no multiple of 32, the channels of a head"),
+    (["--layers", "0"], "--layers 0 is not between 1 and"),
+    (["--init", "tiny", "--layers", "2"], "--layers cannot stand beside --init, whose model has its size"),
     (["--steps", "0"], "--steps 0 is not between 1 and"),
     (["--tokens", "10"], "--tokens 10 is not between 96 and"),
     (["--device", "nope"], "device 'nope' is not available"),
