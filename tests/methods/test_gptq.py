@@ -7,8 +7,20 @@ import torch
 from arguments import generator, linear_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_cpu import compiled
 
-from methods.gptq import damped, gptq, hessian, output_error, round_columns, rounding_losses, shrunk_scale, turned
+from methods import QuantConfig
+from methods.gptq import (
+    damped,
+    fit_gptq,
+    gptq,
+    hessian,
+    output_error,
+    round_columns,
+    rounding_losses,
+    shrunk_scale,
+    turned,
+)
 from runtime import cpu
 from starquant import fake_quantize, quant_params
 
@@ -65,13 +77,11 @@ class TestGPTQ:
         assert not gptq(weight, hessian(x), 4)[0][:, 5].any()
 
 
-@pytest.fixture(params=["compiled", "readable"])
+@pytest.fixture(params=[pytest.param(True, marks=compiled, id="compiled"), pytest.param(False, id="readable")])
 def way(request, monkeypatch):
     """The function of cpu_kernels.c, where there is one, and the readable one."""
-    if request.param == "readable":
-        monkeypatch.setattr(cpu, "compiled", lambda: None)
-    elif cpu.compiled() is None:
-        pytest.skip("needs a C compiler and a processor that cpu_kernels.c knows")
+    library = cpu.load() if request.param else None
+    monkeypatch.setattr(cpu, "compiled", lambda: library)
 
 
 @pytest.mark.usefixtures("way")
@@ -87,6 +97,11 @@ class TestScales:
         for c, i in itertools.product(range(C), range(3)):
             error = scales[c, i] * round_columns(weight[c], scales[c, i], bits) - weight[c]
             assert float(losses[c, i]) == pytest.approx(float(error.double().abs().pow(2.4).sum()), rel=2e-5, abs=1e-36)
+
+    def test_a_fit_takes_the_scales_that_it_searched(self):
+        weight, inputs = linear_inputs()
+        fitted, _ = fit_gptq(weight, None, inputs, QuantConfig("quarot"), generator(), None, search=True)
+        assert torch.equal(fitted.weight_scale, shrunk_scale(weight, 4)[:, 0])
 
     @pytest.mark.parametrize("rows", [1, 5, 24])
     def test_rows_are_taken_in_parts(self, rows, monkeypatch):

@@ -23,7 +23,7 @@ from ptx_reader import by_nvrtc, kept, nvrtc
 
 import kernels
 import model
-from methods.gptq import gptq, hessian
+from methods.gptq import gptq, hessian, shrunk_scale
 from runtime import checks, cuda, products
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -209,7 +209,7 @@ class TestOnCpu:
         assert torch.allclose(silu, eager[1], rtol=2 * torch.finfo(dtype).eps)
         assert all(map(torch.equal, turned, eager[2:]))
 
-    def test_gptq_rounds_as_without_a_kernel(self):
+    def test_gptq_rounds_as_without_a_kernel(self, monkeypatch):
         class SaysCuda(torch.Tensor):
             is_cuda = True
 
@@ -220,6 +220,12 @@ class TestOnCpu:
         got = [t.as_subclass(torch.Tensor) for t in gptq(weight.as_subclass(SaysCuda), H, 4)]
         assert torch.equal(got[0], codes)
         assert torch.equal(got[1], scale)
+        launched = []
+        monkeypatch.setattr(cuda, "_launch", lambda name, *rest, launch=cuda._launch: (launched.append(name),
+                                                                                       launch(name, *rest)))
+        fast = shrunk_scale(weight.as_subclass(SaysCuda), 4).as_subclass(torch.Tensor)
+        assert torch.equal(fast, shrunk_scale(weight, 4))
+        assert launched == ["rounding_losses"]
 
 
 # ---- the layers ----------------------------------------------------------------------------------------------------
