@@ -73,26 +73,20 @@ def stand_ins():
         yield
 
 
-def every_part():
-    """(part, dtype) of everything that `checks.self_check` can judge."""
-    for part in (*cuda.PARTS, *cuda.TILES.values(), *(cuda.Rotation(*n) for n in ((64, 64, 1), (96, 128, 1),
-                                                                                 (64, 64, 0)))):
-        one = isinstance(part, cuda.Rotation) or part in checks.ONLY_BF16
-        yield from ((part, dtype) for dtype in ((BF16,) if one else (torch.float32, BF16)))
-
-
 def checked(name: str, out: dict) -> None:
     """Judge every part into out["parts"], and keep it."""
-    for part, dtype in every_part():
-        start = time.time()
-        try:
-            said = checks.self_check(DEVICE, dtype, part) or "ok"
-            synchronize(DEVICE)
-        except Exception:
-            said = traceback.format_exc(limit=-3)
-        out.setdefault("parts", {})[f"{part} {dtype}"] = {"said": said, "seconds": round(time.time() - start, 2)}
-        print(part, dtype, said, flush=True)
-        keep(name, out)
+    rotations = {f"rotation {sizes}": cuda.Rotation(*sizes) for sizes in ((64, 64, 1), (96, 128, 1), (64, 64, 0))}
+    for label, part in ({part: part for part in cuda.PARTS} | cuda.TILES | rotations).items():
+        for dtype in (BF16,) if label in rotations or part in checks.ONLY_BF16 else (torch.float32, BF16):
+            start = time.time()
+            try:
+                said = checks.self_check(DEVICE, dtype, part) or "ok"
+                synchronize(DEVICE)
+            except Exception:
+                said = traceback.format_exc(limit=-3)
+            out.setdefault("parts", {})[f"{label} {dtype}"] = {"said": said, "seconds": round(time.time() - start, 2)}
+            print(label, dtype, said, flush=True)
+            keep(name, out)
 
 # ---- does it run, and are the integers right? -----------------------------------------------------------------------
 
@@ -234,12 +228,14 @@ def passes(K: int, M: int) -> dict:
 
 
 def of_a_weight(K: int, N: int) -> dict:
-    """What is done to a weight (N, K): unpacking, and GPTQ's loop over one block of its columns."""
+    """What is done to a weight (N, K): unpacking, the search for scales, and GPTQ's loop over a block of columns."""
     packed, n = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE), cuda.GPTQ_BLOCK
     columns, errors = torch.randn(2, n, N, device=DEVICE, dtype=torch.float64)
     R, scale = columns[:, :n].triu(1).contiguous(), columns[0].abs() + 0.2
+    weight, scales = torch.randn(N, K, device=DEVICE), torch.rand(N, len(methods.gptq.SHRINK), device=DEVICE) + 0.1
     return {"unpack_int4": partial(cuda.unpack, packed, packed.new_empty(N, K, dtype=torch.int8), BF16),
             "unpack_e4m3": partial(cuda.unpack, packed, packed.new_empty(N, K, dtype=torch.float8_e4m3fn), BF16),
+            "rounding_losses": partial(cuda.rounding_losses, weight, scales, 4, 2.4),
             "gptq_columns": partial(cuda.gptq_columns, columns, errors, R, scale, 4)}
 
 
