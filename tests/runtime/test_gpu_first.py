@@ -12,10 +12,14 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from tools import gpu_steps
 
+import methods.plus
 from experiments import predict
 from runtime import cuda
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU run the script itself")
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "tools" / "gpu_first.sh"
 # in Python's place: it notes its arguments among the results, and dies in one step
@@ -104,6 +108,30 @@ def test_micro(results):
     assert all(isinstance(value, int | float) for row in rows for name, value in row.items() if name != "linear")
     assert {"kronecker, codes", "across, grid", "unpack_int4", "rounding_losses", "gptq_columns", "slices", "epilogue",
             "add_ends"} <= {name for row in rows for name in row}
+
+
+def test_rows_stay_when_another_fails_or_the_step_is_killed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel\nfor this")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    monkeypatch.setattr(gpu_steps, "of_a_weight", fail)
+    monkeypatch.setattr(gpu_steps, "glue", die)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_steps.main(["micro"])
+    first, second, third = json.loads((tmp_path / "micro.json").read_text())["passes"]
+    assert first["feedback"] > 0
+    assert second["failed"] == "RuntimeError: no kernel"
+    assert third["epilogue"] > 0
+
+
+def test_a_stage_that_was_renamed_ends_the_step(monkeypatch):
+    monkeypatch.delattr(methods.plus, "best_clip")
+    with pytest.raises(AttributeError, match="best_clip"), gpu_steps.staged():
+        pass
 
 
 def test_calibration(results):
