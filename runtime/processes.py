@@ -278,8 +278,8 @@ def pick_dtype(dtype, device: torch.device) -> torch.dtype:
 def threads_for(width: int):
     """Inside, one thread computes for a model of at most NARROW channels, unless OMP_NUM_THREADS is set.
 
-    Threads wait for one another after every operation. On an idle machine two calibrated in 0.8 to 1.1 times the time of
-    one (`results/quickstart.md`). Beside other work they took 20 times as long.
+    Threads wait for one another after every operation. On an idle machine two took 0.8 to 1.1 times as long as one to
+    calibrate (`results/quickstart.md`). Beside other work they took 20 times as long.
     """
     threads = torch.get_num_threads()
     if width <= NARROW and "OMP_NUM_THREADS" not in os.environ:
