@@ -367,14 +367,16 @@ def write_blocks(stream, out: Output, bar, n: int) -> None:
 
 def report(args, source, config: Settings, texts, device, dtype, out: Output, seconds: float) -> dict:
     """Judge what was written, print the closing table and what to do next; returns what the JSON line says."""
-    result = {"out": str(args.out), "seconds": seconds, "peak_bytes": processes.peak_bytes(device), **asdict(config)}
+    table = {}
     if args.problems != 0:
-        result["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if texts is None else
-                           closing.table_of_text(args, source, config, texts, device, dtype))
-        out.write_card(result["table"])
-        print(closing.described(args, result["table"]))
+        table["table"] = (closing.table_of_tasks(args, source, config, device, dtype) if texts is None else
+                          closing.table_of_text(args, source, config, texts, device, dtype))
+        out.write_card(table["table"])
+        print(closing.described(args, table["table"]))
     print(closing.farewell(args, source, config, texts is None))
-    return result
+    # peak_bytes is of the whole command
+    return {"out": str(args.out), "seconds": seconds, "peak_bytes": processes.peak_bytes(device), **asdict(config),
+            **table}
 
 
 def report_divergence(record: dict) -> None:

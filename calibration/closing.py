@@ -2,7 +2,7 @@
 
 The embedded model, calibrated on its own text, is judged on its tasks. Any other model or text is judged by NELBO and
 KL on segments that were not calibrated on. Then every model is read block by block, as calibration reads it, and the
-table takes the memory of one block, two embeddings and heads, and the activations of these segments.
+table takes the memory of one block, of embedding and head, and of the activations of these segments.
 """
 
 import shlex
@@ -70,9 +70,11 @@ def table_of_text(args, source: Checkpoint, config: Settings, texts: list[str], 
     def blocks(checkpoint):
         return (load_block(checkpoint, i, device, dtype) for i in range(n))
 
+    # embedding, head and final norm are written as they were, unless they are quantized
+    top = outer if config.head_bits == 16 else load_outer(written, device, dtype)
     models = {"16-bit": (outer, blocks(source), 2 * sum(map(prod, source.shapes.values()))),
               named(rtn): (outer, (rtn_block(block, rtn) for block in blocks(source)), sum(output_bytes(source, rtn))),
-              named(config): (load_outer(written, device, dtype), blocks(written), sum(output_bytes(source, config)))}
+              named(config): (top, blocks(written), sum(output_bytes(source, config)))}
     rows, reference = [], None
     with measures.progress_bar(len(models) * n, "closing table") as bar:
         for name, (top, parts, stored) in models.items():

@@ -35,9 +35,13 @@ def run(folder, text, out, *more):
                            "24", "--segments", "9", "--device", "cpu", "--method", "quarot", *more])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_it_is_what_the_whole_models_give(dtype, folder, tmp_path, capsys):
-    assert run(folder, "long.txt", tmp_path / "q", "--problems", "5", "--dtype", dtype) == 0
+@pytest.mark.parametrize(("dtype", "head_bits"), [("fp32", 16), ("bf16", 16), ("fp32", 8)])
+def test_it_is_what_the_whole_models_give(dtype, head_bits, folder, tmp_path, capsys, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(closing, "load_outer", lambda *a, load=closing.load_outer: loaded.append(a[0]) or load(*a))
+    more = "--problems", "5", "--dtype", dtype, "--set", f"head_bits={head_bits}"
+    assert run(folder, "long.txt", tmp_path / "q", *more) == 0
+    assert len(loaded) == (1 if head_bits == 16 else 2)  # in 16 bit, the models share embedding and head
     out = capsys.readouterr().out
     rows = {row["model"]: row for row in json.loads(out.splitlines()[-1])["table"]}
     assert list(rows) == ["16-bit", "RTN W4A4", "quarot W4A4"]
