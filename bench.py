@@ -216,7 +216,8 @@ def other_work(result: dict) -> str:
     share = result["busy"]
     if share is None or isinstance(share, str):
         return share or ""
-    run, worst = (f"{100 * n:.0f} %" for n in (share, max(p["busy"] for p in result["denoising"])))
+    points = [p["busy"] for p in result["denoising"] if p["busy"] is not None]
+    run, worst = (f"{100 * n:.0f} %" for n in (share, max(points, default=share)))
     return f"Other work took {run} of the machine's processors during the run, {worst} at the worst point."
 
 

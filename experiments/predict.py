@@ -180,13 +180,14 @@ def pretended(count: Count):
     gpu = count.gpu
     machine = SimpleNamespace(L2_cache_size=gpu.L2_MiB << 20, multi_processor_count=gpu.multiprocessors)
     own = next(key for key, one in GPUS.items() if one == gpu)
-    known = measured(own, "bench") or (measured("h200", "bench") if gpu.capability == (9, 0) else {})
+    known = measured(own, "bench").get("products") or (
+        measured("h200", "bench").get("products", {}) if gpu.capability == (9, 0) else {})
 
     def fastest(calls, key):
         """The product that was fastest on this GPU, of Hoppers else on an H200, or the first if that is unknown: it
         reads the weights once."""
         *_, M, N, K, packed = key
-        name = known.get("products", {}).get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
+        name = known.get(f"{M} x {K} -> {N}, {'packed' if packed else 'a byte each'}")
         return name if name in calls else next(iter(calls))
 
     with (mock.patch.multiple(checks, ready=lambda *_: True, usable=lambda *_: True),
@@ -256,12 +257,13 @@ def predict(name: str, gpu: str, points) -> dict:
         one, two = models(name, 1), models(name, 2)
     tables = {kind: memory_table(c, head_bits=8, method=kind) for kind in ("starquant", "starquant+")}
     for batch, length, tokens in points:
-        at_point = next((p["models"] for p in known if (p["batch"], p["length"]) == (batch, length)), {})
+        point = {"batch": batch, "length": length, "tokens_per_step": tokens}
+        at_point = next((p["models"] for p in known if point.items() <= p.items()), {})
         for kind in one:
             few, more = (step(m[kind], GPUS[gpu], batch, length, tokens) for m in (one, two))
             counts = {key: few[key] + (c.n_layers - 1) * (more[key] - few[key]) for key in more}
             counts["peak_bytes"] += tables[kind]["total"] if kind in tables else tables["starquant"]["sixteen_bit"]
-            rows.append({"batch": batch, "length": length, "model": kind, **counts,
+            rows.append({**point, "model": kind, **counts,
                          "measured": succeeded(at_point.get(kind))})
     return {"predicted": True, "model": name, "gpu": GPUS[gpu].name, "steps": rows,
             "calibration": calibration(name, gpu)}
@@ -275,12 +277,12 @@ def ratios(steps: list[dict]) -> str:
 
     points = {}
     for row in steps:
-        points.setdefault(f"{row['batch']} x {row['length']}", []).append(row)
+        points.setdefault((row["batch"], row["length"], row["tokens_per_step"]), []).append(row)
     return markdown_table(
         ("times as fast, by the floors (measured)", "starquant as eager", "starquant as 16-bit", "starquant+ as eager",
          "starquant+ as 16-bit", "starquant as starquant+"),
-        [(point, ratio(eager, packed), ratio(full, packed), ratio(eager, plus), ratio(full, plus), ratio(plus, packed))
-         for point, (eager, full, packed, plus) in points.items()])
+        [(f"{batch} x {length}", ratio(eager, packed), ratio(full, packed), ratio(eager, plus), ratio(full, plus),
+          ratio(plus, packed)) for (batch, length, _), (eager, full, packed, plus) in points.items()])
 
 
 def table(result: dict) -> str:

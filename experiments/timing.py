@@ -120,7 +120,9 @@ def clocks() -> tuple[float, float]:
     try:
         ticks = [int(n) for n in STAT.read_text().split()[1:9]]
         others = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-    except OSError:
+    except (OSError, ValueError):
+        ticks = []
+    if not any(ticks):
         others = float("nan")
     return os.cpu_count() * time.perf_counter(), others
 

@@ -82,6 +82,7 @@ def rounding_losses(weight, scales, bits: int, H=None, norm: float = 2.4):
     It is Σ |W − Ŵ|^2.4 as in GPTQ's code (its `mse` option, QuaRot's `w_clip`), or tr(E H Eᵀ) if H (d, d) is given.
     Without H, one kernel serves a GPU and one function of `runtime/cpu_kernels.c` a CPU, both in fp32.
     """
+    scales = scales.to(weight).expand(len(weight), -1).contiguous()
     if H is None and weight.dtype == torch.float32:
         if weight.is_cuda and checks.ready(weight.device.index, torch.float32, "scales"):
             return cuda.rounding_losses(weight, scales, bits, norm)

@@ -163,7 +163,7 @@ def read_progress(path: Path, command: dict) -> tuple[dict, dict]:
         with safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the handle is no dict)
-        before = progress["command"]
+        before = SIZES | progress["command"]  # which older runs did not name
         changed = [f"--{k} was {before[k]!r} and is {v!r}" for k, v in command.items() if before[k] != v]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Refused(f"{path} cannot be read ({error}); begin again with --overwrite.") from None

@@ -146,7 +146,7 @@ def test_peaks_are_those_measured_and_floors_are_never_above_the_time(rows):
 
 def test_ratios_of_floors_stand_beside_those_measured():
     def row(model, floor, measured=None):
-        return {"batch": 4, "length": 1024, "model": model, "floor_s": floor,
+        return {"batch": 4, "length": 1024, "tokens_per_step": 4, "model": model, "floor_s": floor,
                 "measured": measured and {"step_s": {"median": measured}}}
 
     known = [row("16-bit, eager glue", 12, 20), row("16-bit", 9, 10), row("starquant", 3, 5), row("starquant+", 4, 8)]
@@ -236,7 +236,8 @@ def test_results_of_another_gpu_stand_beside_its_predictions(tmp_path, monkeypat
     """A folder with its name is enough: its times, its calibration, and the products that were its fastest."""
     entry, label = {"step_s": {"median": 1.0}, "peak_bytes": 5}, "32 x 4096 -> 4096, packed"
     (tmp_path / "gpu-h100").mkdir()
-    point = {"batch": 1, "length": 32, "models": {"starquant": entry, "16-bit": {"failed": "out of memory"}}}
+    point = {"batch": 1, "length": 32, "tokens_per_step": 1,
+             "models": {"starquant": entry, "16-bit": {"failed": "out of memory"}}}
     files = {"bench": {"model": "llada-8b", "products": {label: "fp8"}, "denoising": [point]}, "calib-llada-8b": {
         "starquant+": {"seconds": 9, "peak_bytes": 1}, "starquant+ again": {"seconds": 2, "peak_bytes": 1}}}
     for name, value in files.items():
@@ -252,6 +253,11 @@ def test_results_of_another_gpu_stand_beside_its_predictions(tmp_path, monkeypat
     assert blocks == {"h100": [{"seconds": 2, "peak_bytes": 1}, None, None], "h200": [None] * 3}
     assert steps["h100"]["starquant"]["launches"] == steps["h200"]["starquant"]["launches"] + 32
     assert steps["h200"]["starquant"]["measured"] is steps["h100"]["16-bit"]["measured"] is None
+
+
+def test_points_that_differ_in_tokens_alone(capsys):
+    assert bench.main(["--model", "dream-7b", "--predict", "--points", "1x64x1", "1x64x4"]) == 0
+    assert capsys.readouterr().out.count("\n| 1 x 64 | ") == 2 * 4 + 2  # of four models, and how they compare
 
 
 def test_nothing_stays_pretended():

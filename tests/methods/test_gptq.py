@@ -103,6 +103,13 @@ class TestScales:
         fitted, _ = fit_gptq(weight, None, inputs, QuantConfig("quarot"), generator(), None, search=True)
         assert torch.equal(fitted.weight_scale, shrunk_scale(weight, 4)[:, 0])
 
+    def test_scales_of_another_form_are_the_same_numbers(self):
+        weight, scales = torch.randn(3, 8, generator=generator()), torch.rand(2, 3, generator=generator()).add(0.1).T
+        losses = rounding_losses(weight, scales.contiguous(), 4)
+        assert torch.equal(rounding_losses(weight, scales, 4), losses)
+        assert torch.allclose(rounding_losses(weight, scales.double(), 4), losses)
+        assert torch.equal(rounding_losses(weight, scales[:1], 4)[0], losses[0])  # one row of them serves all rows
+
     @pytest.mark.parametrize("rows", [1, 5, 24])
     def test_rows_are_taken_in_parts(self, rows, monkeypatch):
         weight, inputs = linear_inputs()

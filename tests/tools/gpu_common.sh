@@ -5,10 +5,11 @@ set -u
 [ -f runtime/cuda.py ] || { echo "run me from the repository root"; exit 2; }
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD" MPLBACKEND=Agg TQDM_DISABLE=1
 DRY=${DRY:-}; DEVICE=cuda; [ -n "$DRY" ] && DEVICE=cpu
-BACK=$(realpath -m "${OUT:-out/gpu}"); mkdir -p "$BACK"; WORK=$(mktemp -d); trap 'rm -rf "$WORK"' EXIT
-export RESULTS="$WORK/$FOLDER"; mkdir "$RESULTS"
+BACK=$(realpath -m "${OUT:-out/gpu}"); mkdir -p "$BACK" && WORK=$(mktemp -d) || exit 2
+trap 'rm -rf "$WORK"' EXIT
+export RESULTS="$WORK/$FOLDER"; mkdir "$RESULTS" || exit 2
 T0=$(date +%s); PY=${PY:-python3}; LOG="$BACK/log.txt"; SUMMARY="$BACK/summary.txt"; LEFT_OUT=
-: >"$LOG"; : >"$SUMMARY"
+{ : >"$LOG" && : >"$SUMMARY"; } || exit 2
 left() { echo $((BUDGET - $(date +%s) + T0)); }
 
 step() {  # step NAME LIMIT NEEDS command...: at most LIMIT seconds, left out if fewer than NEEDS are left

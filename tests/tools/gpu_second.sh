@@ -13,8 +13,9 @@
 #   tar -xzf $OUT/results.tar.gz -C results
 BUDGET=${BUDGET:-560} FOLDER=tiny-28m MODEL=out/tiny-28m
 [ -w /dev/shm ] && export TMPDIR=${TMPDIR:-/dev/shm}  # a training writes 340 MB every 200 steps
-. tests/tools/gpu_common.sh
-mkdir -p out "$WORK/model"; ln -sT "$WORK/model" $MODEL || exit 2; trap 'rm -rf "$WORK" $MODEL' EXIT
+. tests/tools/gpu_common.sh || exit 2
+mkdir -p out "$WORK/model"; [ -L $MODEL ] && rm $MODEL  # what a killed run left
+ln -sT "$WORK/model" $MODEL || exit 2; trap 'rm -rf "$WORK" $MODEL' EXIT
 if [ -n "$DRY" ]; then
     TRAIN="--width 64 --layers 1 --steps 2 --tokens 96"; JUDGE="--problems 2"; TABLE="--quick --sequences 2"; SEEDS=1; N=2
 else
