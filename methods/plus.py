@@ -230,17 +230,17 @@ def fit_starquant_plus(weight, bias, inputs, config, generator, progress):
     x, folded = apply_basis(x, P), fold_weight(weight, P)
     H = lean(hessian(x, token_weights), len(x))
     codes, scale = gptq(folded, H, config.wbits, shrunk_scale(folded, config.wbits))
-    W = scale[:, None] * codes
+    rounded, W = Weight(codes, scale, bits=config.wbits), scale[:, None] * codes
     V = feedback_matrix(W, P[0][-1].shape[-1]) if feedback else None
-    clip = best_clip(x, Weight(codes, scale, bits=config.wbits), config.abits, token_weights, V)
+    clip = best_clip(x, rounded, config.abits, token_weights, V)
     record = {"clip": float(clip[0])}
     if config.gain == "unit":
         few, weights = evenly(x, token_weights)
         y_hat = linear(fake_quantize_rows(few, config.abits, clip, V), W)
         gain = unit_gain(linear(few, folded), y_hat, weights)
         # s_c ← γ_c s_c
-        scale, record["gain"] = scale * gain, float(gain.mean())
-    fitted = QuantLinear(weight=Weight(codes, scale, bits=config.wbits), grid=Grid(config.abits, clip, V),
+        rounded, record["gain"] = rounded._replace(scale=scale * gain), float(gain.mean())
+    fitted = QuantLinear(weight=rounded, grid=Grid(config.abits, clip, V),
                          P=[factor.to(torch.bfloat16) for factor in P], bias=bias, centre=centre)
     return fitted, record
 

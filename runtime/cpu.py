@@ -170,8 +170,8 @@ def run(library, layer, x, state):
 
 
 def rounding_losses(library, weight, scales, bits: int, norm: float):
-    """`methods.gptq.rounding_losses` without H: weight (C, d), scales (C, n) fp32 -> (C, n)."""
-    (C, d), weight, scales, losses = weight.shape, weight.contiguous(), scales.contiguous(), torch.empty_like(scales)
+    """`methods.gptq.rounding_losses` without H: weight (C, d), contiguous scales (C, n), both fp32 -> (C, n)."""
+    (C, d), weight, losses = weight.shape, weight.contiguous(), torch.empty_like(scales)
     threads = torch.get_num_threads() if d * losses.numel() > SMALL else 1
     library.rounding_losses(weight.data_ptr(), scales.data_ptr(), losses.data_ptr(), C, d, scales.shape[1], bits, norm,
                             threads)

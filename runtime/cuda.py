@@ -255,10 +255,10 @@ def gptq_columns(columns, errors, R, scale, bits: int):
 
 
 def rounding_losses(weight, scales, bits: int, norm: float):
-    """`methods.gptq.rounding_losses` without H: weight (C, d), scales (C, n) fp32 -> (C, n)."""
+    """`methods.gptq.rounding_losses` without H: weight (C, d), contiguous scales (C, n), both fp32 -> (C, n)."""
     (C, d), n, losses = weight.shape, scales.shape[1], torch.empty_like(scales)
     _launch("rounding_losses", torch.float32, (C, -(-n // AT_ONCE)),
-            [weight.contiguous(), scales.contiguous(), losses, d, n, bits, _bits(norm)])
+            [weight.contiguous(), scales, losses, d, n, bits, _bits(norm)])
     return losses
 
 # ---- products ------------------------------------------------------------------------------------------------------

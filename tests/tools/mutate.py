@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[2]
 TESTS = {f"methods/{m}": "baselines" for m in ("awq", "dllmquant", "flat", "gptq", "quarot")} | {
     "starquant": "equations equations_sgat equations_tac quantizer", "kernels": "backend", "model": "write cuda",
     "calibrate": "baselines bad_arguments", "runtime/attention": "baselines", "runtime/layers": "calibrate",
-    "runtime/cuda": "checks products", "runtime/sampling": "threshold sampling_options", "tiny/metrics": "cells",
+    "runtime/cuda": "checks products", "runtime/cpu": "cpu_compiling",
+    "runtime/sampling": "threshold sampling_options", "tiny/metrics": "cells",
     "checkpoint/folder": "bad_input loading tokenizer output", "checkpoint/loading": "folder model bad_input storage",
     "checkpoint/families": "loading", "checkpoint/published": "twins", "methods/__init__": "calibrate bad_arguments",
-    "methods/settings": "calibrate", "methods/rtn": "bench calibrate", "methods/tac": "equations_tac calibrate",
-    "methods/storage": "preflight bench calibrate", "methods/plus": "feedback storage", "experiments/rows": "tables",
+    "methods/settings": "calibrate", "methods/rtn": "memory calibrate", "methods/tac": "equations_tac calibrate",
+    "methods/storage": "memory preflight calibrate", "methods/plus": "feedback storage", "experiments/rows": "tables",
     "experiments/tables": "evaluate", "calibration/segments": "calibrate bad_arguments", "experiments/cells": "tables",
     "calibration/streams": "calibrate gates", "experiments/animation": "figures", "experiments/peers": "bench"}
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
