@@ -74,12 +74,13 @@ def quant_params(x, bits: int, symmetric: bool = False):
     s = max|x| / (2^(b−1) − 1). A row of zeros gets the smallest normal scale and stays exact.
     """
     tiny = torch.finfo(torch.float32).tiny
+    # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
+    steps = x.new_full((), 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
     if symmetric:
-        scale = (x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(tiny)
+        scale = (x.abs().amax(-1, keepdim=True) / steps).clamp_min(tiny)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     # s = (X_max − X_min) / (2ᵇ − 1), divided first: the difference of two huge numbers overflows
-    steps = x.new_full((), 2**bits - 1)  # a tensor: CUDA multiplies by the reciprocal of a Python number, one ulp off
     scale = (high / steps - low / steps).clamp_min(tiny)
     # z = ⌊−X_min / s⌉
     return scale, ste_round(-low / scale)
@@ -95,10 +96,10 @@ def fake_quantize(x, bits: int, symmetric: bool = False):
     return dequantize(quantize(y, scale, zero_point, bits), scale, zero_point).clamp(-largest, largest).to(x.dtype)
 
 
-def quantized_linear(x, weight, abits: int = 4, wbits: int = 4):
+def quantized_linear(x, weight, abits: int = 4, wbits: int = 4, Q=fake_quantize):
     """Eq. 5: round-to-nearest, per-token activations (asymmetric) and per-channel weights (symmetric)."""
     # Y ≈ Q_a(X) Q_w(Wᵀ)
-    return linear(fake_quantize(x, abits), fake_quantize(weight, wbits, symmetric=True))
+    return linear(Q(x, abits), Q(weight, wbits, symmetric=True))
 
 
 def transformed_linear(x, weight, P, abits: int | None = None, wbits: int | None = None):
@@ -193,11 +194,11 @@ def reconstruction_loss(y, y_hat):
 
 
 def sgat_loss(x, y, state, P, weight, d_m: int, d_u: int, abits: int = 4, wbits: int = 4, bias=None,
-              symmetric: bool = True, orthogonal: bool = False):
+              symmetric: bool = True, orthogonal: bool = False, Q=fake_quantize):
     """Eqs. 15/29 for x (..., d), y (..., C), differentiable in P: the sum over states is Eq. 14 of all tokens."""
-    folded = fake_quantize(fold_weight(weight, P, orthogonal), wbits, symmetric)
+    folded = Q(fold_weight(weight, P, orthogonal), wbits, symmetric)
     phi = transform(x, P, state_gate(state, x.shape[-1], d_m, d_u, x.dtype))
-    y_hat = linear(fake_quantize(phi, abits), folded)
+    y_hat = linear(Q(phi, abits), folded)
     # L = E_t Σ_s ‖Y^s − Q_a(X^s P G_s) W̃‖_F²
     return reconstruction_loss(y, y_hat if bias is None else y_hat + bias)
 

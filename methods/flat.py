@@ -13,7 +13,7 @@ methods differ in their transforms and not in their training.
 import torch
 from torch import nn
 
-from methods.sgat import Gated, OrthogonalBasis, cayley, initial_basis, kronecker_sizes, minimize
+from methods.sgat import Gated, OrthogonalBasis, cayley, initial_basis, kronecker_sizes, minimize, quantizer
 from runtime.layers import Grid, QuantLinear, quantize_weight
 from starquant import Diagonal, Kronecker, apply_basis, quantized_linear, reconstruction_loss, state_gate, transform
 
@@ -63,7 +63,7 @@ def fit_flat(weight, bias, inputs, config, generator, progress):
     def loss_of(which, value):
         P, clip_x, clip_w = value
         phi = clip_range(transform(x[which], P, state_gate(state[which], d, d_s, d_s, x.dtype)), clip_x)
-        y_hat = quantized_linear(phi, folded(P, clip_w), config.abits, config.wbits)
+        y_hat = quantized_linear(phi, folded(P, clip_w), config.abits, config.wbits, quantizer)
         return reconstruction_loss(y[which], y_hat if bias is None else y_hat + bias) / norm
 
     parameters = FlatParameters(start, len(weight), diagonal, orthogonal)

@@ -18,9 +18,10 @@ from torch import nn
 from methods.rtn import RTN, Inputs, fit_rtn
 from methods.settings import Settings, between, choice
 from methods.tac import Compensated
+from runtime import checks, cuda
 from runtime.layers import QuantLinear
 from runtime.processes import Refused
-from starquant import Dense, Kronecker, sgat_loss, subspace_gates
+from starquant import Dense, Kronecker, fake_quantize, sgat_loss, subspace_gates
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,13 @@ def allocate_subspaces(x, state, d_m: int, d_u: int, kind: str, generator: torch
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+def quantizer(x, bits: int, symmetric: bool = False):
+    """`starquant.fake_quantize`; on a GPU one kernel makes it, and another its gradient."""
+    if x.dtype == torch.float32 and checks.usable(x, "training"):
+        return cuda.FakeQuantize.apply(x, bits, symmetric)
+    return fake_quantize(x, bits, symmetric)
+
+
 def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, lr=1e-3, epochs=15, batch=4,
              schedule="constant", bias=None, symmetric=True, generator=None, progress=lambda loss: None):
     """App. B: train P on Eq. 15; returns P with the least held-out loss, and a record of the losses.
@@ -186,7 +194,7 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     def loss_of(which, P):
         which = which.to(x.device)  # once: a GPU waits for every copy
         batch = (t.index_select(0, which) for t in (x, y, state))  # faster on a CPU than x[which]
-        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, orthogonal=True) / norm
+        return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, True, quantizer) / norm
 
     return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 

@@ -9,7 +9,7 @@ import torch
 import kernels
 from runtime import cpu, cuda
 from runtime.cuda import Rotation, Sizes
-from starquant import Across, Blocks, Kronecker, subspace_gates, tac_apply
+from starquant import Across, Blocks, FakeQuantize, Kronecker, subspace_gates, tac_apply
 
 FUSED_GLUE = True  # norms, rope and SiLU of both models by one kernel each; `eager_glue` turns it off
 ONLY_BF16 = ("tac", "blocks", "fp8")
@@ -42,7 +42,7 @@ def ready(index: int, dtype, part: str | Sizes = "linear") -> bool:
     if (part in ONLY_BF16 and dtype != torch.bfloat16) or (
             part == "fp8" and torch.cuda.get_device_capability(index) < (8, 9)):
         return False
-    if part not in ("glue", "gptq", "scales") and kernels.backend("cuda") != "int_mm":
+    if part not in ("glue", "gptq", "scales", "training") and kernels.backend("cuda") != "int_mm":
         return False  # said already
     try:
         wrong = self_check(torch.device("cuda", index), dtype, part)
@@ -56,6 +56,13 @@ def ready(index: int, dtype, part: str | Sizes = "linear") -> bool:
         warnings.warn(f"Of the CUDA kernels {', '.join(cuda.kernels_of(part))} are not used, because {reason}; others, "
                       f"or plain PyTorch, serve instead (slower).", stacklevel=2)
     return not reason
+
+
+def with_gradient(function, x, grad, *args):
+    """What an autograd function makes of x, and the gradient of x by that of the result."""
+    with torch.enable_grad():
+        y = function.apply(x := x.detach().requires_grad_(), *args)
+        return y.detach(), *torch.autograd.grad(y, x, grad)
 
 
 def self_check(device, dtype, part: str | Sizes) -> str | None:
@@ -114,6 +121,16 @@ def _checks(device, dtype, part):
         w, scales = normal(5, 300, to=fp32), normal(5, 11, to=fp32).abs() + 0.05
         yield "rounding_losses", torch.allclose(cuda.rounding_losses(w, scales, 4, 2.4).double(),
                                                 cpu.exact_losses(w, scales, 4), rtol=1e-5)
+    elif part == "training":
+        x, grad = normal(M, 2576, to=fp32), normal(M, 2576, to=fp32)
+        # zeros, one sign, both ends often, and both a half step beyond a code, so that the upper one is clamped
+        x[0], x[1], x[2], x[3] = 0, x[1].abs(), x[2].sign(), x[3].clamp(-7.5, 7.5).mul(2).round().clamp(-15, 15) / 2
+        x[3, :2] = torch.tensor([-7.5, 7.5], device=device)
+        for symmetric in (False, True):
+            got, ours = with_gradient(cuda.FakeQuantize, x, grad, 4, symmetric)
+            want, theirs = with_gradient(FakeQuantize, x, grad, 4, symmetric, torch.finfo(fp32).max)
+            yield "fake_quantize", equal(got, want)
+            yield "fake_quantize_gradient", torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
     elif part == "blocks":
         x, B, mean = integers(M, 192, most=8), integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
         for rows, mu in ((x - mean[state.long()], mean), (x, None)):

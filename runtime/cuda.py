@@ -14,6 +14,7 @@ The kernels and their readable twins
     rms_norm, rope, silu_up   what both models do between their linears ("glue"): `model.py`
     gptq_columns     the inner loop of GPTQ, for calibration: `methods/gptq.py`
     rounding_losses  the search for a weight's scales, for calibration: `methods/gptq.py`
+    fake_quantize, fake_quantize_gradient   Q(x) and its gradient, for training: `starquant.FakeQuantize`
     tiled_product, grouped_product   codes times packed weights and `epilogue` at once: `kernels.int_linear`
     unpack_int4, epilogue     what stands before and after `torch._int_mm`, the readable product
     unpack_e4m3, add_ends     the same for `torch._scaled_mm`: fp8 numbers hold 4-bit codes exactly
@@ -40,11 +41,13 @@ TAC_BLOCK = 16
 FEEDBACK_BLOCK = 64  # the only size that the kernel serves: a token's block lies in the registers of one thread
 GPTQ_BLOCK = 32  # columns that a thread of gptq_columns has in its registers
 AT_ONCE = 8  # scales that a thread of rounding_losses tries on a weight that it has read
+ROW_THREADS = 512  # of a row in training: few rows are at work, so that a second pass over them finds them in a cache
 SOURCE, PRODUCTS_SOURCE = (Path(__file__).parent / name for name in ("kernels.cu", "products.cu"))
 # Compiled together. The unrolled loops of feedback take seconds; tac and blocks need tensor cores as sm_80 has them.
 PARTS = {"linear": ("quantize_rows", "unpack_int4", "epilogue"), "feedback": ("feedback",), "tac": ("tac",),
          "glue": ("rms_norm", "rope", "silu_up"), "blocks": ("centred_blocks",), "gptq": ("gptq_columns",),
-         "scales": ("rounding_losses",), "fp8": ("unpack_e4m3", "add_ends")}
+         "scales": ("rounding_losses",), "training": ("fake_quantize", "fake_quantize_gradient"),
+         "fp8": ("unpack_e4m3", "add_ends")}
 ORDERS = ("plain", "paired", "e4m3")  # of codes
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
@@ -120,7 +123,7 @@ def kernels_of(part: str | Sizes) -> tuple:
 def source(dtype, *parts: str | Sizes) -> str:
     """The CUDA source of some parts for activations of this dtype."""
     names = {"REAL": TYPES[dtype], "THREADS": THREADS, "FEEDBACK_BLOCK": FEEDBACK_BLOCK, "GPTQ_BLOCK": GPTQ_BLOCK,
-             "AT_ONCE": AT_ONCE}
+             "AT_ONCE": AT_ONCE, "ROW_THREADS": ROW_THREADS}
     for part in parts:
         names |= {part.upper(): ""} if isinstance(part, str) else {
             part.kernel.upper(): "", "RESIDENT": part.RESIDENT, **part._asdict()}
@@ -260,6 +263,37 @@ def rounding_losses(weight, scales, bits: int, norm: float):
     _launch("rounding_losses", torch.float32, (C, -(-n // AT_ONCE)),
             [weight.contiguous(), scales, losses, d, n, bits, _bits(norm)])
     return losses
+
+
+def fake_quantize(x, bits: int, symmetric: bool):
+    """Q(x) of x (..., K) fp32, K a multiple of 4, and the ends of every row's range (..., 2)."""
+    x_hat, ends = torch.empty_like(x), x.new_empty(*x.shape[:-1], 2)
+    _launch("fake_quantize", x.dtype, (ends.numel() // 2,), [x, x_hat, ends, x.shape[-1], bits, int(symmetric)],
+            ROW_THREADS)
+    return x_hat, ends
+
+
+def fake_quantize_gradient(grad, x, ends, bits: int, symmetric: bool):
+    """The gradient of x by grad, that of Q(x)."""
+    out = torch.empty_like(x)
+    _launch("fake_quantize_gradient", x.dtype, (ends.numel() // 2,),
+            [grad, x, ends, out, x.shape[-1], bits, int(symmetric)], ROW_THREADS)
+    return out
+
+
+class FakeQuantize(torch.autograd.Function):
+    """`starquant.FakeQuantize` by these two; of what the gradient needs, it keeps x and two numbers of each row."""
+
+    @staticmethod
+    def forward(ctx, x, bits, symmetric):
+        x, ctx.options = x.contiguous(), (bits, symmetric)
+        x_hat, ends = fake_quantize(x, *ctx.options)
+        ctx.save_for_backward(x, ends)
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        return fake_quantize_gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 
 # ---- products ------------------------------------------------------------------------------------------------------
 

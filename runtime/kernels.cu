@@ -1,6 +1,6 @@
 // The kernels of cuda.py, which says what they are for. It puts before this text the numbers THREADS, FEEDBACK_BLOCK,
-// GPTQ_BLOCK and AT_ONCE, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without headers. A
-// pointer to what is absent is null.
+// GPTQ_BLOCK, AT_ONCE and ROW_THREADS, the type REAL and the names of the parts that are wanted. Plain CUDA C++ without
+// headers. A pointer to what is absent is null.
 typedef unsigned short bf16;  // the upper half of an fp32
 typedef REAL real;
 
@@ -676,3 +676,97 @@ extern "C" __global__ void rounding_losses(const float* w, const float* scales, 
     losses[(long long)blockIdx.x * n + first + i] = total;
 }
 #endif  // SCALES
+
+#ifdef TRAINING
+// The grid of a row by its range, or of symmetric codes by the range of |x|, whose lower end is 0:
+// s = max / steps - min / steps,  z = round(-min / s);  steps = 2^b - 1, or 2^(b-1) - 1
+struct RowGrid {
+    float s, steps, most;  // most = steps - z
+    __device__ RowGrid(float low, float high, int bits, int symmetric) {
+        steps = (1 << (bits - symmetric)) - 1;
+        s = __fsub_rn(__fdiv_rn(high, steps), __fdiv_rn(low, steps));
+        s = s > 1.17549435e-38f || s != s ? s : 1.17549435e-38f;
+        most = __fsub_rn(steps, rintf(__fdiv_rn(-low, s)));
+    }
+    // s min(round(x / s), most), and whether the code is x's own: none is below 0. NaN stays NaN.
+    __device__ float operator()(float x, bool& inside) const {
+        float q = rintf(__fdiv_rn(x, s)), limit = 3.40282347e38f;
+        inside = !(q > most);
+        q = __fmul_rn(inside ? q : most, s);
+        return q > limit ? limit : q < -limit ? -limit : q;
+    }
+};
+
+// `starquant.FakeQuantize` of rows of K numbers, and the ends of each row's range for its gradient. One block per row.
+extern "C" __global__ void fake_quantize(const float* x, float* x_hat, float* ends, int K, int bits, int symmetric) {
+    __shared__ float warps[ROW_THREADS / 32][2];
+    x += (long long)blockIdx.x * K;
+    x_hat += (long long)blockIdx.x * K;
+    float v[4];
+    Range range;
+    for (int k = 4 * threadIdx.x; k < K; k += 4 * ROW_THREADS) {
+        load4(x + k, v);
+        for (int j = 0; j < 4; j++) range.see(symmetric ? fabsf(v[j]) : v[j]);
+    }
+    range.join<ROW_THREADS / 32>(warps);
+    RowGrid grid(range.low, range.high, bits, symmetric);
+    bool inside;
+    for (int k = 4 * threadIdx.x; k < K; k += 4 * ROW_THREADS) {
+        load4(x + k, v);
+        for (int j = 0; j < 4; j++) v[j] = grid(v[j], inside);
+        store4(x_hat + k, v);
+    }
+    if (threadIdx.x == 0) {
+        ends[2 * blockIdx.x] = range.low;
+        ends[2 * blockIdx.x + 1] = range.high;
+    }
+}
+
+// The gradient of x by that of x_hat. Every number gets its own share as it is read. What the ends get depends on the
+// whole row, and is added by the few threads that have seen a number there.
+extern "C" __global__ void fake_quantize_gradient(const float* grad, const float* x, const float* ends, float* out, int K,
+                                                  int bits, int symmetric) {
+    __shared__ float warps[ROW_THREADS / 32][4];
+    grad += (long long)blockIdx.x * K;
+    x += (long long)blockIdx.x * K;
+    out += (long long)blockIdx.x * K;
+    float low = ends[2 * blockIdx.x], high = ends[2 * blockIdx.x + 1], v[4], g[4];
+    RowGrid grid(low, high, bits, symmetric);
+    // sum g (x_hat - [inside] x), sum g ([inside] - 1), and how many x are the lower and the upper end
+    float sum[4] = {};
+    for (int k = 4 * threadIdx.x; k < K; k += 4 * ROW_THREADS) {
+        load4(x + k, v);
+        load4(grad + k, g);
+        for (int j = 0; j < 4; j++) {
+            bool inside;
+            float x_hat = grid(v[j], inside);
+            sum[0] += __fmul_rn(g[j], __fsub_rn(x_hat, inside ? v[j] : 0));
+            sum[1] -= inside ? 0 : g[j];
+            sum[2] += !symmetric && v[j] == low;
+            sum[3] += (symmetric ? fabsf(v[j]) : v[j]) == high;
+            g[j] = inside ? g[j] : 0;
+        }
+        store4(out + k, g);
+    }
+    bool saw_an_end = sum[2] + sum[3] > 0;
+    for (int i = 0; i < 4; i++) {
+        for (int t = 16; t > 0; t /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], t);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][i] = sum[i];
+    }
+    __syncthreads();
+    if (!saw_an_end) return;
+    for (int i = 0; i < 4; i++) {
+        sum[i] = 0;
+        for (int w = 0; w < ROW_THREADS / 32; w++) sum[i] += warps[w][i];
+    }
+    // dx_hat/ds = (X_int - z) - [inside] x / s, nothing where s is held at its least value;  dx_hat/dz = s ([inside] - 1)
+    float d_scale = grid.s > 1.17549435e-38f ? __fdiv_rn(sum[0], grid.s) : 0, d_zero = sum[1];
+    float d_high = __fdiv_rn(__fadd_rn(d_scale, __fmul_rn(d_zero, __fdiv_rn(low, grid.s))), grid.steps);
+    float to_low = __fdiv_rn(-d_high - d_zero, sum[2]), to_high = __fdiv_rn(d_high, sum[3]);
+    for (int k = 4 * threadIdx.x; k < K; k += 4 * ROW_THREADS)
+        for (int j = k; j < k + 4; j++) {
+            if (!symmetric && x[j] == low) out[j] += to_low;
+            if ((symmetric ? fabsf(x[j]) : x[j]) == high) out[j] += symmetric && x[j] < 0 ? -to_high : to_high;
+        }
+}
+#endif  // TRAINING

@@ -195,11 +195,13 @@ def test_products_of_a_calibrated_block(calibrated):
 def test_peaks_of_a_calibrated_block_are_nearly_those_measured(calibrated):
     measured = {method: row for method, row in calibrated.items() if row["measured"]}
     assert {"starquant+", "starquant, 2 epochs"} <= measured.keys()
-    for row in measured.values():
-        # The run of commit 9528fe9 is older than three changes to starquant+: GPTQ takes a matrix of fp64 less,
-        # clipping 12,872 launches of 4 µs, and the search for scales 0.31 s. The numbers go when a new run replaces it.
-        older = "inverse_factor" in row["measured"]["stages"]
-        memory, seconds = (8 * FFN**2, 12_872 * 4e-6 + 0.31) if older else (0, 0)
+    # The run of commit 9528fe9 is older than three changes to starquant+: GPTQ takes a matrix of fp64 less, clipping
+    # 12,872 launches of 4 µs, and the search for scales 0.31 s. The kernels of starquant's training are newer, too: two
+    # epochs take 0.44 s less. The numbers go when a new run replaces it.
+    older = "inverse_factor" in measured["starquant+"]["measured"]["stages"]
+    changed = {"starquant+": (8 * FFN**2, 12_872 * 4e-6 + 0.31), "starquant, 2 epochs": (0, 0.44)}
+    for method, row in measured.items():
+        memory, seconds = changed[method] if older else (0, 0)
         assert 0.96 * row["measured"]["peak_bytes"] < row["peak_bytes"] + memory
         assert row["peak_bytes"] < row["measured"]["peak_bytes"]
         assert 0.5 * row["measured"]["seconds"] < row["floor_s"] + seconds < row["measured"]["seconds"]

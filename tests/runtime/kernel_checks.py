@@ -8,9 +8,9 @@ import torch
 
 import kernels
 from methods.plus import feedback_matrix
-from runtime import cpu, cuda, products
+from runtime import checks, cpu, cuda, products
 from runtime.layers import Centre, Grid, QuantLinear, Weight
-from starquant import Across, Blocks, Kronecker, apply_basis, tac_apply
+from starquant import Across, Blocks, FakeQuantize, Kronecker, apply_basis, tac_apply
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -192,6 +192,24 @@ def check_tac(device, rows, blocks):
     want = tac_apply(z.double(), M.double(), d.double())
     # 16 bits of M; the output adds half a unit in the last place of 8 bits
     assert ((cuda.tac(z, M, d) - want).abs() <= 2**-8 * (want.abs() + z.abs().max() * M.abs().max() * 16)).all()
+
+
+def check_fake_quantize(device, M, K, bits, symmetric):
+    """Q(x) and its gradient against `starquant.FakeQuantize`: the rows bit for bit, the sums of their gradient in
+    another order; where every sum is exact, the gradient bit for bit, too."""
+    here, limit = at_random(device, K + bits), torch.finfo(torch.float32).max
+    end = 2 ** (bits - 1) - (1 if symmetric else 0.5)  # s = 1: ties, ends that occur often, half a step beyond a code
+    whole = (torch.randint(-(2**bits), 2**bits, (M, K), **here) / 2).clamp(-end, end)
+    whole[:, 0], whole[:, 1] = end, -end
+    one_sign = torch.randn(M, K, **here).abs()
+    for x, exact in ((torch.randn(M, K, **here) * torch.randn(M, 1, **here).exp(), False), (one_sign, False),
+                     (-one_sign, False), (torch.zeros(M, K, device=device), True), (whole, True)):
+        grad = torch.randint(-8, 9, (M, K), **here).float() if exact else torch.randn(M, K, **here)
+        got, ours = checks.with_gradient(cuda.FakeQuantize, x, grad, bits, symmetric)
+        want, theirs = checks.with_gradient(FakeQuantize, x, grad, bits, symmetric, limit)
+        assert torch.equal(got, want)
+        # an end gets a sum of K products, each as large as x, over s
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=0 if exact else 2e-6 * K**0.5)
 
 
 def layer(K=64, N=48, seed=0, sizes=(8, 8), **kwargs):

@@ -39,6 +39,13 @@ class TestSelfCheck:
         ("fp8", "unpack_e4m3", "n ^ 0x8888u", "n"), ("fp8", "unpack_e4m3", "sign << 1", "sign"),
         ("fp8", "add_ends", "(state[m] ? N : 0)", "0"), ("fp8", "add_ends", "j < 4 && bias", "j < 3 && bias"),
         ("scales", "rounding_losses", "half - 1);\n            sum", "half);\n            sum"),
+        ("training", "fake_quantize", "bits - symmetric", "bits"),
+        ("training", "fake_quantize", "see(symmetric ? fabsf(v[j]) : v[j])", "see(v[j])"),
+        ("training", "fake_quantize", "inside ? q : most, s", "q, s"),
+        ("training", "fake_quantize_gradient", "inside ? v[j] : 0", "v[j]"),
+        ("training", "fake_quantize_gradient", "-d_high - d_zero", "-d_high"),
+        ("training", "fake_quantize_gradient", "__fdiv_rn(d_high, sum[3])", "d_high"),
+        ("training", "fake_quantize_gradient", "symmetric && x[j] < 0 ? -to_high", "false ? -to_high"),
         (SMALL[0], "rotated_codes", "gates && k + 2 * j >= from", "false && k + 2 * j >= from")])
     def test_self_check_names_a_broken_kernel(self, part, name, broken, wrong, tmp_path, monkeypatch):
         plant(monkeypatch, tmp_path, broken, wrong)
@@ -56,6 +63,10 @@ class TestSelfCheck:
         ("fp8", "if (n >= N) return;", ""), ("fp8", "int m = blockIdx.x, n", "int m = blockIdx.x / 2, n"),
         ("blocks", "THREADS);\n            __syncthreads();", "THREADS);"),
         ("gptq", "    __syncthreads();\n    int c", "    int c"), ("glue", "__syncthreads();\n    sum = 0", "sum = 0"),
+        ("training", "    __syncthreads();\n    if (!saw_an_end) return;", "    if (!saw_an_end) return;"),
+        ("training", "    if (threadIdx.x == 0) {\n        ends", "    {\n        ends"),
+        ("training", "ends[2 * blockIdx.x] = range.low", "ends[blockIdx.x] = range.low"),
+        ("training", "k < K; k += 4 * ROW_THREADS) {", "k <= K; k += 4 * ROW_THREADS) {"),
         ("scales", "    __syncthreads();\n    int i", "    int i"), ("scales", "first + i < n ? scales[first + i] : 1",
                                                                      "scales[first + i]"),
         (SMALL[1], "column / 64 * 64", "0"),

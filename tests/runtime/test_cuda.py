@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_checks import (
     DTYPES,
+    check_fake_quantize,
     check_feedback,
     check_linear,
     check_nan,
@@ -23,6 +24,8 @@ from ptx_reader import by_nvrtc, kept, nvrtc
 
 import kernels
 import model
+import starquant
+from methods import sgat
 from methods.gptq import gptq, hessian, shrunk_scale
 from runtime import checks, cuda, products
 
@@ -112,6 +115,42 @@ class TestOnCpu:
     @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (39, 17)])
     def test_tac(self, rows, blocks):
         check_tac("cpu", rows, blocks)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize(("M", "K", "bits"), [(1, 16, 4), (5, 2064, 4), (3, 48, 2), (3, 80, 8)])
+    def test_fake_quantize(self, M, K, bits, symmetric):
+        check_fake_quantize("cpu", M, K, bits, symmetric)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_fake_quantize_of_numbers_of_any_size(self, symmetric):
+        """Every exponent up to the largest one, whose grid may end beyond it, and rows with NaN and Inf."""
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(64, 64, generator=g).clamp(-1.9, 1.9) * 2.0 ** torch.linspace(-145, 127, 64)[:, None].round()
+        x[5, 3], x[6, 3], x[7, 3] = torch.nan, torch.inf, -torch.inf
+        got, ours = checks.with_gradient(cuda.FakeQuantize, x, torch.ones(64, 64), 4, symmetric)
+        want, theirs = checks.with_gradient(starquant.FakeQuantize, x, torch.ones(64, 64), 4, symmetric,
+                                            torch.finfo(torch.float32).max)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(3), want.nan_to_num(3))
+        finite = theirs.isfinite().all(-1)
+        assert finite.sum() == 60  # not with NaN or Inf, nor of numbers whose sum is none
+        assert torch.allclose(ours[finite], theirs[finite], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_a_basis_is_trained_through_the_kernels_as_without(self, symmetric, monkeypatch):
+        g = torch.Generator().manual_seed(0)
+        x, weight, state = torch.randn(6, 4, 32, generator=g), torch.randn(16, 32, generator=g), torch.rand(6, 4) < 0.5
+        start, fits, launched = sgat.initial_basis(32, "kronecker", g).to(x), [], []
+        monkeypatch.setattr(cuda, "_launch", lambda name, *rest, launch=cuda._launch: (launched.append(name),
+                                                                                       launch(name, *rest)))
+        for through in (False, True):
+            monkeypatch.setattr(checks, "usable", lambda x, part, through=through: through)
+            fits.append(sgat.fit_sgat(x, x @ weight.mT, state, weight, start, 2, 2, epochs=2, batch=3,
+                                      symmetric=symmetric, generator=torch.Generator().manual_seed(0))[1])
+        assert launched.count("fake_quantize") == 2 * (3 + 2 * 2)  # weights and activations: held out, and trained on
+        assert launched.count("fake_quantize_gradient") == 2 * 2 * 2
+        assert fits[1] == pytest.approx(fits[0], rel=1e-4)
+        assert fits[1]["last"] != fits[1]["start"]
 
     def test_what_is_clipped_has_the_code_of_the_limit(self):
         """s = 1, z = 6 (a tie), limit 8.5: its code is 8 + 6 (a tie, too), where an unclipped 17 would end at 15."""

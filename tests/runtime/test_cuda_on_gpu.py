@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import (
     DTYPES,
+    check_fake_quantize,
     check_feedback,
     check_linear,
     check_nan,
@@ -112,6 +113,12 @@ def test_the_faster_product_is_chosen_and_kept(M, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_nan_in_its_token(dtype):
     check_nan("cuda", dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("M", "K"), [(3, 16), (1024, 4096), (1024, 12288), (100, 18944)])
+def test_fake_quantize(M, K, symmetric):
+    check_fake_quantize("cuda", M, K, 4, symmetric)
 
 
 def test_tac():

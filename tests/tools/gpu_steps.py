@@ -35,7 +35,7 @@ from experiments.twins import random_model
 from methods import QuantConfig
 from runtime import checks, cuda, products
 from runtime.processes import synchronize
-from starquant import Across, Blocks, Kronecker, apply_basis
+from starquant import Across, Blocks, Kronecker, apply_basis, fake_quantize
 
 GPU, BF16 = torch.cuda.is_available(), torch.bfloat16
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -228,14 +228,19 @@ def passes(K: int, M: int) -> dict:
 
 
 def of_a_weight(K: int, N: int) -> dict:
-    """What is done to a weight (N, K): unpacking, the search for scales, and GPTQ's loop over a block of columns."""
+    """What is done to a weight (N, K): unpacking, the search for scales, rounding in training with its gradient, and
+    GPTQ's loop over a block of columns."""
     packed, n = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE), cuda.GPTQ_BLOCK
     columns, errors = torch.randn(2, n, N, device=DEVICE, dtype=torch.float64)
     R, scale = columns[:, :n].triu(1).contiguous(), columns[0].abs() + 0.2
     weight, scales = torch.randn(N, K, device=DEVICE), torch.rand(N, len(methods.gptq.SHRINK), device=DEVICE) + 0.1
+    ends = torch.tensor([[0.0, 4.0]], device=DEVICE).repeat(N, 1)  # of the range of |w|
     return {"unpack_int4": partial(cuda.unpack, packed, packed.new_empty(N, K, dtype=torch.int8), BF16),
             "unpack_e4m3": partial(cuda.unpack, packed, packed.new_empty(N, K, dtype=torch.float8_e4m3fn), BF16),
             "rounding_losses": partial(cuda.rounding_losses, weight, scales, 4, 2.4),
+            "fake_quantize": partial(cuda.fake_quantize, weight, 4, True),
+            "fake_quantize_gradient": partial(cuda.fake_quantize_gradient, weight, weight, ends, 4, True),
+            "eager fake_quantize": partial(fake_quantize, weight, 4, True),
             "gptq_columns": partial(cuda.gptq_columns, columns, errors, R, scale, 4)}
 
 
