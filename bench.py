@@ -29,7 +29,7 @@ from experiments.timing import busy, ceilings, clocks, measure, measure_each, re
 from experiments.twins import eager, plus_twin, quantized_twin, random_model, residents, unpacked
 from methods.storage import memory_table
 from model import generate, load_model, swiglu
-from runtime import checks, cuda, processes, products
+from runtime import checks, cuda, fusion, processes, products
 from runtime.graphs import GraphedModel
 from runtime.layers import TAC, QuantLinear
 from runtime.measures import markdown_table
@@ -143,10 +143,10 @@ def linears(models: dict, top, repeats: int) -> list[dict]:
     return out
 
 
-def first_half(linear: QuantLinear, x, state):
+def first_half(linear: QuantLinear, x, state, before=None):
     """What a linear does to x (B, L, d) on a GPU before its product; without our kernels that leaves out the codes."""
     if products.serves(linear, x):
-        return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten())
+        return products.codes(linear, x.reshape(-1, x.shape[-1]), state.flatten(), before=before)
     return linear.phi(x, state)
 
 
@@ -167,9 +167,16 @@ def shares(model, point, repeats: int) -> dict:
              "attention": [partial(b.attention, qkv, rope, mask) for b in blocks],
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, open_rows)]}
+    first = {}
+    if fusion.serves(blocks[0], x):  # then linears do the norms, the activation and the sums, too
+        del calls["norms, activation"]
+        first, inputs["down"], added = fusion.first(blocks[0]), gate_up, {"out": x, "down": x}
+        calls["linears"] = [lambda b=b: [products.linear(getattr(b, f), inputs[f], state, first.get(f), added.get(f))
+                                         for f in FUSED] for b in blocks]
     before = "transforms, gates, codes"  # before the product; on a CPU one call does both
     if isinstance(blocks[0].qkv, QuantLinear) and device.type == "cuda":
-        calls[before] = [lambda b=b: [first_half(getattr(b, f), inputs[f], state) for f in FUSED] for b in blocks]
+        calls[before] = [lambda b=b: [first_half(getattr(b, f), inputs[f], state, first.get(f)) for f in FUSED]
+                         for b in blocks]
     if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) * (1 if name == "head" else c.n_layers)
@@ -241,6 +248,8 @@ def tables(result: dict) -> str:
     out.append(markdown_table(("part of a step", *shares), [
         (part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
         for part in parts]))
+    if any("norms, activation" not in s for s in shares.values()):
+        out.append("Where norms and activation have no share, they are part of the linears.")
     return "\n\n".join(out)
 
 

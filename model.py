@@ -27,7 +27,7 @@ from checkpoint.families import ModelConfig
 from checkpoint.folder import Checkpoint, resolve
 from checkpoint.loading import check_tensors, expected_tensors, fill_block, fill_outer, save_model, stored_bytes
 from checkpoint.tokenizer import load_tokenizer, question
-from runtime import checks, cuda
+from runtime import checks, cuda, fusion
 from runtime.processes import Refused, pick_device, pick_dtype
 from runtime.sampling import END_OF_TURN, denoise, generate, pad_left
 
@@ -130,6 +130,8 @@ class Block(nn.Module):
 
     def forward(self, x, state, rope, mask=None):
         """x (B, L, D), state (B, L) bool, True = masked token -> (B, L, D)."""
+        if fusion.serves(self, x):  # on a GPU, the same in fewer kernels
+            return fusion.forward(self, x, state, rope, mask)
         z = self.tac(self.attention(self.qkv(self.attn_norm(x), state), rope, mask))
         x = x + self.out(z, state)
         return x + self.down(swiglu(self.gate_up(self.ffn_norm(x), state)), state)

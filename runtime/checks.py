@@ -81,6 +81,16 @@ def _checks(device, dtype, part):
     def integers(*shape, most=1, to=dtype):  # small ones, also times powers of two, have exact sums in any order
         return torch.randint(-most, most + 1, shape, generator=g).to(device, to)
 
+    def entering(K, before):  # x and what comes before a linear, by kind, and what it makes of x: exact numbers
+        rows = integers(M, K)
+        if before == 0:
+            return rows, None, rows
+        if before == 1:  # x is -1 or 1, so that its norm halves it
+            x, gain = torch.where(rows < 0, rows, 1), integers(K)
+            return x, cuda.Before(gain, 3.0), x * gain / 2
+        gate = 32 * integers(M, K)  # 0, 32, or so low that e^-gate is infinite
+        return torch.cat((torch.where(gate < 0, -200, gate), rows), -1), cuda.Before(), gate.clamp(min=0) * rows
+
     def gated(rows):
         return rows * torch.where(state[:, None], *subspace_gates(rows.shape[1], d_m, d_u, device, rows.dtype))
 
@@ -132,17 +142,19 @@ def _checks(device, dtype, part):
             yield "fake_quantize", equal(got, want)
             yield "fake_quantize_gradient", torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
     elif part == "blocks":
-        x, B, mean = integers(M, 192, most=8), integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
-        for rows, mu in ((x - mean[state.long()], mean), (x, None)):
+        B, mean = integers(3, 64, 64) / 8, integers(2, 192, most=8, to=fp32)
+        for silu, mu in ((False, mean), (False, None), (True, mean)):
+            x, _, rows = entering(192, 2 * silu)
+            rows = rows if mu is None else rows - mean[state.long()]
             want = Blocks(B.float()).apply(rows.float()).to(dtype)
-            yield "centred_blocks", equal(cuda.centred_blocks(x, mu, state, B), want)
+            yield "centred_blocks", equal(cuda.centred_blocks(x, mu, state, B, silu), want)
     elif isinstance(part, Rotation):
-        x, P = integers(M, part.N1 * part.N2), [integers(n, n) / 8 for n in part[:2]]
+        (x, before, rows), P = entering(part.N1 * part.N2, part.BEFORE), [integers(n, n) / 8 for n in part[:2]]
         factor = Kronecker(*P) if part.FIRST else Across(P[0])
-        want = factor.to(torch.empty(0, device=device)).apply(x.float()).to(dtype)
-        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip, True)
+        want = factor.to(torch.empty(0, device=device)).apply(rows.float()).to(dtype)
+        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip, True, before=before)
         yield part.kernel, equal(y, gated(want))
-        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip)
+        y, *got = cuda.rotated_codes(part, x, factor, state, d_m, d_u, 4, clip, before=before)
         yield part.kernel, same(got, want)
     elif part == "feedback":
         x, V = normal(M, 128), normal(2, 64, 64, to=torch.bfloat16)
@@ -157,8 +169,10 @@ def _checks(device, dtype, part):
         (w_scale, bias), shift, y = normal(2, 272, to=fp32), normal(2, 272, to=fp32), normal(M, 272)
         codes, scale, zero = cuda.quantize_rows(x, state, d_m, d_u, 4, clip)
         x_sum = codes[:M].sum(-1, dtype=torch.int32) - 1280 * zero
-        ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
+        residual = normal(M, 272)
+        ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, residual)
         want = (kernels.int_linear(gated(x), w, w_scale, 4, w_zero, bias, clip) + shift[state.long()]).to(dtype)
+        want = want + residual
         if part == "linear":
             yield "quantize_rows", same((codes, scale, zero), x)
             yield "unpack_int4", unpacks(packed, w, torch.int8)
@@ -166,10 +180,10 @@ def _checks(device, dtype, part):
             yield "epilogue", equal(y, want)
         elif part == "fp8":
             e4m3, *_ = cuda.quantize_rows(x, state, d_m, d_u, 4, clip, order="e4m3")
-            sums = y + bias + shift[state.long()]
+            sums = (y + bias + shift[state.long()]).to(dtype) + residual
             yield "unpack_e4m3", unpacks(packed, w, e4m3.dtype)
             yield "quantize_rows", equal(e4m3[:M].float(), (codes[:M] - zero[:, None]).float())
-            yield "add_ends", equal(cuda.add_ends(y, bias, shift, state), sums.to(dtype))
+            yield "add_ends", equal(cuda.add_ends(y, bias, shift, state, residual), sums)
         else:
             paired, *_ = cuda.quantize_rows(x, state, d_m, d_u, 4, clip, order="paired")
             for splits in (1, 2):

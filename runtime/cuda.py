@@ -82,12 +82,25 @@ class Tile(NamedTuple):
         return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2) + (1024 if self.GROUPS else 0)
 
 
+class Before(NamedTuple):
+    """What a linear's input passes first: a norm with the gain (K,) and eps where there is a gain, else silu(gate) up
+    of 2 K channels."""
+
+    gain: torch.Tensor | None = None
+    eps: float = 0.0
+
+    def __call__(self, x):
+        return silu_up(x) if self.gain is None else rms_norm(x, self.gain, self.eps)
+
+
 class Rotation(NamedTuple):
-    """Sizes of `rotated_codes`: a token is a matrix (N1, N2); FIRST is 1 where P2 multiplies it, too."""
+    """Sizes of `rotated_codes`: a token is a matrix (N1, N2); FIRST is 1 where P2 multiplies it, too. Then a token may
+    pass a norm (BEFORE is 1) or silu(gate) up (2) first."""
 
     N1: int
     N2: int
     FIRST: int
+    BEFORE: int = 0
     kernel = "rotated_codes"
 
     @property
@@ -196,39 +209,41 @@ def quantize_rows(x, state, d_m: int, d_u: int, bits: int, clip=None, grid_only:
     `feedback`. The order of codes is what a product takes: "plain", channel by channel; "paired", in every 32 channels
     the even ones before the odd ones (K is a multiple of 32); "e4m3", the fp8 numbers X_c - z_c.
     """
-    x, (codes, scale, zero) = x.contiguous(), _empty_codes(x, order)
+    x, (codes, scale, zero) = x.contiguous(), _empty_codes(*x.shape, x, order)
     _launch("quantize_rows", x.dtype, (len(codes),), [x, state.contiguous() if d_m or d_u else None, codes, scale, zero,
             clip, *x.shape, d_m, d_u, bits, int(grid_only), ORDERS.index(order)])
     return codes, scale, zero
 
 
-def _empty_codes(x, order: str):
-    M, K = x.shape
+def _empty_codes(M: int, K: int, x, order: str):
     kind = torch.float8_e4m3fn if order == "e4m3" else torch.int8
     return (x.new_empty(kernels.multiple(M, 32), K, dtype=kind), x.new_empty(M, dtype=torch.float32),
             x.new_empty(M, dtype=torch.int32))
 
 
-def centred_blocks(x, mean, state, B):
+def centred_blocks(x, mean, state, B, silu: bool = False):
     """(x - μ_s) times blocks of 64: x (M, K) bf16, mean (2, K) fp32 or None, state (M,), B (K/64, 64, 64) bf16. The
-    difference is rounded to bf16 before the product."""
-    (M, K), x = x.shape, x.contiguous()
-    out = torch.empty_like(x)
+    difference is rounded to bf16 before the product. With silu, x (M, 2 K) becomes silu(gate) up first."""
+    (M, K), x = (len(x), 64 * len(B)), x.contiguous()
+    out = x.new_empty(M, K)
     down = max(1, min(-(-M // (THREADS // 2)), 6 * _multiprocessors(x.device) * 64 // K))  # two waves
     _launch("centred_blocks", x.dtype, (K // 64, down),
-            [x, None if mean is None else state.contiguous(), mean, B, out, M, K])
+            [x, None if mean is None else state.contiguous(), mean, B, out, M, K, int(silu)])
     return out
 
 
 def rotated_codes(rotation: Rotation, x, factor, state, d_m: int, d_u: int, bits: int, clip=None, to_y: bool = False,
-                  order: str = "plain"):
+                  order: str = "plain", before: Before | None = None):
     """y, the product of x (M, K) bf16 and a Kronecker or an Across factor, and the `quantize_rows` of y. With to_y, y
-    (M, K) bf16 is returned and only the zeros behind the M-th row of codes are written. Without it, y is None."""
-    x, (codes, scale, zero) = x.contiguous(), _empty_codes(x, order)
-    P, y = [matrix.contiguous() for matrix in factor], torch.empty_like(x) if to_y else None
+    (M, K) bf16 is returned and only the zeros behind the M-th row of codes are written. Without it, y is None. The
+    sizes say which `before` there is."""
+    M, K, x, gain, eps = len(x), rotation.N1 * rotation.N2, x.contiguous(), *(before or Before())
+    codes, scale, zero = _empty_codes(M, K, x, order)
+    P, y = [matrix.contiguous() for matrix in factor], x.new_empty(M, K) if to_y else None
     blocks = min(len(codes), rotation.RESIDENT * _multiprocessors(x.device))
-    _launch(rotation.kernel, x.dtype, (blocks,), [x, P[0], P[-1], state.contiguous() if d_m or d_u else None, y, codes,
-            scale, zero, clip, len(x), len(codes), d_m, d_u, bits, ORDERS.index(order)], sizes=rotation)
+    _launch(rotation.kernel, x.dtype, (blocks,),
+            [x, P[0], P[-1], gain, state.contiguous() if d_m or d_u else None, y, codes, scale, zero, clip, M,
+             len(codes), d_m, d_u, bits, ORDERS.index(order), _bits(eps)], sizes=rotation)
     return y, codes, scale, zero
 
 
@@ -310,10 +325,12 @@ class Ends(NamedTuple):
     bias: torch.Tensor | None = None  # (N,)
     shift: torch.Tensor | None = None  # the output of the mean of either state, (2, N)
     state: torch.Tensor | None = None  # (M,) bool
+    residual: torch.Tensor | None = None  # (M, N) of y's dtype, contiguous: what the rounded outputs are added to
 
     def columns(self, part: slice) -> "Ends":
         """The ends of a slice of the outputs."""
-        return Ends(*self[:3], *(t if t is None else t[..., part] for t in self[3:8]), self.state)
+        return Ends(*(t if t is None or name in ("scale", "zero", "x_sum", "state") else t[..., part]
+                      for name, t in self._asdict().items()))
 
 
 def unpack(packed, out, dtype):
@@ -330,10 +347,10 @@ def epilogue(acc, ends: Ends, y):
     _launch("epilogue", y.dtype, (y.shape[0], _blocks(width // 4)), [acc, *ends, y, width, y.stride(0)])
 
 
-def add_ends(y, bias, shift, state):
-    """y (M, N) + bias (N,) + shift (2, N) of every token's state (M,), in y's place."""
+def add_ends(y, bias, shift, state, residual=None):
+    """y (M, N) + bias (N,) + shift (2, N) of every token's state (M,), rounded, + residual (M, N), in y's place."""
     M, N = y.shape
-    _launch("add_ends", y.dtype, (M, _blocks(N // 4)), [y, bias, shift, state, N])
+    _launch("add_ends", y.dtype, (M, _blocks(N // 4)), [y, bias, shift, state, residual, N])
     return y
 
 

@@ -50,25 +50,28 @@ __device__ void store8(bf16* y, const float* v) {
 }
 
 // What a product ends with, `cuda.Ends`: the tokens' scale, zero point and sum, the outputs' scale, sum, zero point and
-// bias, the output of the mean of either state, and the tokens' states.
+// bias, the output of the mean of either state, the tokens' states, and what y is added to.
 #define ENDS const float *scale, const int *zero, const int *x_sum, const float *w_scale, const int *w_sum, \
-             const int *w_zero, const float *bias, const float *shift, const unsigned char *state
-#define THE_ENDS scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state
-// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for four columns of N from n on.
+             const int *w_zero, const float *bias, const float *shift, const unsigned char *state, const real *residual
+#define THE_ENDS scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, residual
+// y[m, n] = s_m s_n (acc - z_m wsum_n - xsum_m zw_n) + bias_n + shift_s(m),n for four columns of N from n on. A residual
+// is added to the rounded y.
 __device__ void finish4(int sum[4], int m, int n, ENDS, real* y, int N) {
     int wu[4], wz[4];
-    float v[4], ws[4], b[4], sh[4];
+    float v[4], ws[4], b[4], sh[4], r[4];
     load4(w_sum + n, wu);
     load4(w_scale + n, ws);
     if (w_zero) load4(w_zero + n, wz);
     if (bias) load4(bias + n, b);
     if (shift) load4(shift + (state[m] ? N : 0) + n, sh);
+    if (residual) load4(residual + (long long)m * N + n, r);
     for (int j = 0; j < 4; j++) {
         sum[j] -= zero[m] * wu[j];
         if (w_zero) sum[j] -= x_sum[m] * wz[j];
         v[j] = __fmul_rn(__fmul_rn((float)sum[j], scale[m]), ws[j]);
         if (bias) v[j] = __fadd_rn(v[j], b[j]);
         if (shift) v[j] = __fadd_rn(v[j], sh[j]);
+        if (residual) v[j] = __fadd_rn(rounded(v[j], y), r[j]);
     }
     store4(y + (long long)m * N + n, v);
 }
@@ -170,27 +173,45 @@ struct Grid {
     }
 };
 
-#ifdef GLUE
-// Σ x² and the gain: y = (x rsqrt(mean(x²) + eps)) in x's type, times the gain. One block per token.
-extern "C" __global__ void rms_norm(const real* x, const real* gain, real* out, int K, int eps_bits) {
-    __shared__ float warps[THREADS / 32];
-    x += (long long)blockIdx.x * K;
-    out += (long long)blockIdx.x * K;
-    float v[8], g[8], sum = 0;
-    for (int k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
-        load8(x + k, v);
-        for (int j = 0; j < 8; j++) sum = __fmaf_rn(v[j], v[j], sum);
-    }
+// rsqrt(mean(x²) + eps) of a token from every thread's share of Σ x², for all threads of a block with WARPS_OF warps.
+// `warps` is shared and free again after the next barrier but one.
+template <int WARPS_OF> __device__ float norm_factor(float sum, float* warps, int K, int eps_bits) {
     for (int n = 16; n > 0; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0;
-    for (int w = 0; w < THREADS / 32; w++) sum += warps[w];
-    float r = rsqrtf(__fadd_rn(__fmul_rn(sum, __fdiv_rn(1, K)), __int_as_float(eps_bits)));
+    for (int w = 0; w < WARPS_OF; w++) sum += warps[w];
+    return rsqrtf(__fadd_rn(__fmul_rn(sum, __fdiv_rn(1, K)), __int_as_float(eps_bits)));
+}
+// y = (x rsqrt(mean(x²) + eps)) in x's type, times the gain, for eight channels.
+template <typename T> __device__ void normed8(const T* x, const T* gain, float factor, float* v) {
+    float g[8];
+    load8(x, v);
+    load8(gain, g);
+    for (int j = 0; j < 8; j++) v[j] = __fmul_rn(g[j], rounded(__fmul_rn(v[j], factor), x));
+}
+// silu(gate) up for eight channels: silu(x) = x / (1 + e^-x), in x's type before it meets up.
+template <typename T> __device__ void silu_up8(const T* gate, const T* up, float* v) {
+    float u[8];
+    load8(gate, v);
+    load8(up, u);
+    for (int j = 0; j < 8; j++) v[j] = __fmul_rn(rounded(__fdiv_rn(v[j], __fadd_rn(1, expf(-v[j]))), gate), u[j]);
+}
+
+#ifdef GLUE
+// A norm with a gain, `normed8`. One block per token.
+extern "C" __global__ void rms_norm(const real* x, const real* gain, real* out, int K, int eps_bits) {
+    __shared__ float warps[THREADS / 32];
+    x += (long long)blockIdx.x * K;
+    out += (long long)blockIdx.x * K;
+    float v[8], sum = 0;
     for (int k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
         load8(x + k, v);
-        load8(gain + k, g);
-        for (int j = 0; j < 8; j++) v[j] = __fmul_rn(g[j], rounded(__fmul_rn(v[j], r), x));
+        for (int j = 0; j < 8; j++) sum = __fmaf_rn(v[j], v[j], sum);
+    }
+    float factor = norm_factor<THREADS / 32>(sum, warps, K, eps_bits);
+    for (int k = 8 * threadIdx.x; k < K; k += 8 * THREADS) {
+        normed8(x + k, gain + k, factor, v);
         store8(out + k, v);
     }
 }
@@ -226,16 +247,13 @@ extern "C" __global__ void rope(const real* qkv, const void* cos, const void* si
     }
 }
 
-// silu(gate) up of a token's 2 F channels: silu(x) = x / (1 + e^-x), in x's type before it meets up.
+// silu(gate) up of a token's 2 F channels.
 extern "C" __global__ void silu_up(const real* gate_up, real* out, int F) {
     int f = 8 * (blockIdx.y * THREADS + threadIdx.x);
     if (f >= F) return;
     const real* gate = gate_up + (long long)blockIdx.x * 2 * F + f;
-    float v[8], up[8];
-    load8(gate, v);
-    load8(gate + F, up);
-    for (int j = 0; j < 8; j++)
-        v[j] = __fmul_rn(rounded(__fdiv_rn(v[j], __fadd_rn(1, expf(-v[j]))), gate), up[j]);
+    float v[8];
+    silu_up8(gate, gate + F, v);
     store8(out + (long long)blockIdx.x * F + f, v);
 }
 #endif  // GLUE
@@ -440,9 +458,10 @@ template <int N, int PITCH> __device__ void times(float (*c)[4], const uint4 (*a
 
 #ifdef BLOCKS
 // (x - mu_s) P for blocks P of 64 channels: a warp takes 16 tokens at a time, all warps the same block. Without mean, x P.
+// With `silu`, x has twice K channels and becomes silu(gate) up first.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const float* __restrict__ mean,
-               const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K) {
+               const bf16* __restrict__ P, bf16* __restrict__ out, int M, int K, int silu) {
     __shared__ __align__(16) bf16 matrix[64 * 72];
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     x += 64 * blockIdx.x;
@@ -456,7 +475,13 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 #pragma unroll
             for (int p = 0; p < 2; p++) {
                 int row = m + g + 8 * i;
-                a[p][i] = row < M ? *(const uint4*)(x + (long long)row * K + 32 * p + 8 * t) : make_uint4(0, 0, 0, 0);
+                const bf16* at = x + (long long)row * (silu ? 2 * K : K) + 32 * p + 8 * t;
+                a[p][i] = row < M ? *(const uint4*)at : make_uint4(0, 0, 0, 0);
+                if (silu && row < M) {
+                    float v[8];
+                    silu_up8((const bf16*)&a[p][i], at + K, v);
+                    store8((bf16*)&a[p][i], v);
+                }
             }
         if (m == 16 * tile) {  // while the first tokens are on their way
             spread<64, 72>(matrix, P + (long long)blockIdx.x * 64 * 64, 64, 64, THREADS);
@@ -495,15 +520,17 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 
 #ifdef ROTATED_CODES
 const int ROWS = (N1 + 15) / 16 * 16, LANES = ROWS * N2 / 32;  // a warp for 16 rows and 64 columns
+enum { NORM = 1, SILU };
 const int PITCH = N2 + 8, PITCH_1 = ROWS + 8;  // of matrices in shared memory, so that eight rows do not meet in a bank
 
 // A token is a matrix X (N1, N2): P1^T X P2, or P1^T X where FIRST is 0, both products rounded to bf16 as those of
 // PyTorch are; then what quantize_rows does. With y the result goes there, and of the grid only scale and zero point are
-// found. A block takes one token after the other.
+// found. A block takes one token after the other. BEFORE is what a token passes first where FIRST is 1: with NORM it is
+// normed with the gain, and with SILU it has twice as many channels and becomes silu(gate) up.
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf16* __restrict__ P2,
-              const unsigned char* state, bf16* y, signed char* codes, float* scale, int* zero, const float* clip, int M,
-              int rows, int d_m, int d_u, int bits, int order) {
+              const bf16* __restrict__ gain, const unsigned char* state, bf16* y, signed char* codes, float* scale,
+              int* zero, const float* clip, int M, int rows, int d_m, int d_u, int bits, int order, int eps_bits) {
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
@@ -513,7 +540,8 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int first = warp % (ROWS / 16) * 16, part = warp / (ROWS / 16) * 64;  // of rows and of columns
 #if FIRST
-    const bool AHEAD = N2 == 64;  // X of a token is asked for while the one before is at work, as far as registers allow
+    // X of a token is asked for while the one before is at work, as far as registers allow
+    const bool AHEAD = N2 == 64 && BEFORE != SILU;
     uint4 a[N2 / 32][2];
     auto ask = [&](int m) {
 #pragma unroll
@@ -521,9 +549,36 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int row = first + g + 8 * i;
-                a[p][i] = row < N1 && m < M ? *(const uint4*)(x + (long long)m * K + row * N2 + 32 * p + 8 * t)
-                                            : make_uint4(0, 0, 0, 0);
+                const bf16* at = BEFORE == SILU ? between + row * PITCH : x + (long long)m * K + row * N2;
+                a[p][i] = row < N1 && m < M ? *(const uint4*)(at + 32 * p + 8 * t) : make_uint4(0, 0, 0, 0);
             }
+    };
+    auto silu = [&](int m) {  // into `between`, where every part finds all columns
+#pragma unroll 2
+        for (int i = threadIdx.x; i < K / 8; i += LANES) {
+            float v[8];
+            const bf16* gate = x + (long long)m * 2 * K + 8 * i;
+            silu_up8(gate, gate + K, v);
+            store8(between + 8 * i / N2 * PITCH + 8 * i % N2, v);
+        }
+        __syncthreads();
+    };
+    auto norm = [&]() {
+        __shared__ float sums[LANES / 32];
+        float v[8], sum = 0;
+#pragma unroll
+        for (int i = 0; i < N2 / 32 * 2; i++) {
+            load8((const bf16*)&a[i / 2][i % 2], v);
+            for (int j = 0; j < 8; j++) sum = __fmaf_rn(v[j], v[j], sum);
+        }
+        float factor = norm_factor<LANES / 32>(part ? 0 : sum, sums, K, eps_bits);  // every part has all columns
+#pragma unroll
+        for (int i = 0; i < N2 / 32 * 2; i++) {
+            int row = first + g + 8 * (i % 2);
+            if (row >= N1) continue;
+            normed8((const bf16*)&a[i / 2][i % 2], gain + row * N2 + 32 * (i / 2) + 8 * t, factor, v);
+            store8((bf16*)&a[i / 2][i % 2], v);
+        }
     };
     if (AHEAD) ask(blockIdx.x);
     spread<N2, PITCH>(p2, P2, N2, N2, LANES);
@@ -543,8 +598,11 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
         }
         float c[8][4] = {};
 #if FIRST
+        if (BEFORE == SILU) silu(m);
         if (!AHEAD) ask(m);
+        if (BEFORE == NORM) norm();
         times<N2, PITCH>(c, a, p2 + part);
+        if (BEFORE == SILU) __syncthreads();  // all have read what goes now
         if (AHEAD) ask(m + gridDim.x);
 #pragma unroll
         for (int j = 0; j < 8; j++)

@@ -39,6 +39,15 @@ template <int COUNT, int LANES> __device__ bool joined(int* c, int4* partial, in
     }
     return true;
 }
+__device__ void load2(const bf16* x, float* v) {
+    unsigned u = *(const unsigned*)x;
+    v[0] = __uint_as_float(u << 16); v[1] = __uint_as_float(u & 0xffff0000u);
+}
+__device__ void load2(const float* x, float* v) { float2 f = *(const float2*)x; v[0] = f.x; v[1] = f.y; }
+template <int COUNT> __device__ void load(const real* x, float* v) {  // 2 or 4
+    if (COUNT == 4) load4(x, v);
+    else load2(x, v);
+}
 __device__ void store2(bf16* y, const float* v) { *(unsigned*)y = pair_bf16(v[0], v[1]); }
 __device__ void store2(float* y, const float* v) { *(float2*)y = make_float2(v[0], v[1]); }
 template <int COUNT> __device__ void store(real* y, const float* v) {  // 2 or 4
@@ -286,7 +295,8 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
     for (int j = 0; j < TM / 4; j++) {  // token 8 (j / 2) + 2 t + j % 2
         int m = m0 + j / 2 * 8 + 2 * t + j % 2;
         if (m >= M) continue;
-        float v[OWN], s = scale[m];
+        float v[OWN], r[OWN], s = scale[m];
+        if (residual) load<OWN>(residual + (long long)m * N + n, r);
         int z = zero[m], xs = w_zero ? x_sum[m] : 0, masked = shift ? state[m] : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
@@ -296,6 +306,7 @@ grouped_product(const unsigned char* __restrict__ x, const unsigned char* __rest
             v[i] = __fmul_rn(__fmul_rn((float)sum, s), ws[i]);
             if (bias) v[i] = __fadd_rn(v[i], add[i]);
             if (shift) v[i] = __fadd_rn(v[i], masked ? sh[1][i] : sh[0][i]);
+            if (residual) v[i] = __fadd_rn(rounded(v[i], y), r[i]);
         }
         store<OWN>(y + (long long)m * N + n, v);
     }
@@ -325,8 +336,9 @@ extern "C" __global__ void unpack_e4m3(const uint2* packed, uint4* codes, int co
     codes[i] = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// y + bias + the output of the mean of a token's state, four columns a thread.
-extern "C" __global__ void add_ends(real* y, const float* bias, const float* shift, const unsigned char* state, int N) {
+// y + bias + the output of the mean of a token's state, and to the rounded sum the residual; four columns a thread.
+extern "C" __global__ void add_ends(real* y, const float* bias, const float* shift, const unsigned char* state,
+                                    const real* residual, int N) {
     int m = blockIdx.x, n = 4 * (blockIdx.y * THREADS + threadIdx.x);
     if (n >= N) return;
     float v[4], b[4];
@@ -335,6 +347,8 @@ extern "C" __global__ void add_ends(real* y, const float* bias, const float* shi
     for (int j = 0; j < 4 && bias; j++) v[j] = __fadd_rn(v[j], b[j]);
     if (shift) load4(shift + (state[m] ? N : 0) + n, b);
     for (int j = 0; j < 4 && shift; j++) v[j] = __fadd_rn(v[j], b[j]);
+    if (residual) load4(residual + (long long)m * N + n, b);
+    for (int j = 0; j < 4 && residual; j++) v[j] = __fadd_rn(rounded(v[j], y), b[j]);
     store4(y + (long long)m * N + n, v);
 }
 #endif  // FP8

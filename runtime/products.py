@@ -48,36 +48,54 @@ def serves(layer, x) -> bool:
             and checks.usable(x, "linear", *(() if V is None else ("feedback",))))
 
 
-def linear(layer, x, state):
-    """Eq. 13: x (..., d), state (...) or None -> (..., C) in x's dtype, by the fastest product of the shape."""
+def linear(layer, x, state, before: cuda.Before | None = None, residual=None):
+    """Eq. 13: x (..., d), state (...) or None -> (..., C) in x's dtype, by the fastest product of the shape. x passes
+    `before` first; a residual (..., C) is added to the result."""
     state = None if state is None else state.flatten().contiguous()
-    x, lead = x.reshape(-1, layer.in_features), x.shape[:-1]  # (M, d)
-    y = torch.empty(len(x), len(layer.weight_scale), dtype=x.dtype, device=x.device)
+    x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (M, d)
+    x, P, before = entered(layer, x, state, before)
+    y = x.new_empty(len(x), len(layer.weight_scale))
+    residual = None if residual is None else residual.reshape(y.shape)
 
     @cache  # for all products that take this order
     def taken(order):
         """Codes, and what every product ends with."""
-        X_c, scale, zero = codes(layer, x, state, order)
+        X_c, scale, zero = rounded(layer, x, P, before, state, order)
         # rowsum(X_c) - K z_c = Σ_k (X_c - z_c), only for asymmetric weights
-        x_sum = None if layer.weight_zero is None else X_c[: len(x)].sum(-1, dtype=torch.int32) - x.shape[1] * zero
+        x_sum = None if layer.weight_zero is None else X_c[: len(x)].sum(-1, dtype=torch.int32) - X_c.shape[1] * zero
         return X_c, cuda.Ends(scale, zero, x_sum, layer.weight_scale, layer.weight_sum, layer.weight_zero, layer.bias,
-                              layer.shift, state)
+                              layer.shift, state, residual)
 
     calls = {way.name: partial(lambda way: way.multiply(layer, *taken(way.order), y), way) for way in ways(layer, x)}
-    calls[fastest(calls, (x.device, x.dtype, kernels.multiple(len(x), 32), y.shape[1], x.shape[1], layer.packed))]()
+    calls[fastest(calls, (x.device, x.dtype, kernels.multiple(len(x), 32), y.shape[1], layer.in_features,
+                          layer.packed))]()
     return y.reshape(*lead, -1)
 
 
-def codes(layer, x, state, order: str = "plain"):
+def codes(layer, x, state, order: str = "plain", before: cuda.Before | None = None):
     """What a product takes: codes, scales and zero points of (x - μ_s) P, gated, as `cuda.quantize_rows` returns them.
     x (M, d), state (M,). They are rounded by feedback where the layer has it, in as few passes as possible."""
-    P, mean, V = layer.basis(x), layer.mean, layer.feedback
-    if P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64 and checks.ready(x.device.index, x.dtype, "blocks"):
-        x, mean, P = cuda.centred_blocks(x, mean, state, P[0].B), None, P[1:]
-    x = x if mean is None else (x - mean[state.long()]).to(x.dtype)
-    given = state, layer.d_m, layer.d_u, layer.abits, layer.clip, V is not None, order
-    if rotation := rotation_of(x, P):
-        x, integers, scale, zero = cuda.rotated_codes(rotation, x, P[0], *given)
+    return rounded(layer, *entered(layer, x, state, before), state, order)
+
+
+def entered(layer, x, state, before: cuda.Before | None):
+    """The first pass of `codes`, which does not depend on their order: x (M, d), the factors of P that are left, and
+    what is left of `before`. Blocks of 64 take SiLU along, and a Kronecker rotation, which comes later, everything."""
+    P, mean = layer.basis(x), layer.mean
+    blocks = (P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64
+              and checks.ready(x.device.index, x.dtype, "blocks"))
+    if before and (before.gain is not None if blocks else mean is not None or not rotation_of(x, P, before)):
+        x, before = before(x), None
+    if blocks:
+        return cuda.centred_blocks(x, mean, state, P[0].B, before is not None), P[1:], None
+    return x if mean is None else (x - mean[state.long()]).to(x.dtype), P, before
+
+
+def rounded(layer, x, P: list, before: cuda.Before | None, state, order: str):
+    """The other passes of `codes`."""
+    given, V = (state, layer.d_m, layer.d_u, layer.abits, layer.clip, layer.feedback is not None, order), layer.feedback
+    if rotation := rotation_of(x, P, before):
+        x, integers, scale, zero = cuda.rotated_codes(rotation, x, P[0], *given, before)
     else:
         x = apply_basis(x, P)
         integers, scale, zero = cuda.quantize_rows(x, *given)
@@ -86,22 +104,24 @@ def codes(layer, x, state, order: str = "plain"):
     return integers, scale, zero
 
 
-def rotation_of(x, P: list) -> cuda.Rotation | None:
-    """The sizes of `cuda.rotated_codes` for rows x (M, K) and the factors P, or None where it does not serve."""
-    # for many wide rows, and for n1 above 128, two passes are faster (results/gpu-h200.md)
-    if x.dtype != torch.bfloat16 or len(P) != 1 or (x.shape[1] > 8192 and len(x) > 1024):
+def rotation_of(x, P: list, before: cuda.Before | None = None) -> cuda.Rotation | None:
+    """The sizes of `cuda.rotated_codes` for rows x (M, K), which pass `before`, and the factors P, or None where it
+    does not serve."""
+    if x.dtype != torch.bfloat16 or len(P) != 1 or not isinstance(P[0], Kronecker | Across):
         return None
-    factor, kronecker = P[0], isinstance(P[0], Kronecker)
+    factor, kronecker, M = P[0], isinstance(P[0], Kronecker), len(x)
     n1, n2 = len(factor[0]), len(factor.P2) if kronecker else 64
-    fits = n2 in (64, 128) if kronecker else isinstance(factor, Across) and x.shape[1] == 64 * n1
-    sizes = cuda.Rotation(n1, n2, int(kronecker))
-    return sizes if fits and n1 <= 128 and n1 % 8 == 0 and checks.ready(x.device.index, x.dtype, sizes) else None
+    fits = n2 in (64, 128) if kronecker else before is None and x.shape[1] == 64 * n1
+    # for many wide rows two passes are faster, also across many blocks (results/gpu-h200.md)
+    fits = fits and n1 % 8 == 0 and n1 <= 192 and (M <= 256 or (n1 <= 128 and (n1 * n2 <= 8192 or M <= 1024)))
+    sizes = cuda.Rotation(n1, n2, int(kronecker), 0 if before is None else 2 if before.gain is None else 1)
+    return sizes if fits and checks.ready(x.device.index, x.dtype, sizes) else None
 
 
 def ways(layer, x) -> list[Way]:
-    """The products that serve a layer and rows x (M, d); the last one always does. Where fp8 products serve unpacked
+    """The products that serve a layer and rows x (M, ...); the last one always does. Where fp8 products serve unpacked
     weights, these become fp8 numbers, once for all; they take a byte each, as before."""
-    (M, K), index, found = x.shape, x.device.index, []
+    M, K, index, found = x.shape[0], layer.in_features, x.device.index, []
     if layer.packed and x.is_cuda and M * K < 2**31:
         found += [Way(name, "paired", partial(_by_tiles, tile)) for name, tile in cuda.TILES.items()
                   if K % tile.TK == 0 and suits(tile, M, torch.cuda.get_device_capability(index))
@@ -143,8 +163,8 @@ def _by_fp8(layer, codes, ends, y):
     if layer.packed:
         weight = cuda.unpack(weight, codes.new_empty(len(weight), layer.in_features), y.dtype)
     fp8_product(codes[: len(y)], weight, ends.scale, ends.w_scale, y)
-    if ends.bias is not None or ends.shift is not None:
-        cuda.add_ends(y, ends.bias, ends.shift, ends.state)
+    if any(end is not None for end in (ends.bias, ends.shift, ends.residual)):
+        cuda.add_ends(y, ends.bias, ends.shift, ends.state, ends.residual)
 
 
 def fp8_product(codes, weight, scale, w_scale, y):

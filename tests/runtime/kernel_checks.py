@@ -7,10 +7,15 @@ import pytest
 import torch
 
 import kernels
+import model
+from checkpoint.families import FUSED, read_config
+from experiments import twins
 from methods.plus import feedback_matrix
+from methods.sgat import random_orthogonal
 from runtime import checks, cpu, cuda, products
-from runtime.layers import Centre, Grid, QuantLinear, Weight
+from runtime.layers import Centre, Grid, QuantLinear, Weight, rebuilt
 from starquant import Across, Blocks, FakeQuantize, Kronecker, apply_basis, tac_apply
+from tiny import train
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -111,7 +116,8 @@ def paired(codes):
     return codes.unflatten(-1, (-1, 16, 2)).transpose(-2, -1).reshape(codes.shape).contiguous()
 
 
-def check_tile(device, tile, M, K, N, dtype, splits=1, asymmetric=False, has_bias=False, shifted=False, extreme=False):
+def check_tile(device, tile, M, K, N, dtype, splits=1, asymmetric=False, has_bias=False, shifted=False, added=False,
+               extreme=False):
     """A product by `tile` against its formula, every output equal; the counters that its blocks meet at are 0 again."""
     here = at_random(device, M + N)
     codes = torch.zeros(kernels.multiple(M, 32), K, dtype=torch.int8, device=device)
@@ -125,15 +131,16 @@ def check_tile(device, tile, M, K, N, dtype, splits=1, asymmetric=False, has_bia
     bias = torch.randn(N, **here) if has_bias else None
     shift = torch.randn(2, N, **here) if shifted else None
     x_sum = codes[:M].sum(-1, dtype=torch.int32) - K * zero if asymmetric else None
-    ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state)
+    residual = torch.randn(M, N, **here).to(dtype) if added else None
+    ends = cuda.Ends(scale, zero, x_sum, w_scale, w_sum, w_zero, bias, shift, state, residual)
     y = torch.full((M, N), torch.nan, dtype=dtype, device=device)
     cuda.tiled_product(tile, paired(codes), kernels.pack_int4(w), ends, y, splits)
     acc = kernels.float_mm(codes[:M], w) - zero[:, None] * w_sum  # in fp64 where fp32 would round
     acc = acc - x_sum[:, None] * w_zero if asymmetric else acc
     want = acc.float() * scale[:, None] * w_scale
     want = want + bias if has_bias else want
-    want = want + shift[state.long()] if shifted else want
-    assert torch.equal(y, want.to(dtype))
+    want = (want + shift[state.long()] if shifted else want).to(dtype)
+    assert torch.equal(y, want + residual if added else want)
     assert not cuda._counters(y.device).any()
 
 
@@ -216,3 +223,21 @@ def layer(K=64, N=48, seed=0, sizes=(8, 8), **kwargs):
     g = torch.Generator().manual_seed(seed)
     P = [Kronecker(*(torch.linalg.qr(torch.randn(n, n, generator=g))[0] for n in sizes))]
     return QuantLinear.fold(torch.randn(N, K, generator=g), P, 4, 4, bias=torch.randn(N, generator=g), **kwargs)
+
+
+def a_block(method, dtype, d=512, ffn=1024, device="cpu", length=5):
+    """A quantized block of random weights, and its inputs x (1, length, d), state, rope."""
+    g, config = torch.Generator().manual_seed(0), read_config(train.CONFIG | {
+        "d_model": d, "n_layers": 1, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": ffn})
+    block = model.Block(config)
+    for p in block.parameters():
+        p.data = torch.randn(p.shape, generator=g) * (p.shape[1] ** -0.5 if p.ndim == 2 else 1)
+    new = {}
+    for name in FUSED:
+        weight = getattr(block, name).weight
+        factors = [random_orthogonal(n, g).float() for n in (weight.shape[1] // 64, 64)]
+        new[name] = QuantLinear.fold(weight, [Kronecker(*factors)], weight.shape[1] // 32, weight.shape[1] // 32)
+        new[name] = new[name] if method == "starquant" else twins._plus(new[name], g)
+    block = rebuilt(block, **new).to(device, dtype).requires_grad_(False)
+    x, state = torch.randn(1, length, d, generator=g).to(device, dtype), torch.rand(1, length, generator=g) < 0.5
+    return block, (x, state.to(device), model.cos_sin(torch.arange(length, device=device), config, dtype))

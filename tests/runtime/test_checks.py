@@ -11,11 +11,12 @@ from runtime import checks, cuda
 
 READY = checks.ready.__wrapped__
 SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0)]
+BEFORE = [cuda.Rotation(n1, n2, 1, before) for n1, n2 in ((24, 64), (16, 128)) for before in (1, 2)]  # norm, SiLU
 
 
 @pytest.mark.usefixtures("on_cpu")
 class TestSelfCheck:
-    @pytest.mark.parametrize(("part", "dtype"), [(part, torch.bfloat16) for part in (*cuda.PARTS, *SMALL)] + [
+    @pytest.mark.parametrize(("part", "dtype"), [(part, torch.bfloat16) for part in (*cuda.PARTS, *SMALL, *BEFORE)] + [
         (part, torch.float32) for part in ("linear", "feedback", "glue")])
     def test_self_check_accepts_the_kernels(self, part, dtype):
         assert checks.self_check(torch.device("cpu"), dtype, part) is None
@@ -27,7 +28,7 @@ class TestSelfCheck:
 
     @pytest.mark.parametrize(("part", "name", "broken", "wrong"), [
         ("linear", "quantize_rows", "clip[1]", "clip[0]"), ("blocks", "centred_blocks", "(state[row] ? K : 0)", "0"),
-        ("linear", "epilogue", "(state[m] ? N : 0)", "0"), ("glue", "rms_norm", "__fmul_rn(v[j], r)", "v[j]"),
+        ("linear", "epilogue", "(state[m] ? N : 0)", "0"), ("glue", "rms_norm", "__fmul_rn(v[j], factor)", "v[j]"),
         ("glue", "rope", "-second[a]", "second[a]"), ("glue", "silu_up", "expf(-v[j])", "expf(v[j])"),
         ("tac", "tac", "4 * (g / 2) + 2 * j", "2 * (g / 2) + 4 * j"),
         ("gptq", "gptq_columns", "int j = i + 1; j < GPTQ_BLOCK", "int j = i + 2; j < GPTQ_BLOCK"),
@@ -39,6 +40,10 @@ class TestSelfCheck:
         ("fp8", "unpack_e4m3", "n ^ 0x8888u", "n"), ("fp8", "unpack_e4m3", "sign << 1", "sign"),
         ("fp8", "add_ends", "(state[m] ? N : 0)", "0"), ("fp8", "add_ends", "j < 4 && bias", "j < 3 && bias"),
         ("scales", "rounding_losses", "half - 1);\n            sum", "half);\n            sum"),
+        ("linear", "epilogue", "rounded(v[j], y), r[j]", "v[j], r[j]"),
+        ("fp8", "add_ends", "j < 4 && residual", "false"),
+        ("blocks", "centred_blocks", "at + K, v", "at, v"), (BEFORE[2], "rotated_codes", "part ? 0 : sum", "sum"),
+        (BEFORE[0], "rotated_codes", "gain + row * N2 + 32 * (i / 2)", "gain + row * N2 + 16 * (i / 2)"),
         ("training", "fake_quantize", "bits - symmetric", "bits"),
         ("training", "fake_quantize", "see(symmetric ? fabsf(v[j]) : v[j])", "see(v[j])"),
         ("training", "fake_quantize", "inside ? q : most, s", "q, s"),
@@ -71,7 +76,11 @@ class TestSelfCheck:
                                                                      "scales[first + i]"),
         (SMALL[1], "column / 64 * 64", "0"),
         (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
-        (SMALL[0], "#endif\n        __syncthreads();", "#endif"), (SMALL[0], "if (row >= N1) continue;", "")])
+        (SMALL[0], "#endif\n        __syncthreads();", "#endif"), 
+        (SMALL[0], "if (row >= N1) continue;\n            if (y)", "if (y)"),
+        (BEFORE[0], "if (row >= N1) continue;\n            normed8", "normed8"),
+        (BEFORE[1], "store8(between + 8 * i / N2 * PITCH", "store8(between + 8 * i / N2 * N2"),
+        (BEFORE[3], "__syncthreads();  // all have read", "// all have read")])
     def test_the_interpreter_finds_planted_faults(self, part, old, new, tmp_path, monkeypatch):
         plant(monkeypatch, tmp_path, old, new)
         with pytest.raises(ptx.Fault):

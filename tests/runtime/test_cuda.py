@@ -33,7 +33,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = [name for names in cuda.PARTS.values() for name in names]
 # of LLaDA-8B (4096 and 12288 channels), of Dream-7B (3584), and what is not whole tiles
 ROTATIONS = [cuda.Rotation(64, 64, 1), cuda.Rotation(96, 128, 1), cuda.Rotation(64, 64, 0), cuda.Rotation(192, 64, 0),
-             cuda.Rotation(56, 64, 1), cuda.Rotation(56, 64, 0)]
+             cuda.Rotation(56, 64, 1), cuda.Rotation(56, 64, 0), cuda.Rotation(64, 64, 1, 1),
+             cuda.Rotation(96, 128, 1, 2), cuda.Rotation(56, 64, 1, 1)]
 
 
 # ---- the sources compile -------------------------------------------------------------------------------------------
@@ -67,7 +68,8 @@ def test_sources_compile_without_warnings_or_spills(dtype, architecture):
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_rotations_compile_without_warnings_or_spills(rotation):
     said = compile_cubin(cuda.source(torch.bfloat16, rotation), "sm_90")
-    assert sum(map(int, re.findall(r"(\d+) bytes spill", said))) < 32  # a few, so that another block fits beside it
+    # a few, so that another block fits beside it; SiLU needs more
+    assert sum(map(int, re.findall(r"(\d+) bytes spill", said))) < (32 if rotation.BEFORE < 2 else 160)
     assert rotation.shared < 227 * 1024
     assert rotation.threads <= 1024
 

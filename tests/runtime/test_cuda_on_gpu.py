@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import (
     DTYPES,
+    a_block,
     check_fake_quantize,
     check_feedback,
     check_linear,
@@ -20,7 +21,7 @@ import model
 from checkpoint.families import read_config
 from checkpoint.published import published
 from methods.gptq import gptq, hessian
-from runtime import checks, cuda, products
+from runtime import checks, cuda, fusion, products
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -41,7 +42,8 @@ def test_kernels_are_in_use(dtype, part):
     assert checks.ready(torch.cuda.current_device(), torch.bfloat16 if part in checks.ONLY_BF16 else dtype, part)
 
 
-@pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0)])
+@pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0), (192, 64, 0),
+                                   (64, 64, 1, 1), (96, 128, 1, 2), (56, 64, 1, 1)])
 def test_rotations_are_in_use(sizes):
     assert checks.ready(torch.cuda.current_device(), torch.bfloat16, cuda.Rotation(*sizes))
 
@@ -96,7 +98,7 @@ def test_feedback(dtype, clipped):
 def test_tiles(dtype, M, K, N, name):
     if cuda.TILES[name].GROUPS and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs Hopper")
-    check_tile("cuda", cuda.TILES[name], M, K, N, dtype, None, True, True, True)
+    check_tile("cuda", cuda.TILES[name], M, K, N, dtype, None, True, True, True, True)
     check_tile("cuda", cuda.TILES[name], M, K, N, dtype, 2, extreme=not cuda.TILES[name].NIBBLES)
 
 
@@ -129,6 +131,18 @@ def test_tac():
 @pytest.mark.parametrize("masked", [None, True, False])
 def test_starquant_plus_layer(dtype, masked):
     check_plus("cuda", dtype, masked)
+
+
+@pytest.mark.parametrize("method", ["starquant", "starquant+"])
+@pytest.mark.parametrize("length", [32, 300])
+def test_a_block_is_the_same_in_fewer_kernels(method, length, monkeypatch):
+    """But for a norm's sum, which has another order and may move a code by one."""
+    block, inputs = a_block(method, torch.bfloat16, 4096, 12288, "cuda", length)
+    assert fusion.serves(block, inputs[0])
+    fused = block(*inputs)
+    monkeypatch.setattr(fusion, "serves", lambda *_: False)
+    want = block(*inputs)
+    assert (fused - want).float().norm() < 0.01 * (want - inputs[0]).float().norm()
 
 
 def test_layer_equals_its_fake_quantized_reference():

@@ -28,7 +28,7 @@ class TestTiles:
         ("tiled", torch.float32), ("grouped", torch.float32)])
     def test_ragged_with_everything(self, launch, name, dtype):
         tile = TILES[name]
-        check_tile("cpu", tile, tile.TM + 1, 512, tile.TN + 16, dtype, 1, True, True, True)
+        check_tile("cpu", tile, tile.TM + 1, 512, tile.TN + 16, dtype, 1, True, True, True, True)
         assert not launch.conflicts[tile.kernel]
 
     @pytest.mark.parametrize("splits", [2, 3])
@@ -52,6 +52,7 @@ class TestTiles:
         ("grouped", "a[i / 2 * 4 + i % 2 * 2 + s]", "a[i / 2 * 4 + i % 2 * 2 + 1 - s]"),
         ("grouped", "where + 2 * s", "where + 4 * s"), ("grouped", "if (m >= M) continue;", ""),
         ("tiled", "more.x; c[4 * i + 1]", "0; c[4 * i + 1]"), ("tiled", "ended[tile] = 0", "ended[tile] = 1"),
+        ("grouped", "load<OWN>(residual + (long long)m * N + n", "load<OWN>(residual + n"),
         # races, which values alone may not show
         ("tiled", 'memory");\n        __syncthreads();', 'memory");'), ("tiled", '"n"(STAGES - 2)', '"n"(STAGES - 1)'),
         ("tiled", "ask(step + STAGES - 1);", "ask(step + STAGES - 2);"),
@@ -61,7 +62,7 @@ class TestTiles:
     def test_planted_faults_are_found(self, launch, monkeypatch, tmp_path, name, old, new):
         plant(monkeypatch, tmp_path, old, new)
         with pytest.raises((ptx.Fault, AssertionError)):
-            check_tile("cpu", TILES[name], 33, 1024, 32, torch.bfloat16, 2)
+            check_tile("cpu", TILES[name], 33, 1024, 32, torch.bfloat16, 2, added=True)
 
 
 @pytest.mark.parametrize("order", cuda.ORDERS)
@@ -92,6 +93,8 @@ def test_a_whole_linear_of_starquant_plus_by_every_product(launch, monkeypatch):
         monkeypatch.setattr(products, "ways", lambda *_, way=way: [way])
         y[name] = products.linear(linear, x, state)
         assert name == "fp8" or torch.equal(y[name], y["slices"])
+        residual = torch.randn(y[name].shape, generator=g).bfloat16()
+        assert torch.equal(products.linear(linear, x, state, residual=residual), y[name] + residual)
     shift = linear.bias + linear.shift[state.long()]
     assert torch.allclose(y["fp8"].float(), y["slices"].float(), rtol=2**-7, atol=2**-7 * shift.abs().max())
 
@@ -114,7 +117,8 @@ def test_tiles_serve_activations_that_32_bits_count(M, tiled, monkeypatch):
     monkeypatch.setattr(products.checks, "ready", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     x = SimpleNamespace(shape=(M, 2048), device=torch.device("cuda", 0), is_cuda=True, dtype=torch.bfloat16)
-    *tiles, last = products.ways(SimpleNamespace(packed=True, abits=8, wbits=4, weight_zero=None), x)
+    layer = SimpleNamespace(packed=True, abits=8, wbits=4, weight_zero=None, in_features=2048)
+    *tiles, last = products.ways(layer, x)
     assert (bool(tiles), last.name) == (tiled, "slices")
 
 
@@ -123,7 +127,7 @@ def test_only_codes_of_4_bits_are_packed_in_registers(abits, monkeypatch):
     monkeypatch.setattr(products.checks, "ready", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     x = SimpleNamespace(shape=(512, 2048), device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32)
-    found = products.ways(SimpleNamespace(packed=True, abits=abits, wbits=4, weight_zero=None), x)
+    found = products.ways(SimpleNamespace(packed=True, abits=abits, wbits=4, weight_zero=None, in_features=2048), x)
     assert ("tiled 128 of 4 bits" in [way.name for way in found]) == (abits <= 4)
 
 

@@ -31,9 +31,9 @@ from checkpoint.families import read_config
 from checkpoint.folder import read_json, write_json
 from checkpoint.published import published
 from experiments.timing import ceilings, measure_each
-from experiments.twins import random_model
+from experiments.twins import plus_twin, quantized_twin, random_model
 from methods import QuantConfig
-from runtime import checks, cuda, products
+from runtime import checks, cuda, fusion, products
 from runtime.processes import synchronize
 from starquant import Across, Blocks, Kronecker, apply_basis, fake_quantize
 
@@ -75,7 +75,8 @@ def stand_ins():
 
 def checked(name: str, out: dict) -> None:
     """Judge every part into out["parts"], and keep it."""
-    rotations = {f"rotation {sizes}": cuda.Rotation(*sizes) for sizes in ((64, 64, 1), (96, 128, 1), (64, 64, 0))}
+    rotations = {f"rotation {sizes}": cuda.Rotation(*sizes) for sizes in (
+        (64, 64, 1), (96, 128, 1), (64, 64, 0), (192, 64, 0), (64, 64, 1, 1), (96, 128, 1, 2))}
     for label, part in ({part: part for part in cuda.PARTS} | cuda.TILES | rotations).items():
         for dtype in (BF16,) if label in rotations or part in checks.ONLY_BF16 else (torch.float32, BF16):
             start = time.time()
@@ -194,10 +195,17 @@ def micro():
             row({"linear": linear, "K": K, "N": N, "M": M}, partial(around_a_product, M, K, N))
     for B, L in ((1, 512), (4, 1024)) if GPU else ((1, 16),):
         row({"B": B, "L": L}, partial(glue, B, L))
+    for B, L in ((1, 32), (1, 512), (4, 1024)) if GPU else ((1, 16),):
+        row({"blocks": 1, "B": B, "L": L}, partial(whole_blocks, B, L))
 
 
 def plain(function, *args):
     with checks.eager_glue():
+        return function(*args)
+
+
+def apart(function, *args):
+    with mock.patch.object(fusion, "serves", return_value=False):
         return function(*args)
 
 
@@ -221,9 +229,14 @@ def passes(K: int, M: int) -> dict:
         "grid only": lambda: cuda.quantize_rows(x, state, 0, 0, 4, None, True),
         "feedback": lambda: cuda.feedback(x, V, scale, zero, codes, 4), "tac": lambda: cuda.tac(x, M_tac, bias),
         "centred_blocks": lambda: cuda.centred_blocks(x, mean, state, blocks.B)}
-    for name, factor, to_y in (("kronecker, codes", kron, False), ("across, grid", across, True)):
-        if rotation := products.rotation_of(x, [factor]):
-            calls[name] = partial(cuda.rotated_codes, rotation, x, factor, state, K // 32, K // 32, 4, to_y=to_y)
+    gate_up, normed = torch.randn(M, 2 * K, device=DEVICE).to(BF16), cuda.Before(norm.weight, 1e-5)
+    calls["SiLU, centred_blocks"] = lambda: cuda.centred_blocks(gate_up, mean, state, blocks.B, True)
+    for name, rows, factor, to_y, before in (
+            ("kronecker, codes", x, kron, False, None), ("norm, kronecker, codes", x, kron, False, normed),
+            ("SiLU, kronecker, codes", gate_up, kron, False, cuda.Before()), ("across, grid", x, across, True, None)):
+        if rotation := products.rotation_of(rows, [factor], before):
+            calls[name] = partial(cuda.rotated_codes, rotation, rows, factor, state, K // 32, K // 32, 4, to_y=to_y,
+                                  before=before)
     return calls
 
 
@@ -270,6 +283,17 @@ def glue(B: int, L: int) -> dict:
             "rope and attention": lambda: block.attention(qkv, rope, None),
             "eager SiLU": lambda: plain(model.swiglu, gate_up), "SiLU": lambda: model.swiglu(gate_up),
             "sampling": lambda: (logits.argmax(-1), torch.softmax(logits, -1))}
+
+
+def whole_blocks(B: int, L: int) -> dict:
+    """A quantized block with norms, SiLU and sums inside the kernels of its linears ("fused"), and with them apart."""
+    m = random_model("llada-8b", DEVICE, BF16, 0, 1) if GPU else model.load_model("tiny", "cpu")
+    packed = quantized_twin(m)
+    inputs, calls = m.prepare(torch.zeros(B, L, dtype=torch.long, device=DEVICE)), {}
+    for method, twin in (("starquant", packed), ("starquant+", plus_twin(packed))):
+        calls[f"{method}, fused"] = partial(twin.blocks[0], *inputs)
+        calls[f"{method}, apart"] = partial(apart, twin.blocks[0], *inputs)
+    return calls
 
 # ---- how long does calibration take? --------------------------------------------------------------------------------
 
