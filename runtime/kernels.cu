@@ -335,8 +335,13 @@ feedback(const real* x, const float* scale, const int* zero, const bf16* V, sign
          int order) {
     __shared__ float4 shared_V[FEEDBACK_BLOCK][FEEDBACK_BLOCK / 4];  // 0 on and below the diagonal
     const bf16* mine = V + (long long)blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK;
-    for (int k = threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += THREADS)
-        ((float*)shared_V)[k] = k % FEEDBACK_BLOCK > k / FEEDBACK_BLOCK ? __uint_as_float((unsigned)mine[k] << 16) : 0;
+#pragma unroll
+    for (int k = 8 * threadIdx.x; k < FEEDBACK_BLOCK * FEEDBACK_BLOCK; k += 8 * THREADS) {
+        float w[8];
+        load8(mine + k, w);
+        for (int j = 0; j < 8; j++) w[j] = k % FEEDBACK_BLOCK + j > k / FEEDBACK_BLOCK ? w[j] : 0;
+        store8((float*)shared_V + k, w);
+    }
     __syncthreads();
     int m = blockIdx.x * THREADS + threadIdx.x;
     if (m >= M) return;

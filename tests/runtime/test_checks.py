@@ -32,7 +32,7 @@ class TestSelfCheck:
         ("glue", "rope", "-second[a]", "second[a]"), ("glue", "silu_up", "expf(-v[j])", "expf(v[j])"),
         ("tac", "tac", "4 * (g / 2) + 2 * j", "2 * (g / 2) + 4 * j"),
         ("gptq", "gptq_columns", "int j = i + 1; j < GPTQ_BLOCK", "int j = i + 2; j < GPTQ_BLOCK"),
-        ("feedback", "feedback", "> k / FEEDBACK_BLOCK", ">= k / FEEDBACK_BLOCK"),
+        ("feedback", "feedback", "+ j > k / FEEDBACK_BLOCK", "+ j >= k / FEEDBACK_BLOCK"),
         ("feedback", "feedback", "rounded(__fsub_rn(v[i], r), (const bf16*)0)", "__fsub_rn(v[i], r)"),
         ("feedback", "feedback", "blockIdx.y * FEEDBACK_BLOCK * FEEDBACK_BLOCK", "0"),
         ("linear", "unpack_int4", "in[j] >> 4 &", "in[j] >> 3 &"),
