@@ -15,11 +15,11 @@ LLADA_8B = {
     "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
     "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336, "eos_token_id": 126081, "rope": True,
     "rope_theta": 500000.0, "rope_full_precision": True, "layer_norm_type": "rms", "rms_norm_eps": 1e-5,
-    "activation_type": "silu", "block_type": "llama", "weight_tying": False}
+    "activation_type": "silu", "block_type": "llama", "weight_tying": False, "max_sequence_length": 4096}
 DREAM_7B = {
     "model_type": "Dream", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
     "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "mask_token_id": 151666,
-    "eos_token_id": 151643, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    "eos_token_id": 151643, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072}
 SHAPES = {"llada-8b": LLADA_8B, "llada-8b-instruct": LLADA_8B, "llada-1.5": LLADA_8B, "dream-7b": DREAM_7B,
           "dream-7b-instruct": DREAM_7B}
 OUTLIERS = 16  # channels of every norm that get a large gain

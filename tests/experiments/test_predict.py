@@ -234,6 +234,8 @@ def test_what_cannot_be_predicted_is_said(wrong, capsys):
     assert "bench.py: " in capsys.readouterr().err
     assert bench.main(["--predict", "--model", "tiny"]) == 2
     assert "shapes are known of" in capsys.readouterr().err
+    assert bench.main(["--predict", "--model", "llada-8b", "--points", "1x4097x1"]) == 2
+    assert "longer than the model's 4096 positions" in capsys.readouterr().err
 
 
 def test_results_of_another_gpu_stand_beside_its_predictions(tmp_path, monkeypatch):
