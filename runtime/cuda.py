@@ -8,7 +8,7 @@ Why they are here
 The kernels and their readable twins
     quantize_rows    the gate of a token's state, its range, scale, zero point and codes: `kernels.quantize_rows`
     centred_blocks   x less the mean of its token's state, times blocks of 64 (starquant+): `starquant.Blocks`
-    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`
+    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`; both may do first what `Before` says
     feedback         codes rounded by feedback (starquant+): `cpu.feedback_codes`
     tac              Eq. 17 for blocks of 16: `starquant.tac_apply`
     rms_norm, rope, silu_up   what both models do between their linears ("glue"): `model.py`

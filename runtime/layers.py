@@ -15,6 +15,8 @@ What runs when an INT4 linear runs
 
 Two implementations do these steps: `runtime.products.linear` on a GPU that passes its self-checks, and
 `runtime.cpu.linear` everywhere else. For the same transformed tokens both give the integers of `kernels.int_linear`.
+Within a block on such a GPU, step 1 also does the norm or SiLU before it, and step 4 adds the block's input
+(`runtime.fusion`).
 
 Every quantization method of this project is a way to choose the tensors of a `QuantLinear` (`methods/`). Their names
 are the names of the tensors in a checkpoint.
