@@ -168,7 +168,7 @@ def shares(model, point, repeats: int) -> dict:
              "norms, activation": [lambda b=b: (b.attn_norm(x), b.ffn_norm(x), swiglu(gate_up)) for b in blocks],
              "head": [partial(model.logits, open_rows)]}
     first = {}
-    if fusion.serves(blocks[0], x):  # then linears do the norms, the activation and the sums, too
+    if fusion.serves(blocks[0], x):  # then linears do these and the sums, too
         del calls["norms, activation"]
         first, inputs["down"], added = fusion.first(blocks[0]), gate_up, {"out": x, "down": x}
         calls["linears"] = [lambda b=b: [products.linear(getattr(b, f), inputs[f], state, first.get(f), added.get(f))
@@ -249,7 +249,7 @@ def tables(result: dict) -> str:
         (part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
         for part in parts]))
     if any("norms, activation" not in s for s in shares.values()):
-        out.append("Where norms and activation have no share, they are part of the linears.")
+        out.append("Where norms and activation have no share, they are part of transforms, gates, codes.")
     return "\n\n".join(out)
 
 

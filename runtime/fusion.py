@@ -5,16 +5,20 @@ start a kernel for each norm, for SiLU and for each sum. Here the kernel that ma
 SiLU first, and the one that ends its product adds the block's input.
 """
 
+import torch
+
 from runtime import checks, products
 from runtime.cuda import Before
 from runtime.layers import QuantLinear
 
 
 def serves(block, x) -> bool:
-    """Whether `forward` serves a `model.Block` and x (B, L, D): on a GPU, all linears quantized, nobody watching."""
+    """Whether `forward` serves a `model.Block` and x (B, L, D): on a GPU, all linears quantized, nobody watching, and
+    no autocast, which changes the type of activations on their way."""
     linears = block.qkv, block.out, block.gate_up, block.down
     return (all(isinstance(linear, QuantLinear) and products.serves(linear, x) for linear in linears)
             and checks.glues(x, block.attn_norm.weight, block.ffn_norm.weight)
+            and not torch.is_autocast_enabled(x.device.type)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in block.children()))
 
 

@@ -42,9 +42,11 @@ class Way(NamedTuple):
 
 
 def serves(layer, x) -> bool:
-    """Whether the kernels serve a QuantLinear and x (..., d): `checks.usable`, C a multiple of 16, feedback of 64."""
+    """Whether the kernels serve a QuantLinear and x, or what x becomes before it: `checks.usable`, d and C multiples of
+    16, feedback of 64."""
     V = layer.feedback
-    return (len(layer.weight_scale) % 16 == 0 and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK)
+    return (layer.in_features % 16 == len(layer.weight_scale) % 16 == 0
+            and (V is None or V.shape[-1] == cuda.FEEDBACK_BLOCK)
             and checks.usable(x, "linear", *(() if V is None else ("feedback",))))
 
 

@@ -61,3 +61,5 @@ def test_who_watches_a_part_of_a_block_sees_it(launched):
     hook.remove()
     assert fusion.serves(block, x)
     assert not fusion.serves(rebuilt(block, down=torch.nn.Linear(4, 4)), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fusion.serves(block, x)

@@ -103,10 +103,13 @@ def test_the_kernels_serve_whole_tiles_of_outputs_and_of_feedback(monkeypatch):
     asked = []
     monkeypatch.setattr(products.checks, "usable", lambda x, *parts: asked.append(parts) or True)
 
-    def served(C, block=None):
+    def served(C, block=None, d=64):
         V = block and torch.zeros(1, block, block)
-        return products.serves(SimpleNamespace(weight_scale=torch.ones(C), feedback=V), None)
+        return products.serves(SimpleNamespace(in_features=d, weight_scale=torch.ones(C), feedback=V), None)
 
+    # a block asks about `down` with its own input, which may be wider or narrower
+    assert [served(32, d=32), served(32, d=24)] == [True, False]
+    asked.clear()
     assert [served(16), served(48), served(24), served(8)] == [True, True, False, False]
     assert [served(32, 64), served(24, 64), served(32, 32), served(32, 128)] == [True, False, False, False]
     assert asked == [("linear",), ("linear",), ("linear", "feedback")]
