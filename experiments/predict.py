@@ -192,6 +192,7 @@ def pretended(count: Count):
 
     with (mock.patch.multiple(checks, ready=lambda *_: True, usable=lambda *_: True),
           mock.patch.multiple(cuda, _launch=count.launch, _multiprocessors=lambda _: gpu.multiprocessors,
+                              shared_memory=lambda _: (226 if gpu.capability == (9, 0) else 98) << 10,
                               _counters=lambda device: torch.empty(0, device=device)),
           mock.patch.multiple(products, fastest=fastest, fp8_product=count.fp8_product,
                               fp8_is_exact=lambda _: "fp8" in gpu.rates),

@@ -73,9 +73,13 @@ def random_orthogonal(n: int, generator: torch.Generator):
 
 
 def kronecker_sizes(d: int) -> tuple[int, int]:
-    """(n1, n2), n1 n2 = d, n1 ≤ n2, as close to √d as divisors allow: 4096 -> 64, 64; 12288 -> 96, 128."""
+    """(n1, n2), n1 n2 = d, as close to √d as divisors allow, n1 ≤ n2: 4096 -> 64, 64; 12288 -> 96, 128.
+
+    Where n1 alone is 64 or 128 they change places, 18944 -> 148, 128: a kernel on a GPU takes such an n2.
+    """
     n1 = next(n for n in range(int(d**0.5), 0, -1) if d % n == 0)
-    return n1, d // n1
+    n2 = d // n1
+    return (n2, n1) if n1 in (64, 128) and n2 not in (64, 128) else (n1, n2)
 
 
 def initial_basis(d: int, kind: str, generator: torch.Generator):

@@ -198,6 +198,13 @@ def _blocks(n: int) -> int:
 def _multiprocessors(device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
+
+
+@cache
+def shared_memory(device) -> int:
+    """Bytes of shared memory that a CUDA block may have, nearly."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10) - 1024
+
 # ---- passes over activations ---------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ def serves(block, x) -> bool:
     linears = block.qkv, block.out, block.gate_up, block.down
     return (all(isinstance(linear, QuantLinear) and products.serves(linear, x) for linear in linears)
             and checks.glues(x, block.attn_norm.weight, block.ffn_norm.weight)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
             and not any(part._forward_hooks or part._forward_pre_hooks for part in block.children()))
 
 

@@ -591,8 +591,10 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
 #pragma unroll 4
     for (int i = threadIdx.x; i < ROWS * ROWS / 8; i += LANES) {
         int row = i / (ROWS / 8), column = i % (ROWS / 8) * 8;
-        *(uint4*)(p1 + row * PITCH_1 + column) =
-            row < N1 && column < N1 ? *(const uint4*)(P1 + row * N1 + column) : make_uint4(0, 0, 0, 0);
+        const bf16* from = P1 + row * N1 + column;
+        bf16* to = p1 + row * PITCH_1 + column;
+        if (N1 % 8 == 0) *(uint4*)to = row < N1 && column < N1 ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+        else for (int j = 0; j < 8; j++) to[j] = row < N1 && column + j < N1 ? from[j] : 0;
     }
     __syncthreads();
     for (int m = blockIdx.x; m < rows; m += gridDim.x) {

@@ -115,8 +115,9 @@ def rotation_of(x, P: list, before: cuda.Before | None = None) -> cuda.Rotation 
     n1, n2 = len(factor[0]), len(factor.P2) if kronecker else 64
     fits = n2 in (64, 128) if kronecker else before is None and x.shape[1] == 64 * n1
     # for many wide rows two passes are faster, also across many blocks (results/gpu-h200.md)
-    fits = fits and n1 % 8 == 0 and n1 <= 192 and (M <= 256 or (n1 <= 128 and (n1 * n2 <= 8192 or M <= 1024)))
+    fits = fits and (M <= 256 or (n1 <= 128 and (n1 * n2 <= 8192 or M <= 1024)))
     sizes = cuda.Rotation(n1, n2, int(kronecker), 0 if before is None else 2 if before.gain is None else 1)
+    fits = fits and sizes.threads <= 1024 and sizes.shared <= cuda.shared_memory(x.device)
     return sizes if fits and checks.ready(x.device.index, x.dtype, sizes) else None
 
 

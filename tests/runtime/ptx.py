@@ -303,7 +303,8 @@ def interpreted(multiprocessors: int = 1):
         pytest.skip("needs nvcc or NVRTC (pip install nvidia-cuda-nvrtc)")
     launch = launcher()
     cuda._counters.cache_clear()
-    with (mock.patch.multiple(cuda, _launch=launch, _multiprocessors=lambda _: multiprocessors),
+    with (mock.patch.multiple(cuda, _launch=launch, _multiprocessors=lambda _: multiprocessors,
+                              shared_memory=lambda _: 226 << 10),
           mock.patch.multiple(products, slice_width=lambda *_: 256),
           mock.patch.multiple(checks, ready=lambda _, to, part: part not in checks.ONLY_BF16 or to == torch.bfloat16)):
         yield launch

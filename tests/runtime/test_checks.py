@@ -10,7 +10,7 @@ import kernels
 from runtime import checks, cuda
 
 READY = checks.ready.__wrapped__
-SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0)]
+SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0), cuda.Rotation(20, 64, 1)]
 BEFORE = [cuda.Rotation(n1, n2, 1, before) for n1, n2 in ((24, 64), (16, 128)) for before in (1, 2)]  # norm, SiLU
 
 
@@ -77,7 +77,7 @@ class TestSelfCheck:
         (SMALL[1], "column / 64 * 64", "0"),
         (SMALL[0], "    __syncthreads();\n    for (int m = b", "    for (int m = b"),
         (SMALL[0], "#endif\n        __syncthreads();", "#endif"), 
-        (SMALL[0], "if (row >= N1) continue;\n            if (y)", "if (y)"),
+        (SMALL[0], "if (row >= N1) continue;\n            if (y)", "if (y)"), (SMALL[3], "column + j < N1 ?", "true ?"),
         (BEFORE[0], "if (row >= N1) continue;\n            normed8", "normed8"),
         (BEFORE[1], "store8(between + 8 * i / N2 * PITCH", "store8(between + 8 * i / N2 * N2"),
         (BEFORE[3], "__syncthreads();  // all have read", "// all have read")])

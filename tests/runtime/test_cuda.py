@@ -34,7 +34,7 @@ NAMES = [name for names in cuda.PARTS.values() for name in names]
 # of LLaDA-8B (4096 and 12288 channels), of Dream-7B (3584), and what is not whole tiles
 ROTATIONS = [cuda.Rotation(64, 64, 1), cuda.Rotation(96, 128, 1), cuda.Rotation(64, 64, 0), cuda.Rotation(192, 64, 0),
              cuda.Rotation(56, 64, 1), cuda.Rotation(56, 64, 0), cuda.Rotation(64, 64, 1, 1),
-             cuda.Rotation(96, 128, 1, 2), cuda.Rotation(56, 64, 1, 1)]
+             cuda.Rotation(96, 128, 1, 2), cuda.Rotation(56, 64, 1, 1), cuda.Rotation(148, 128, 1, 2)]
 
 
 # ---- the sources compile -------------------------------------------------------------------------------------------

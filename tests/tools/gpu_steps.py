@@ -67,7 +67,8 @@ def attempt(function):
 @contextmanager
 def stand_ins():
     """Where no GPU is, launches do nothing, and every kernel counts as ready."""
-    with (mock.patch.multiple(cuda, _launch=lambda *args, **kwargs: None, _multiprocessors=lambda device: 132),
+    with (mock.patch.multiple(cuda, _launch=lambda *args, **kwargs: None, _multiprocessors=lambda device: 132,
+                              shared_memory=lambda device: 226 << 10),
           mock.patch.object(checks, "ready", return_value=True),
           mock.patch.object(products, "slice_width", return_value=256)):
         yield
