@@ -59,8 +59,11 @@ DECOMPOSITIONS = {"linalg_cholesky_ex": 1 / 3, "linalg_solve_triangular": 1, "li
                   "_linalg_solve_ex": 8 / 3, "_linalg_eigh": 9, "_linalg_svd": 21}
 FLOP = {"tiled_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * len(packed)),
         "grouped_product": lambda codes, packed, *_: ("int8", 2 * codes.numel() * len(packed)),
-        "rotated_codes": lambda x, P1, P2, *_: ("bf16", 2 * x.numel() * (len(P1) + len(P2) * (P2 is not P1))),
-        "centred_blocks": lambda x, *_: ("bf16", 2 * x.numel() * 64), "tac": lambda z, *_: ("bf16", 4 * z.numel() * 16),
+        # x may have twice as many channels, of which SiLU makes one half
+        "rotated_codes": lambda x, P1, P2, *_: ("bf16", 2 * len(x) * len(P1) * (
+            64 * len(P1) if P2 is P1 else len(P2) * (len(P1) + len(P2)))),
+        "centred_blocks": lambda x, state, mean, B, out, *_: ("bf16", 2 * out.numel() * 64),
+        "tac": lambda z, *_: ("bf16", 4 * z.numel() * 16),
         "feedback": lambda x, *_: ("fp32", x.numel() * 64),
         "gptq_columns": lambda columns, *_: ("fp64", columns.numel() * (len(columns) - 1)),
         "rounding_losses": lambda w, scales, *_: ("fp32", 11 * w.numel() * scales.shape[1])}
