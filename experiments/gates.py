@@ -23,7 +23,6 @@ One table for a quantized model with gates
     text of another seed.
 """
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -118,24 +117,27 @@ def own_gates(model, noisy) -> list[dict]:
     return rows
 
 
-def gated(layer, *kept: bool):
-    """The gated linear with the gates of masked and of unmasked tokens where they are kept, and all of P elsewhere."""
-    new, weight = copy.copy(layer), layer.weight()
-    gates = [gate if keep else torch.ones_like(gate) for keep, gate in zip(kept, layer.gates(weight), strict=True)]
+class Keeping(nn.Module):
+    """A gated linear with the gates of masked and of unmasked tokens where they are kept, and all of P elsewhere. It is
+    no `QuantLinear`, which a block on a GPU need not call."""
 
-    def forward(x, state):
+    def __init__(self, layer, *kept: bool):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight()
+        self.gates = [gate if keep else torch.ones_like(gate)
+                      for keep, gate in zip(kept, layer.gates(self.weight), strict=True)]
+
+    def forward(self, x, state):
         # Ŷ = Q(X P G_s) W̃ᵀ
-        z = apply_basis(x.float(), layer.P) * torch.where(state[..., None], *gates)
-        return layer.finish(linear(fake_quantize_rows(z, layer.abits, layer.clip), weight), state).to(x.dtype)
-
-    new.forward = forward
-    return new
+        z = apply_basis(x.float(), self.layer.P) * torch.where(state[..., None], *self.gates)
+        y = linear(fake_quantize_rows(z, self.layer.abits, self.layer.clip), self.weight)
+        return self.layer.finish(y, state).to(x.dtype)
 
 
 def keeping(model, kept):
     """The quantized model with those gates alone: kept holds (block, linear, state)."""
     return rebuilt(model, blocks=nn.ModuleList(
-        rebuilt(block, **{name: gated(getattr(block, name), *((i, name, s) in kept for s in STATES))
+        rebuilt(block, **{name: Keeping(getattr(block, name), *((i, name, s) in kept for s in STATES))
                           for name in FUSED}) for i, block in enumerate(model.blocks)))
 
 
