@@ -45,7 +45,10 @@ def test_kernels_are_in_use(dtype, part):
 @pytest.mark.parametrize("sizes", [(64, 64, 1), (96, 128, 1), (56, 64, 1), (64, 64, 0), (56, 64, 0), (192, 64, 0),
                                    (64, 64, 1, 1), (96, 128, 1, 2), (56, 64, 1, 1), (148, 128, 1, 2)])
 def test_rotations_are_in_use(sizes):
-    assert checks.ready(torch.cuda.current_device(), torch.bfloat16, cuda.Rotation(*sizes))
+    rotation, device = cuda.Rotation(*sizes), torch.device("cuda", torch.cuda.current_device())
+    if rotation.shared > cuda.shared_memory(device):
+        pytest.skip("needs more shared memory than a CUDA block has on this GPU")
+    assert checks.ready(device.index, torch.bfloat16, rotation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
