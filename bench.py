@@ -170,7 +170,7 @@ def shares(model, point, repeats: int) -> dict:
     first = {}
     if fusion.serves(blocks[0], x):  # then linears do these and the sums, too
         del calls["norms, activation"]
-        first, inputs["down"], added = fusion.first(blocks[0]), gate_up, {"out": x, "down": x}
+        first, inputs["down"], added = fusion.first(blocks[0], x), gate_up, {"out": x, "down": x}
         calls["linears"] = [lambda b=b: [products.linear(getattr(b, f), inputs[f], state, first.get(f), added.get(f))
                                          for f in FUSED] for b in blocks]
     before = "transforms, gates, codes"  # before the product; on a CPU one call does both
