@@ -177,7 +177,7 @@ def shares(model, point, repeats: int) -> dict:
     if isinstance(blocks[0].qkv, QuantLinear) and device.type == "cuda":
         calls[before] = [lambda b=b: [first_half(getattr(b, f), inputs[f], state, first.get(f)) for f in FUSED]
                          for b in blocks]
-    if isinstance(blocks[0].tac, TAC):
+    if isinstance(blocks[0].tac, TAC) and "out" not in first:
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) * (1 if name == "head" else c.n_layers)
                for name, s in measure_each(calls, repeats, device).items()}
@@ -249,7 +249,7 @@ def tables(result: dict) -> str:
         (part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
         for part in parts]))
     if any("norms, activation" not in s for s in shares.values()):
-        out.append("Where norms and activation have no share, they are part of transforms, gates, codes.")
+        out.append("Where norms and activation have no share, they and TAC are part of transforms, gates, codes.")
     return "\n\n".join(out)
 
 
