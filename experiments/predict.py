@@ -43,15 +43,16 @@ SMALLEST_S = 4e-6  # as measured on an H200 (results/gpu-h200.md)
 STEPS = 4  # of a generation, of which the second is counted
 SEGMENTS, LENGTH = 128, 256  # of a calibration (Section 4.1)
 RESULTS = Path(__file__).parents[1] / "results"
-# dense rates, with fp32 sums of bf16 and fp8 products
+# dense rates, with fp32 sums of bf16, tf32 and fp8 products
 Gpu = namedtuple("Gpu", "name capability multiprocessors L2_MiB bytes_per_s rates")
-HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "fp32": 67e12, "fp64": 67e12}
+HOPPER = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12, "tf32": 494.7e12, "fp32": 67e12, "fp64": 67e12}
 GPUS = {"h100": Gpu("H100 SXM", (9, 0), 132, 50, 3.35e12, HOPPER), "h200": Gpu("H200", (9, 0), 132, 60, 4.8e12, HOPPER),
         "a40": Gpu("A40", (8, 6), 84, 6, 0.696e12,
-                   {"bf16": 149.7e12, "int8": 299.3e12, "int4": 598.7e12, "fp32": 37.4e12, "fp64": 0.58e12}),
+                   {"bf16": 149.7e12, "int8": 299.3e12, "int4": 598.7e12, "tf32": 74.8e12, "fp32": 37.4e12,
+                    "fp64": 0.58e12}),
         "4090": Gpu("RTX 4090", (8, 9), 128, 72, 1.008e12,
-                    {"bf16": 165.2e12, "int8": 660.6e12, "int4": 1321.2e12, "fp8": 330.3e12, "fp32": 82.6e12,
-                     "fp64": 1.29e12})}
+                    {"bf16": 165.2e12, "int8": 660.6e12, "int4": 1321.2e12, "fp8": 330.3e12, "tf32": 82.6e12,
+                     "fp32": 82.6e12, "fp64": 1.29e12})}
 PRODUCTS, LOOK_UPS = ("mm", "addmm", "addmm_", "bmm", "_int_mm"), ("embedding", "index", "gather", "index_select")
 KINDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # FLOP / n³ of n x n matrices, with n right-hand sides (Golub and Van Loan, Matrix Computations)
@@ -171,7 +172,9 @@ class Count(TorchDispatchMode):
         if name in PRODUCTS or name in DECOMPOSITIONS:
             x = inputs[-2 if name in PRODUCTS else 0]
             flop = 2 * outputs[0].numel() if name in PRODUCTS else DECOMPOSITIONS[name] * x.numel()
-            self.add(touched(*inputs, *outputs), KINDS.get(x.dtype, "fp32"), round(flop * x.shape[-1]))
+            tf32 = name in PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            self.add(touched(*inputs, *outputs), KINDS.get(x.dtype, "tf32" if tf32 else "fp32"),
+                     round(flop * x.shape[-1]))
         elif "empty" not in name and (here or outputs):
             self.add(touched(*outputs, *(outputs + inputs[1:] if name in LOOK_UPS else inputs)))
         return out

@@ -8,6 +8,7 @@ starts from the directions that the other state does not use.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -110,6 +111,17 @@ class Cayley(torch.autograd.Function):
 cayley = Cayley.apply
 
 
+@contextmanager
+def products_in(precision: str):
+    """Inside, a GPU multiplies fp32 matrices in "tf32", with 10 bits of each factor, or in "ieee", with all of them."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 class OrthogonalBasis(nn.Module):
     """P = P_start · cayley(A), A trained from 0, per factor; fp32 unless the start is wider."""
 
@@ -119,7 +131,8 @@ class OrthogonalBasis(nn.Module):
         self.skew = nn.ParameterList(torch.zeros_like(f) for f in self.start)
 
     def forward(self):
-        P = [f @ cayley(A) for f, A in zip(self.start, self.skew, strict=True)]
+        with products_in("ieee"):  # else P would be orthogonal to 10 bits only
+            P = [f @ cayley(A) for f, A in zip(self.start, self.skew, strict=True)]
         return Kronecker(*P) if len(P) > 1 else P[0]
 
 # ---- closed-form allocation ----------------------------------------------------------------------------------------
@@ -191,7 +204,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
     """App. B: train P on Eq. 15; returns P with the least held-out loss, and a record of the losses.
 
     x (S, L, d): inputs of S calibration segments, y (S, L, C): their full-precision outputs, state (S, L), weight
-    (C, d), start: the initial basis. Losses are divided by the mean squared norm of y.
+    (C, d), start: the initial basis. Losses are divided by the mean squared norm of y. For a Kronecker P, a GPU
+    computes them and their gradients by products in TF32 (docs/choices.md).
     """
     norm = float(y.square().sum(-1).mean()) or 1.0
 
@@ -200,7 +214,8 @@ def fit_sgat(x, y, state, weight, start, d_m: int, d_u: int, abits=4, wbits=4, l
         batch = (t.index_select(0, which) for t in (x, y, state))  # faster on a CPU than x[which]
         return sgat_loss(*batch, P, weight, d_m, d_u, abits, wbits, bias, symmetric, True, quantizer) / norm
 
-    return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
+    with products_in("tf32" if isinstance(start, Kronecker) else "ieee"):
+        return minimize(OrthogonalBasis(start), loss_of, len(x), lr, epochs, batch, schedule, generator, progress)
 
 
 @torch.enable_grad()  # whatever the caller's mode is

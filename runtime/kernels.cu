@@ -809,8 +809,9 @@ extern "C" __global__ void fake_quantize(const float* x, float* x_hat, float* en
 
 // The gradient of x by that of x_hat. Every number gets its own share as it is read. What the ends get depends on the
 // whole row, and is added by the few threads that have seen a number there.
-extern "C" __global__ void fake_quantize_gradient(const float* grad, const float* x, const float* ends, float* out, int K,
-                                                  int bits, int symmetric) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 3)
+fake_quantize_gradient(const float* grad, const float* x, const float* ends, float* out, int K, int bits,
+                       int symmetric) {
     __shared__ float warps[ROW_THREADS / 32][4];
     grad += (long long)blockIdx.x * K;
     x += (long long)blockIdx.x * K;

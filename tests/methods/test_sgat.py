@@ -159,6 +159,35 @@ class TestFit:
         assert runs[0][1] == runs[1][1]
         assert not torch.equal(dense(runs[0][0]), dense(runs[2][0]))
 
+    @pytest.mark.parametrize(("kind", "precision"), [("kronecker", "tf32"), ("dense", "ieee")])
+    def test_the_loss_of_a_kronecker_basis_alone_is_in_tf32(self, kind, precision, monkeypatch):
+        """P and what stands around the training are not; also after an error."""
+        x, y, state, weight = states_apart(segments=4)
+        setting, seen, fails = torch.backends.cuda.matmul, {"loss": [], "P": []}, [False]
+
+        def loss(*rest):
+            seen["loss"].append(setting.fp32_precision)
+            if fails[0]:
+                raise RuntimeError("out of memory")
+            value = sgat_loss(*rest)
+            value.register_hook(lambda _: seen["loss"].append(setting.fp32_precision)) if value.requires_grad else None
+            return value
+
+        def basis(A, cayley=sgat.cayley):
+            seen["P"].append(setting.fp32_precision)
+            return cayley(A)
+
+        monkeypatch.setattr(sgat, "sgat_loss", loss)
+        monkeypatch.setattr(sgat, "cayley", basis)
+        start, before = cast(sgat.initial_basis(32, kind, generator())), setting.fp32_precision
+        sgat.fit_sgat(x, y, state, weight, start, 1, 1, epochs=1)
+        assert seen["loss"] == [precision] * 4  # held out, trained on with its gradient, held out
+        assert set(seen["P"]) == {"ieee"}
+        assert setting.fp32_precision == before
+        fails[0] = True
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sgat.fit_sgat(x, y, state, weight, start, 1, 1, epochs=1)
+        assert setting.fp32_precision == before
 
     def test_trains_also_where_gradients_are_off(self):
         x, y, state, weight = states_apart()
