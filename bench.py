@@ -170,14 +170,14 @@ def shares(model, point, repeats: int) -> dict:
     first = {}
     if fusion.serves(blocks[0], x):  # then linears do these and the sums, too
         del calls["norms, activation"]
-        first, inputs["down"], added = fusion.first(blocks[0], x), gate_up, {"out": x, "down": x}
+        first, inputs["down"], added = fusion.first(blocks[0]), gate_up, {"out": x, "down": x}
         calls["linears"] = [lambda b=b: [products.linear(getattr(b, f), inputs[f], state, first.get(f), added.get(f))
                                          for f in FUSED] for b in blocks]
     before = "transforms, gates, codes"  # before the product; on a CPU one call does both
     if isinstance(blocks[0].qkv, QuantLinear) and device.type == "cuda":
         calls[before] = [lambda b=b: [first_half(getattr(b, f), inputs[f], state, first.get(f)) for f in FUSED]
                          for b in blocks]
-    if isinstance(blocks[0].tac, TAC) and "out" not in first:
+    if isinstance(blocks[0].tac, TAC):
         calls["TAC"] = [partial(b.tac, inputs["out"]) for b in blocks]
     seconds = {name: s.get("median", float("nan")) * (1 if name == "head" else c.n_layers)
                for name, s in measure_each(calls, repeats, device).items()}
@@ -249,7 +249,7 @@ def tables(result: dict) -> str:
         (part, *(f"{100 * s[part] / s['step']:.0f} %" if part in s else "" for s in shares.values()))
         for part in parts]))
     if any("norms, activation" not in s for s in shares.values()):
-        out.append("Where norms and activation have no share, they and TAC are part of transforms, gates, codes.")
+        out.append("Where norms and activation have no share, they are part of transforms, gates, codes.")
     return "\n\n".join(out)
 
 

@@ -87,12 +87,9 @@ def _checks(device, dtype, part):
             return rows, None, rows
         if before == 1:  # x is -1 or 1, so that its norm halves it
             x, gain = torch.where(rows < 0, rows, 1), integers(K)
-            return x, cuda.Norm(gain, 3.0), x * gain / 2
-        if before == 3:
-            T, d = integers(K // 16, 16, 16, to=fp32), integers(K // 16, 16, to=fp32)
-            return rows, cuda.Correction(T, d), tac_apply(rows.float(), T, d).to(dtype)
+            return x, cuda.Before(gain, 3.0), x * gain / 2
         gate = 32 * integers(M, K)  # 0, 32, or so low that e^-gate is infinite
-        return torch.cat((torch.where(gate < 0, -200, gate), rows), -1), cuda.SiLU(), gate.clamp(min=0) * rows
+        return torch.cat((torch.where(gate < 0, -200, gate), rows), -1), cuda.Before(), gate.clamp(min=0) * rows
 
     def gated(rows):
         return rows * torch.where(state[:, None], *subspace_gates(rows.shape[1], d_m, d_u, device, rows.dtype))

@@ -8,7 +8,7 @@ Why they are here
 The kernels and their readable twins
     quantize_rows    the gate of a token's state, its range, scale, zero point and codes: `kernels.quantize_rows`
     centred_blocks   x less the mean of its token's state, times blocks of 64 (starquant+): `starquant.Blocks`
-    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`; both may do first what comes `Before`
+    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`; both may do first what `Before` says
     feedback         codes rounded by feedback (starquant+): `cpu.feedback_codes`
     tac              Eq. 17 for blocks of 16: `starquant.tac_apply`
     rms_norm, rope, silu_up   what both models do between their linears ("glue"): `model.py`
@@ -82,53 +82,20 @@ class Tile(NamedTuple):
         return self.STAGES * (self.TM * self.TK + self.TN * self.TK // 2) + (1024 if self.GROUPS else 0)
 
 
-class Norm(NamedTuple):
-    """A linear's input passes `rms_norm` first, with the gain (K,)."""
+class Before(NamedTuple):
+    """What a linear's input passes first: a norm with the gain (K,) and eps where there is a gain, else silu(gate) up
+    of 2 K channels."""
 
-    gain: torch.Tensor
-    eps: float
-    kind = 1
-
-    def __call__(self, x):
-        return rms_norm(x, self.gain, self.eps)
-
-    @property
-    def arguments(self) -> tuple:
-        """weight, bias and eps of `rotated_codes`."""
-        return self.gain, None, _bits(self.eps)
-
-
-class SiLU(NamedTuple):
-    """A linear's input passes `silu_up` first; it has 2 K channels."""
-
-    kind = 2
-    arguments = (None, None, 0)
+    gain: torch.Tensor | None = None
+    eps: float = 0.0
 
     def __call__(self, x):
-        return silu_up(x)
-
-
-class Correction(NamedTuple):
-    """A linear's input passes `tac` first, with M (K/16, 16, 16) and bias (K/16, 16)."""
-
-    M: torch.Tensor
-    bias: torch.Tensor
-    kind = 3
-
-    def __call__(self, x):
-        return tac(x, self.M, self.bias)
-
-    @property
-    def arguments(self) -> tuple:
-        return self.M, self.bias, 0
-
-
-Before = Norm | SiLU | Correction
+        return silu_up(x) if self.gain is None else rms_norm(x, self.gain, self.eps)
 
 
 class Rotation(NamedTuple):
-    """Sizes of `rotated_codes`: a token is a matrix (N1, N2); FIRST is 1 where P2 multiplies it, too. Then BEFORE is
-    the kind of what a token passes first, or 0."""
+    """Sizes of `rotated_codes`: a token is a matrix (N1, N2); FIRST is 1 where P2 multiplies it, too. Then a token may
+    pass a norm (BEFORE is 1) or silu(gate) up (2) first."""
 
     N1: int
     N2: int
@@ -275,15 +242,15 @@ def centred_blocks(x, mean, state, B, silu: bool = False):
 def rotated_codes(rotation: Rotation, x, factor, state, d_m: int, d_u: int, bits: int, clip=None, to_y: bool = False,
                   order: str = "plain", before: Before | None = None):
     """y, the product of x (M, K) bf16 and a Kronecker or an Across factor, and the `quantize_rows` of y. With to_y, y
-    (M, K) bf16 is returned and only the zeros behind the M-th row of codes are written. Without it, y is None."""
-    M, K, x = len(x), rotation.N1 * rotation.N2, x.contiguous()
-    weight, bias, eps_bits = before.arguments if before else (None, None, 0)
+    (M, K) bf16 is returned and only the zeros behind the M-th row of codes are written. Without it, y is None. The
+    sizes say which `before` there is."""
+    M, K, x, gain, eps = len(x), rotation.N1 * rotation.N2, x.contiguous(), *(before or Before())
     codes, scale, zero = _empty_codes(M, K, x, order)
     P, y = [matrix.contiguous() for matrix in factor], x.new_empty(M, K) if to_y else None
     blocks = min(len(codes), rotation.RESIDENT * _multiprocessors(x.device))
     _launch(rotation.kernel, x.dtype, (blocks,),
-            [x, P[0], P[-1], weight, bias, state.contiguous() if d_m or d_u else None, y, codes, scale, zero, clip, M,
-             len(codes), d_m, d_u, bits, ORDERS.index(order), eps_bits], sizes=rotation)
+            [x, P[0], P[-1], gain, state.contiguous() if d_m or d_u else None, y, codes, scale, zero, clip, M,
+             len(codes), d_m, d_u, bits, ORDERS.index(order), _bits(eps)], sizes=rotation)
     return y, codes, scale, zero
 
 

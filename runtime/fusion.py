@@ -1,15 +1,15 @@
-"""A quantized block on a GPU: norms, SiLU, TAC and residual sums inside the kernels of its linears.
+"""A quantized block on a GPU: norms, SiLU and residual sums inside the kernels of its linears.
 
-`forward` gives what the lines of `model.Block.forward` give, but that norms and TAC may add up in another order. Those
-lines start a kernel for each norm, for SiLU, for TAC and for each sum. Here the kernel that makes a linear's codes does
-what comes before them, and the one that ends its product adds the block's input.
+`forward` gives what the lines of `model.Block.forward` give, but that a norm may add up in another order. Those lines
+start a kernel for each norm, for SiLU and for each sum. Here the kernel that makes a linear's codes takes the norm or
+SiLU first, and the one that ends its product adds the block's input.
 """
 
 import torch
 
 from runtime import checks, products
-from runtime.cuda import TAC_BLOCK, Correction, Norm, SiLU
-from runtime.layers import TAC, QuantLinear
+from runtime.cuda import Before
+from runtime.layers import QuantLinear
 
 
 def serves(block, x) -> bool:
@@ -22,20 +22,17 @@ def serves(block, x) -> bool:
             and not any(part._forward_hooks or part._forward_pre_hooks for part in block.children()))
 
 
-def first(block, x) -> dict:
-    """What the inputs of linears pass before these, by name, in a block that `forward` serves."""
-    before = {"qkv": Norm(block.attn_norm.weight, block.attn_norm.eps), "down": SiLU(),
-              "gate_up": Norm(block.ffn_norm.weight, block.ffn_norm.eps)}
-    if isinstance(block.tac, TAC) and block.tac.M.shape[-1] == TAC_BLOCK and checks.usable(x, "tac"):
-        before["out"] = Correction(block.tac.M, block.tac.bias)
-    return before
+def first(block) -> dict:
+    """What the inputs of linears pass before these, by name."""
+    return {"qkv": Before(block.attn_norm.weight, block.attn_norm.eps),
+            "gate_up": Before(block.ffn_norm.weight, block.ffn_norm.eps), "down": Before()}
 
 
 def forward(block, x, state, rope, mask=None):
     """x (B, L, D), state (B, L) bool -> (B, L, D)."""
-    before = first(block, x)
+    before = first(block)
     # what has no name here is freed as soon as it is used
-    z = block.attention(products.linear(block.qkv, x, state, before["qkv"]), rope, mask)
-    x = products.linear(block.out, z if "out" in before else block.tac(z), state, before.get("out"), x)
+    z = block.tac(block.attention(products.linear(block.qkv, x, state, before["qkv"]), rope, mask))
+    x = products.linear(block.out, z, state, residual=x)
     return products.linear(block.down, products.linear(block.gate_up, x, state, before["gate_up"]), state,
                            before["down"], x)

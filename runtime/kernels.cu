@@ -525,19 +525,17 @@ centred_blocks(const bf16* __restrict__ x, const unsigned char* state, const flo
 
 #ifdef ROTATED_CODES
 const int ROWS = (N1 + 15) / 16 * 16, LANES = ROWS * N2 / 32;  // a warp for 16 rows and 64 columns
-enum { NORM = 1, SILU, CORRECTION };
+enum { NORM = 1, SILU };
 const int PITCH = N2 + 8, PITCH_1 = ROWS + 8;  // of matrices in shared memory, so that eight rows do not meet in a bank
 
 // A token is a matrix X (N1, N2): P1^T X P2, or P1^T X where FIRST is 0, both products rounded to bf16 as those of
 // PyTorch are; then what quantize_rows does. With y the result goes there, and of the grid only scale and zero point are
 // found. A block takes one token after the other. BEFORE is what a token passes first where FIRST is 1: with NORM it is
-// normed with the gain `weight`; with SILU it has twice as many channels and becomes silu(gate) up; with CORRECTION it
-// becomes Z M^T + d in blocks of 16 channels, M = `weight`, d = `bias`, whose sums are in fp32.
+// normed with the gain, and with SILU it has twice as many channels and becomes silu(gate) up.
 extern "C" __global__ void __launch_bounds__(LANES, RESIDENT)
 rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf16* __restrict__ P2,
-              const void* __restrict__ weight, const float* __restrict__ bias, const unsigned char* state, bf16* y,
-              signed char* codes, float* scale, int* zero, const float* clip, int M, int rows, int d_m, int d_u,
-              int bits, int order, int eps_bits) {
+              const bf16* __restrict__ gain, const unsigned char* state, bf16* y, signed char* codes, float* scale,
+              int* zero, const float* clip, int M, int rows, int d_m, int d_u, int bits, int order, int eps_bits) {
     extern __shared__ __align__(128) unsigned char tiles[];
     __shared__ float warps[LANES / 32][2];
     const int K = N1 * N2;
@@ -583,24 +581,7 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
         for (int i = 0; i < N2 / 32 * 2; i++) {
             int row = first + g + 8 * (i % 2);
             if (row >= N1) continue;
-            normed8((const bf16*)&a[i / 2][i % 2], (const bf16*)weight + row * N2 + 32 * (i / 2) + 8 * t, factor, v);
-            store8((bf16*)&a[i / 2][i % 2], v);
-        }
-    };
-    auto correct = [&]() {  // of 16 channels a lane has one half, and its neighbour the other
-#pragma unroll
-        for (int i = 0; i < N2 / 32 * 2; i++) {
-            int row = first + g + 8 * (i % 2), k = row * N2 + 32 * (i / 2) + 8 * t;
-            float own[8], other[8], v[8], m[4];
-            load8((const bf16*)&a[i / 2][i % 2], own);
-            for (int j = 0; j < 8; j++) other[j] = __shfl_xor_sync(~0u, own[j], 1);
-            if (row >= N1) continue;
-            load8(bias + k, v);
-            for (int j = 0; j < 8; j++)
-                for (int c = 0; c < 16; c++) {
-                    if (c % 4 == 0) load4((const float*)weight + 16 * (k + j) + c, m);
-                    v[j] = __fmaf_rn(m[c % 4], c / 8 == t % 2 ? own[c % 8] : other[c % 8], v[j]);
-                }
+            normed8((const bf16*)&a[i / 2][i % 2], gain + row * N2 + 32 * (i / 2) + 8 * t, factor, v);
             store8((bf16*)&a[i / 2][i % 2], v);
         }
     };
@@ -627,7 +608,6 @@ rotated_codes(const bf16* __restrict__ x, const bf16* __restrict__ P1, const bf1
         if (BEFORE == SILU) silu(m);
         if (!AHEAD) ask(m);
         if (BEFORE == NORM) norm();
-        if (BEFORE == CORRECTION) correct();
         times<N2, PITCH>(c, a, p2 + part);
         if (BEFORE == SILU) __syncthreads();  // all have read what goes now
         if (AHEAD) ask(m + gridDim.x);

@@ -82,13 +82,11 @@ def codes(layer, x, state, order: str = "plain", before: cuda.Before | None = No
 
 def entered(layer, x, state, before: cuda.Before | None):
     """The first pass of `codes`, which does not depend on their order: x (M, d), the factors of P that are left, and
-    what is left of `before`. Blocks of 64 take SiLU along, and a Kronecker rotation, which comes later, everything,
-    but TAC for at most 64 tokens: it reads all matrices for each of them."""
+    what is left of `before`. Blocks of 64 take SiLU along, and a Kronecker rotation, which comes later, everything."""
     P, mean = layer.basis(x), layer.mean
     blocks = (P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64
               and checks.ready(x.device.index, x.dtype, "blocks"))
-    if before is not None and (not isinstance(before, cuda.SiLU) if blocks else
-                               mean is not None or not rotation_of(x, P, before)):
+    if before and (before.gain is not None if blocks else mean is not None or not rotation_of(x, P, before)):
         x, before = before(x), None
     if blocks:
         return cuda.centred_blocks(x, mean, state, P[0].B, before is not None), P[1:], None
@@ -118,8 +116,7 @@ def rotation_of(x, P: list, before: cuda.Before | None = None) -> cuda.Rotation 
     fits = n2 in (64, 128) if kronecker else before is None and x.shape[1] == 64 * n1
     # for many wide rows two passes are faster, also across many blocks (results/gpu-h200.md)
     fits = fits and (M <= 256 or (n1 <= 128 and (n1 * n2 <= 8192 or M <= 1024)))
-    fits = fits and (M <= 64 or not isinstance(before, cuda.Correction))
-    sizes = cuda.Rotation(n1, n2, int(kronecker), 0 if before is None else before.kind)
+    sizes = cuda.Rotation(n1, n2, int(kronecker), 0 if before is None else 2 if before.gain is None else 1)
     fits = fits and sizes.threads <= 1024 and sizes.shared <= cuda.shared_memory(x.device)
     return sizes if fits and checks.ready(x.device.index, x.dtype, sizes) else None
 

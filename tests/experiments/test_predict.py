@@ -57,9 +57,9 @@ def blocks():
 @pytest.mark.parametrize(("name", "launches"), [
     # two norms of 8, rope of 13, SiLU of 2; or one each. Four linears, attention, two additions
     ("16-bit, eager glue", 2 * 8 + 14 + 2 + 4 + 1 + 2), ("16-bit", 2 + 1 + 1 + 4 + 1 + 2),
-    # rope, attention, codes and a product for each linear; or two norms, too, and for each linear centring and blocks,
-    # codes, feedback and a product. TAC, SiLU, additions and else norms happen in these
-    ("starquant", 1 + 1 + 4 * 2), ("starquant+", 1 + 1 + 2 + 4 * 4)])
+    # rope, attention, codes and a product for each linear, and TAC; or two norms; centring and blocks, codes, feedback
+    # and a product for each linear. Norms, SiLU and additions happen in these
+    ("starquant", 1 + 1 + 4 * 2 + 1), ("starquant+", 1 + 1 + 2 + 4 * 4)])
 def test_launches_of_a_block(blocks, name, launches):
     assert blocks[name]["launches"] == launches
     assert blocks[name]["waits"] == 0
@@ -83,7 +83,7 @@ def test_quantized_weights_take_a_quarter(blocks):
 
 
 @pytest.mark.parametrize(("point", "launches"), [
-    ((1, 32), (1290, 387, 362, 682)), ((4, 1024), (1290, 387, 556, 716))])
+    ((1, 32), (1290, 387, 394, 682)), ((4, 1024), (1290, 387, 556, 716))])
 def test_launches_of_a_step(rows, point, launches):
     """Where fp8 products were the fastest, their weights are unpacked first. What such a product cannot add is added
     after it: in `starquant+` the mean's output, and behind `out` and `down` the block's input."""
@@ -95,7 +95,7 @@ def test_launches_of_a_step(rows, point, launches):
 
 
 @pytest.mark.parametrize(("point", "launches"), [
-    ((1, 32), (1028, 349, 328, 636)), ((4, 1024), (1028, 349, 498, 638))])
+    ((1, 32), (1028, 349, 356, 636)), ((4, 1024), (1028, 349, 498, 638))])
 def test_launches_of_a_step_of_dream(dream, point, launches):
     steps = [row for row in dream if (row["batch"], row["length"]) == point]
     assert tuple(row["launches"] for row in steps) == launches

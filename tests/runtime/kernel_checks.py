@@ -13,7 +13,7 @@ from experiments import twins
 from methods.plus import feedback_matrix
 from methods.sgat import random_orthogonal
 from runtime import checks, cpu, cuda, products
-from runtime.layers import TAC, Centre, Grid, QuantLinear, Weight, rebuilt
+from runtime.layers import Centre, Grid, QuantLinear, Weight, rebuilt
 from starquant import Across, Blocks, FakeQuantize, Kronecker, apply_basis, tac_apply
 from tiny import train
 
@@ -238,9 +238,6 @@ def a_block(method, dtype, d=512, ffn=1024, device="cpu", length=5):
         factors = [random_orthogonal(n, g).float() for n in (weight.shape[1] // 64, 64)]
         new[name] = QuantLinear.fold(weight, [Kronecker(*factors)], weight.shape[1] // 32, weight.shape[1] // 32)
         new[name] = new[name] if method == "starquant" else twins._plus(new[name], g)
-    if method == "starquant":  # powers of two, so that no order of a sum matters
-        scales = 2.0 ** torch.randint(-1, 2, (d // 16, 16), generator=g)
-        new["tac"] = TAC(torch.diag_embed(scales), torch.zeros_like(scales))
     block = rebuilt(block, **new).to(device, dtype).requires_grad_(False)
     x, state = torch.randn(1, length, d, generator=g).to(device, dtype), torch.rand(1, length, generator=g) < 0.5
     return block, (x, state.to(device), model.cos_sin(torch.arange(length, device=device), config, dtype))

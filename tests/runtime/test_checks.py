@@ -11,7 +11,7 @@ from runtime import checks, cuda
 
 READY = checks.ready.__wrapped__
 SMALL = [cuda.Rotation(24, 64, 1), cuda.Rotation(16, 128, 1), cuda.Rotation(24, 64, 0), cuda.Rotation(20, 64, 1)]
-BEFORE = [cuda.Rotation(n1, n2, 1, before) for n1, n2 in ((24, 64), (16, 128)) for before in (1, 2, 3)]
+BEFORE = [cuda.Rotation(n1, n2, 1, before) for n1, n2 in ((24, 64), (16, 128)) for before in (1, 2)]  # norm, SiLU
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -42,10 +42,8 @@ class TestSelfCheck:
         ("scales", "rounding_losses", "half - 1);\n            sum", "half);\n            sum"),
         ("linear", "epilogue", "rounded(v[j], y), r[j]", "v[j], r[j]"),
         ("fp8", "add_ends", "j < 4 && residual", "false"),
-        ("blocks", "centred_blocks", "at + K, v", "at, v"), (BEFORE[3], "rotated_codes", "part ? 0 : sum", "sum"),
-        (BEFORE[0], "rotated_codes", "weight + row * N2 + 32 * (i / 2)", "weight + row * N2 + 16 * (i / 2)"),
-        (BEFORE[2], "rotated_codes", "c / 8 == t % 2", "c / 8 == 0"),
-        (BEFORE[5], "rotated_codes", "16 * (k + j)", "16 * k"),
+        ("blocks", "centred_blocks", "at + K, v", "at, v"), (BEFORE[2], "rotated_codes", "part ? 0 : sum", "sum"),
+        (BEFORE[0], "rotated_codes", "gain + row * N2 + 32 * (i / 2)", "gain + row * N2 + 16 * (i / 2)"),
         ("training", "fake_quantize", "bits - symmetric", "bits"),
         ("training", "fake_quantize", "see(symmetric ? fabsf(v[j]) : v[j])", "see(v[j])"),
         ("training", "fake_quantize", "inside ? q : most, s", "q, s"),
@@ -81,9 +79,8 @@ class TestSelfCheck:
         (SMALL[0], "#endif\n        __syncthreads();", "#endif"), 
         (SMALL[0], "if (row >= N1) continue;\n            if (y)", "if (y)"), (SMALL[3], "column + j < N1 ?", "true ?"),
         (BEFORE[0], "if (row >= N1) continue;\n            normed8", "normed8"),
-        (BEFORE[2], "if (row >= N1) continue;\n            load8(bias", "load8(bias"),
         (BEFORE[1], "store8(between + 8 * i / N2 * PITCH", "store8(between + 8 * i / N2 * N2"),
-        (BEFORE[4], "__syncthreads();  // all have read", "// all have read")])
+        (BEFORE[3], "__syncthreads();  // all have read", "// all have read")])
     def test_the_interpreter_finds_planted_faults(self, part, old, new, tmp_path, monkeypatch):
         plant(monkeypatch, tmp_path, old, new)
         with pytest.raises(ptx.Fault):

@@ -16,7 +16,6 @@ def launched(on_cpu, monkeypatch):
     monkeypatch.setattr(cuda, "_launch", lambda name, *rest, **kwargs: (names.append(name),
                                                                         launch(name, *rest, **kwargs)))
     monkeypatch.setattr(checks, "glues", lambda *_: True)
-    monkeypatch.setattr(checks, "usable", lambda x, part: part != "tac" or x.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "serves", lambda *_: True)
     monkeypatch.setattr(products, "slice_width", lambda M, N, *_: N)
     return names
@@ -33,8 +32,7 @@ def test_a_block_is_the_same_in_fewer_kernels(launched, monkeypatch, method, dty
     monkeypatch.setattr(fusion, "serves", lambda *_: False)
     assert torch.equal(fused, block(*inputs))
     linears, glue = 4 * (*kernels, "unpack_int4", "epilogue"), ["rms_norm", "rms_norm", "rope", "silu_up"]
-    tac = ["tac"] if kernels == ["rotated_codes"] else []
-    assert sorted(launched) == sorted([*linears, *glue, *tac])
+    assert sorted(launched) == sorted([*linears, *glue])
     # what no kernel for codes can take first: a norm where blocks of 64 come first, all where codes are made in fp32
     apart = {"starquant": [], "starquant+": glue[:2]}[method] if dtype == torch.bfloat16 else [*glue[:2], "silu_up"]
     assert sorted(few) == sorted([*linears, "rope", *apart])
@@ -44,7 +42,7 @@ def test_a_block_is_the_same_in_fewer_kernels(launched, monkeypatch, method, dty
 def test_what_comes_before_a_linear_runs_by_itself_where_its_kernels_cannot(launched, P):
     """A mean without blocks is taken off between them; a rotation across blocks takes what it is given."""
     block, (x, state, _) = a_block("starquant+", torch.bfloat16)
-    linear, before = block.qkv, cuda.Norm(block.attn_norm.weight, block.attn_norm.eps)
+    linear, before = block.qkv, cuda.Before(block.attn_norm.weight, block.attn_norm.eps)
     linear.kinds, linear.mean = linear.kinds[1:], linear.mean if P == "a mean" else None
     linear.transform_0 = linear.transform_1
     y = products.linear(linear, x, state, before, residual=block.qkv(x, state))

@@ -77,8 +77,7 @@ def stand_ins():
 def checked(name: str, out: dict) -> None:
     """Judge every part into out["parts"], and keep it."""
     rotations = {f"rotation {sizes}": cuda.Rotation(*sizes) for sizes in (
-        (64, 64, 1), (96, 128, 1), (64, 64, 0), (192, 64, 0), (64, 64, 1, 1), (96, 128, 1, 2),
-        (64, 64, 1, 3))}
+        (64, 64, 1), (96, 128, 1), (64, 64, 0), (192, 64, 0), (64, 64, 1, 1), (96, 128, 1, 2))}
     for label, part in ({part: part for part in cuda.PARTS} | cuda.TILES | rotations).items():
         for dtype in (BF16,) if label in rotations or part in checks.ONLY_BF16 else (torch.float32, BF16):
             start = time.time()
@@ -231,12 +230,11 @@ def passes(K: int, M: int) -> dict:
         "grid only": lambda: cuda.quantize_rows(x, state, 0, 0, 4, None, True),
         "feedback": lambda: cuda.feedback(x, V, scale, zero, codes, 4), "tac": lambda: cuda.tac(x, M_tac, bias),
         "centred_blocks": lambda: cuda.centred_blocks(x, mean, state, blocks.B)}
-    gate_up, normed = torch.randn(M, 2 * K, device=DEVICE).to(BF16), cuda.Norm(norm.weight, 1e-5)
+    gate_up, normed = torch.randn(M, 2 * K, device=DEVICE).to(BF16), cuda.Before(norm.weight, 1e-5)
     calls["SiLU, centred_blocks"] = lambda: cuda.centred_blocks(gate_up, mean, state, blocks.B, True)
     for name, rows, factor, to_y, before in (
             ("kronecker, codes", x, kron, False, None), ("norm, kronecker, codes", x, kron, False, normed),
-            ("TAC, kronecker, codes", x, kron, False, cuda.Correction(M_tac, bias)),
-            ("SiLU, kronecker, codes", gate_up, kron, False, cuda.SiLU()), ("across, grid", x, across, True, None)):
+            ("SiLU, kronecker, codes", gate_up, kron, False, cuda.Before()), ("across, grid", x, across, True, None)):
         if rotation := products.rotation_of(rows, [factor], before):
             calls[name] = partial(cuda.rotated_codes, rotation, rows, factor, state, K // 32, K // 32, 4, to_y=to_y,
                                   before=before)
