@@ -364,13 +364,13 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     args.random_weights |= args.write is not None
     wrong = {
+        "--predict knows --model, --gpu, --points and --out alone": args.predict and any(
+            value != parser.get_default(name) for name, value in vars(args).items()
+            if name not in ("predict", "model", "gpu", "points", "out")),
         "--blocks needs --random-weights": args.blocks is not None and not args.random_weights,
         "--gain needs --write": args.gain is not None and not args.write,
         "--write measures nothing": args.write and (args.points or args.repeats or args.peers or args.out),
         "--gpu needs --predict": args.gpu and not args.predict,
-        "--predict knows --model, --gpu, --points and --out alone": args.predict and any(
-            value != parser.get_default(name) for name, value in vars(args).items()
-            if name not in ("predict", "model", "gpu", "points", "out")),
         "--embed-bits needs --head-bits 8": args.embed_bits and args.head_bits == 16,
         f"the folder of --out {args.out} does not exist": args.out and not args.out.parent.is_dir()}
     for sentence in (sentence for sentence, holds in wrong.items() if holds):

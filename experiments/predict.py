@@ -259,11 +259,12 @@ def predict(name: str, gpu: str, points) -> dict:
     calibration of a block. All blocks are alike, so each counts as the difference between a model of two blocks and a
     model of one."""
     c, rows, results = read_config(published(name)), [], measured(gpu, "bench")
-    known = results["denoising"] if results.get("model") == name else []
+    like = {"model": name, "blocks": None, "head_bits": 8}
+    known = results["denoising"] if results and like.items() <= results.items() else []
     with pretended(Count(GPUS[gpu])):
         one, two = models(name, 1), models(name, 2)
     tables = {kind: memory_table(c, head_bits=8, method=kind) for kind in ("starquant", "starquant+")}
-    for batch, length, tokens in points:
+    for batch, length, tokens in dict.fromkeys(points):
         point = {"batch": batch, "length": length, "tokens_per_step": tokens}
         at_point = next((p["models"] for p in known if point.items() <= p.items()), {})
         for kind in one:
@@ -313,7 +314,8 @@ def table(result: dict) -> str:
 
     steps = [(f"{row['batch']} x {row['length']}", row["model"], row) for row in result["steps"]]
     blocks = [(row["method"], row) for row in result["calibration"]]
-    return (f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted without it.\n\n"
+    return (f"PREDICTED, NOT MEASURED: a denoising step of {result['model']} on one {gpu.name}, counted without it. "
+            f"What was measured is of an earlier run's code (results/gpu-*.md).\n\n"
             f"{counts(steps, 'ms', 'batch x length', 'model')}\n\n{ratios(result['steps'])}\n\n"
             f"PREDICTED, NOT MEASURED: one of its blocks, calibrated on {SEGMENTS} segments of {LENGTH} tokens. Every "
             f"epoch of a training counts as the first.\n\n{counts(blocks, 's', 'method')}")

@@ -2,13 +2,14 @@
 
 Why they are here
     PyTorch's operations would walk over the activations about ten times to quantize them and again after the product.
-    On a GPU these walks cost more than the integer product saves. Every kernel here reads its input once and writes its
-    output once. `checks.py` compares each with its readable twin once per device; `products.py` chooses among products.
+    On a GPU these walks cost more than the integer product saves. Every kernel here reads its input from memory once
+    (a second look finds it in a cache) and writes its output once. `checks.py` compares each with its readable twin
+    once per device; `products.py` chooses among products.
 
 The kernels and their readable twins
     quantize_rows    the gate of a token's state, its range, scale, zero point and codes: `kernels.quantize_rows`
     centred_blocks   x less the mean of its token's state, times blocks of 64 (starquant+): `starquant.Blocks`
-    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`; both may do first what `Before` says
+    rotated_codes    a Kronecker or an Across factor and then `quantize_rows`
     feedback         codes rounded by feedback (starquant+): `cpu.feedback_codes`
     tac              Eq. 17 for blocks of 16: `starquant.tac_apply`
     rms_norm, rope, silu_up   what both models do between their linears ("glue"): `model.py`
@@ -202,7 +203,7 @@ def _multiprocessors(device) -> int:
 
 @cache
 def shared_memory(device) -> int:
-    """Bytes of shared memory that a CUDA block may have, nearly."""
+    """Bytes of shared memory that a launch may give a CUDA block: 1 KiB is left to what kernels declare."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10) - 1024
 
 # ---- passes over activations ---------------------------------------------------------------------------------------

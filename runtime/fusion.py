@@ -13,8 +13,8 @@ from runtime.layers import QuantLinear
 
 
 def serves(block, x) -> bool:
-    """Whether `forward` serves a `model.Block` and x (B, L, D): on a GPU, all linears quantized, nobody watching, and
-    no autocast, which changes the type of activations on their way."""
+    """Whether `forward` serves a `model.Block` and x (B, L, D): on a GPU, all linears quantized, no hooks on its
+    parts, and no autocast, which changes the type of activations on their way."""
     linears = block.qkv, block.out, block.gate_up, block.down
     return (all(isinstance(linear, QuantLinear) and products.serves(linear, x) for linear in linears)
             and checks.glues(x, block.attn_norm.weight, block.ffn_norm.weight)

@@ -174,7 +174,7 @@ struct Grid {
 };
 
 // rsqrt(mean(x²) + eps) of a token from every thread's share of Σ x², for all threads of a block with WARPS_OF warps.
-// `warps` is shared and free again after the next barrier but one.
+// `warps` is shared and may be written again after one more barrier.
 template <int WARPS_OF> __device__ float norm_factor(float sum, float* warps, int K, int eps_bits) {
     for (int n = 16; n > 0; n /= 2) sum += __shfl_xor_sync(~0u, sum, n);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;

@@ -58,7 +58,7 @@ def test_one_run_ends_in_json(tmp_path, capsys):
             assert p["models"][name]["roofline"] <= step["low"]
     assert {(r["linear"], r["M"]) for r in result["linears"]} == {(f, M) for f in FUSED for M in (32, 128, 512)}
     assert all(r[name]["roofline"] <= r[name]["low"] * (1 + 1e-12) for r in result["linears"] for name in MODELS)
-    assert 0 < max(p["busy"] for p in result["denoising"]) < 1 or not timing.STAT.exists()
+    assert not timing.STAT.exists() or all(0 <= p["busy"] < 1 for p in result["denoising"])  # 0 on an idle machine
     assert result["seconds"] > sum(p["models"][name]["step_s"]["low"] for p in result["denoising"] for name in MODELS)
     for name, parts in result["shares"].items():
         assert sum(v for k, v in parts.items() if k != "step") == pytest.approx(parts["step"])

@@ -386,6 +386,7 @@ def epochs():
 def tf32():
     """Is training in TF32 as good as in fp32? Seconds and held-out losses of three seeds by both."""
     block, out = block_of("llada-8b", SEGMENTS // 4), {}
+    attempt(lambda: calibrate.quantize_block(*block, QuantConfig(epochs=1), 0))  # compiles the kernels
     for seed in range(3):
         for kind in ("fp32", "tf32"):
             products_in = methods.sgat.products_in if kind == "tf32" else nullcontext
