@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -286,12 +286,17 @@ def glue(B: int, L: int) -> dict:
             "sampling": lambda: (logits.argmax(-1), torch.softmax(logits, -1))}
 
 
+@cache
+def twins() -> dict:
+    """A model of one block, quantized by both methods."""
+    packed = quantized_twin(random_model("llada-8b", DEVICE, BF16, 0, 1) if GPU else model.load_model("tiny", "cpu"))
+    return {"starquant": packed, "starquant+": plus_twin(packed)}
+
+
 def whole_blocks(B: int, L: int) -> dict:
     """A quantized block with norms, SiLU and sums inside the kernels of its linears ("fused"), and with them apart."""
-    m = random_model("llada-8b", DEVICE, BF16, 0, 1) if GPU else model.load_model("tiny", "cpu")
-    packed = quantized_twin(m)
-    inputs, calls = m.prepare(torch.zeros(B, L, dtype=torch.long, device=DEVICE)), {}
-    for method, twin in (("starquant", packed), ("starquant+", plus_twin(packed))):
+    inputs, calls = twins()["starquant"].prepare(torch.zeros(B, L, dtype=torch.long, device=DEVICE)), {}
+    for method, twin in twins().items():
         calls[f"{method}, fused"] = partial(twin.blocks[0], *inputs)
         calls[f"{method}, apart"] = partial(apart, twin.blocks[0], *inputs)
     return calls
