@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import redirect_stdout
@@ -105,7 +106,9 @@ def run(job: dict) -> dict:
 
 
 def warm_up(model: str) -> None:
-    """What a process imports and caches on first use, done once; without threads, which a fork would lose."""
+    """What a process imports and caches on first use, done once; without threads, which a fork would lose, and without
+    tqdm's lock for all processes, which a child that is killed would never give back."""
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tqdm.monitor_interval = 0
