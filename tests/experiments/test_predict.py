@@ -263,12 +263,14 @@ def test_results_of_another_gpu_stand_beside_its_predictions(tmp_path, monkeypat
     assert blocks == {"h100": [{"seconds": 2, "peak_bytes": 1}, None, None], "h200": [None] * 3}
     assert steps["h100"]["starquant"]["launches"] == steps["h200"]["starquant"]["launches"] + 2 * 32
     assert steps["h200"]["starquant"]["measured"] is steps["h100"]["16-bit"]["measured"] is None
+    monkeypatch.setattr(predict, "calibration", lambda *_: [])
     for other in ({"blocks": 8}, {"head_bits": 16}):  # times of a shorter model, or of another head
         (tmp_path / "gpu-h100" / "bench.json").write_text(json.dumps(files["bench"] | other))
         assert not any(row["measured"] for row in predict.predict("llada-8b", "h100", [(1, 32, 1)])["steps"])
 
 
-def test_points_that_differ_in_tokens_alone(capsys):
+def test_points_that_differ_in_tokens_alone(capsys, monkeypatch):
+    monkeypatch.setattr(predict, "calibration", lambda *_: [])
     assert bench.main(["--model", "dream-7b", "--predict", "--points", "1x64x1", "1x64x4", "1x64x1"]) == 0
     assert capsys.readouterr().out.count("\n| 1 x 64 | ") == 2 * 4 + 2  # of four models, and how they compare
 
