@@ -54,7 +54,7 @@ def linear(layer, x, state, before: cuda.Before | None = None, residual=None):
     """Eq. 13: x (..., d), state (...) or None -> (..., C) in x's dtype, by the fastest product of the shape. x passes
     `before` first; a residual (..., C) is added to the result."""
     state = None if state is None else state.flatten().contiguous()
-    x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (M, d)
+    x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (M, d), or (M, 2 d) where SiLU comes before
     x, P, before = entered(layer, x, state, before)
     y = x.new_empty(len(x), len(layer.weight_scale))
     residual = None if residual is None else residual.reshape(y.shape)
@@ -81,8 +81,9 @@ def codes(layer, x, state, order: str = "plain", before: cuda.Before | None = No
 
 
 def entered(layer, x, state, before: cuda.Before | None):
-    """The first pass of `codes`, which does not depend on their order: x (M, d), the factors of P that are left, and
-    what is left of `before`. Blocks of 64 take SiLU along, and a Kronecker rotation, which comes later, everything."""
+    """The first pass of `codes`, which does not depend on their order: x, the factors of P that are left, and `before`
+    if it is still to be done. The kernel for blocks of 64 does SiLU. The one for a Kronecker rotation, which `rounded`
+    starts, does SiLU or a norm. Where neither can, what comes before is done here by itself."""
     P, mean = layer.basis(x), layer.mean
     blocks = (P and isinstance(P[0], Blocks) and P[0].B.shape[-1] == 64
               and checks.ready(x.device.index, x.dtype, "blocks"))
